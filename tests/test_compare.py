@@ -1,0 +1,441 @@
+"""Joining score and bench files, gates on the result, and the command around them."""
+
+import csv
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Sequence
+
+import jsonschema
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import uadtool
+from uadtool.comparison import compare
+from uadtool.errors import UadtoolError
+from uadtool.gates import Gate
+from uadtool.metrics import auroc
+from uadtool.reports import table
+
+SCHEMAS = Path(uadtool.__file__).parent / "schemas"
+HOST = {"system": "Linux", "machine": "aarch64", "cpu": "some", "cores": 4, "python": "3.8.10"}
+RUNTIME = {"name": "onnxruntime", "version": "1.23.0", "threads": 2}
+
+
+def model(path: str, digest: str = "") -> Dict[str, Any]:
+    return {"path": path, "digest": f"sha256:{digest or path}", "method": "stfpm", "teacher": "resnet18",
+            "precision": "fp32", "target": "onnxruntime", "classes": ["bolt", "nut"], "image_size": [256, 256]}
+
+
+def score_records(path: str, digest: str = "", noise: float = 0.0, folder: str = "data") -> List[Dict[str, Any]]:
+    """A run over two classes of 40 images; ``noise`` makes the model worse."""
+    random = np.random.default_rng(0)
+    images: List[Dict[str, Any]] = []
+    for name in ("bolt", "nut"):
+        for index in range(40):
+            score = round(random.normal() + 3 * (index % 2) + noise * random.normal(), 4)
+            images.append({
+                "type": "image", "path": f"{folder}/{name}/{index:03}.png", "score": score, "raw_score": score,
+                "anomalous": score > 2, "nearest_class": name, "class": name,
+                "label": "anomalous" if index % 2 else "good", "milliseconds": 3.1,
+            })
+    images.append({"type": "image", "path": f"{folder}/broken.png", "error": f"{folder}/broken.png is cut short"})
+
+    def area(name: Optional[str]) -> float:
+        of = [image for image in images if "score" in image and name in (None, image["class"])]
+        return auroc([image["label"] == "anomalous" for image in of], [image["score"] for image in of])
+
+    per_class = {name: area(name) for name in ("bolt", "nut")}
+    figure = {"mean": sum(per_class.values()) / 2, "pooled": area(None), "per_class": per_class}
+    summary = {
+        "type": "summary", "images": 81, "errors": 1, "anomalous": 40, "seconds": 1.0, "images_per_second": 80.0,
+        "metrics": {
+            "image_auroc": {**figure, "pooled_raw": 0.7}, "average_precision": figure, "f1_max": figure,
+            "false_positive_rate": 0.05, "recall": 0.9, "pixel_auroc": figure, "aupro": figure,
+        },
+    }
+    run = {"schema": "uadtool.score/1", "type": "run", "tool": "uadtool 0.1.0", "started": "2026-01-01T12:00:00Z",
+           "model": model(path, digest), "runtime": RUNTIME, "host": HOST, "threshold": 2.0}
+    return [run, *images, summary]
+
+
+def bench_record(*models: Dict[str, Any], speed: Sequence[float] = (1, 2, 4)) -> Dict[str, Any]:
+    def spread(value: float) -> Dict[str, float]:
+        return {"median": value, "min": 0.9 * value, "max": 1.1 * value, "n": 3}
+
+    return {
+        "schema": "uadtool.bench/1", "tool": "uadtool 0.1.0", "started": "2026-01-01T12:00:00Z", "host": HOST,
+        "settings": {"warmup": 3, "repetitions": 3, "duration": 1.0, "threads": 2, "batch_sizes": [1, 8]},
+        "models": [
+            {
+                "model": of, "runtime": RUNTIME, "file_bytes": int(12e6 / faster), "parameters": 2_800_000,
+                "macs": 1_800_000_000, "cold_start_ms": spread(400 / faster), "peak_rss_bytes": 200_000_000,
+                "latency_ms": {"p50": 10 / faster, "p90": 11 / faster, "p95": 12 / faster, "p99": 15 / faster,
+                               "mean": 10 / faster, "std": 1.0, "min": 9 / faster, "n": 100},
+                "throughput": [{"batch_size": 1, "images_per_second": spread(100 * faster)},
+                               {"batch_size": 8, "images_per_second": spread(130 * faster)}],
+            }
+            for of, faster in zip(models, speed)
+        ],
+    }
+
+
+def lines(records: List[Dict[str, Any]]) -> str:
+    return "".join(json.dumps(record) + "\n" for record in records)
+
+
+@pytest.fixture
+def files(tmp_path, monkeypatch) -> Path:
+    """Two models, scored and measured: fp32.jsonl, int8.jsonl, bench.json in the current folder."""
+    monkeypatch.chdir(tmp_path)
+    Path("fp32.jsonl").write_text(lines(score_records("build/fp32.onnx")))
+    Path("int8.jsonl").write_text(lines(score_records("build/int8.onnx", noise=1.0)))
+    bench = bench_record(model("build/fp32.onnx"), model("build/int8.onnx"))
+    Path("bench.json").write_text(json.dumps(bench, indent=2))
+    return tmp_path
+
+
+def row(record: Dict[str, Any], metric: str) -> Dict[str, Any]:
+    return next(row for row in record["rows"] if row["metric"] == metric)
+
+
+def run(*arguments: str, given: str = "") -> "subprocess.CompletedProcess[str]":
+    return subprocess.run([sys.executable, "-m", "uadtool", "compare", *arguments], input=given, capture_output=True,
+                          text=True, check=False)
+
+
+# The record
+
+
+def test_record_joins_scores_and_bench_by_digest(files):
+    record = compare(["fp32.jsonl", "bench.json", "int8.jsonl"])
+    assert [(of["label"], of["files"]) for of in record["models"]] == [
+        ("fp32.onnx", {"scores": "fp32.jsonl", "bench": "bench.json"}),
+        ("int8.onnx", {"scores": "int8.jsonl", "bench": "bench.json"}),
+    ]
+    latency, size, auroc = row(record, "latency_p50"), row(record, "file_size"), row(record, "image_auroc")
+    assert (latency["values"], latency["changes"], latency["unit"]) == ([10, 5], [None, 0.5], "ms")
+    assert (size["values"], size["changes"], size["unit"]) == ([12, 6], [None, 0.5], "MB")
+    assert row(record, "throughput")["values"] == [130, 260]
+    assert auroc["changes"] == [None, pytest.approx(auroc["values"][1] - auroc["values"][0])]
+    assert auroc["values"][1] < auroc["values"][0]
+
+
+def test_record_has_the_metrics_that_gates_know_in_order(files):
+    assert [row["metric"] for row in compare(["bench.json", "fp32.jsonl"])["rows"]] == [
+        "image_auroc", "image_auroc.pooled", "image_auroc.bolt", "image_auroc.nut", "average_precision", "f1_max",
+        "pixel_auroc", "aupro", "false_positive_rate", "recall", "latency_p50", "latency_p99", "throughput",
+        "cold_start", "peak_rss", "file_size", "parameters", "macs",
+    ]
+
+
+def test_record_honours_its_schema(files):
+    schema = json.loads((SCHEMAS / "compare.json").read_text())
+    jsonschema.Draft202012Validator.check_schema(schema)
+    for chosen in (["fp32.jsonl"], ["bench.json"], ["fp32.jsonl", "int8.jsonl", "bench.json"]):
+        jsonschema.validate(json.loads(json.dumps(compare(chosen), allow_nan=False)), schema)
+
+
+def test_order_of_files_decides_only_the_order_of_models(files):
+    several = ["fp32.jsonl", "int8.jsonl", "bench.json"]
+    assert compare(several)["rows"] == compare(several[::-1])["rows"]
+    assert [of["label"] for of in compare(["int8.jsonl", "bench.json"])["models"]] == ["int8.onnx", "fp32.onnx"]
+
+
+def test_intervals_are_around_the_differences_of_image_auroc(files):
+    record = compare(["fp32.jsonl", "int8.jsonl"])
+    assert {row["metric"] for row in record["rows"] if "intervals" in row} == {"image_auroc", "image_auroc.pooled"}
+    for metric in ("image_auroc", "image_auroc.pooled"):
+        none, (low, high) = row(record, metric)["intervals"]
+        assert none is None
+        assert low < row(record, metric)["changes"][1] < high < 0
+
+
+def test_different_images_cost_the_intervals_and_a_warning(files, caplog):
+    Path("other.jsonl").write_text(lines(score_records("other.onnx", folder="elsewhere")))
+    record = compare(["fp32.jsonl", "other.jsonl", "int8.jsonl"])
+    assert "fp32.jsonl and other.jsonl are about different images" in caplog.text
+    assert [bool(interval) for interval in row(record, "image_auroc")["intervals"]] == [False, False, True]
+    assert row(record, "image_auroc")["changes"][1] == 0
+
+
+def test_one_model_scored_on_different_images_is_refused(files):
+    Path("other.jsonl").write_text(lines(score_records("build/fp32.onnx", folder="elsewhere")))
+    with pytest.raises(UadtoolError, match=r"fp32.jsonl and other.jsonl hold scores of one model .* different images"):
+        compare(["fp32.jsonl", "other.jsonl"])
+
+
+def test_one_model_measured_twice_gets_two_columns(files):
+    bench = bench_record(model("build/fp32.onnx"), model("copy/fp32.onnx", "build/fp32.onnx"))
+    Path("twice.json").write_text(json.dumps(bench))
+    record = compare(["fp32.jsonl", "fp32.jsonl", "twice.json"])
+    assert [of["label"] for of in record["models"]] == ["fp32.onnx", "fp32.onnx (2)"]
+    assert row(record, "latency_p50")["values"] == [10, 5]
+    assert row(record, "image_auroc")["intervals"] == [None, (0, 0)]
+
+
+@pytest.mark.parametrize(("paths", "labels"), [
+    (["a/m.onnx", "b/n.onnx"], ["m.onnx", "n.onnx"]),
+    (["a/m.onnx", "b/m.onnx"], ["a/m.onnx", "b/m.onnx"]),
+    (["a/x/m.onnx", "b/x/m.onnx", "/a/x/n.onnx"], ["a/x/m.onnx", "b/x/m.onnx", "a/x/n.onnx"]),
+    (["m.onnx", "a/m.onnx"], ["m.onnx", "a/m.onnx"]),
+    (["m.onnx", "m.onnx", "./m.onnx"], ["m.onnx", "m.onnx (2)", "m.onnx (3)"]),
+])
+def test_labels_tell_models_apart(tmp_path, paths, labels):
+    bench = bench_record(*(model(path, str(index)) for index, path in enumerate(paths)))
+    (tmp_path / "bench.json").write_text(json.dumps(bench))
+    assert [of["label"] for of in compare([str(tmp_path / "bench.json")])["models"]] == labels
+
+
+def test_scores_without_classes_have_a_pooled_interval(tmp_path):
+    names = []
+    for name, noise in (("a", 0.0), ("b", 1.0)):
+        records = score_records(f"{name}.onnx", noise=noise)
+        for image in records[1:-1]:
+            image.pop("class", None)
+        figure = records[-1]["metrics"]["image_auroc"]
+        figure.update(mean=figure["pooled"], per_class={})
+        names.append(str(tmp_path / f"{name}.jsonl"))
+        Path(names[-1]).write_text(lines(records))
+    record = compare(names)
+    assert "intervals" not in row(record, "image_auroc")
+    assert row(record, "image_auroc.pooled")["intervals"][1]
+
+
+def test_what_one_model_lacks_is_null(files):
+    Path("one.json").write_text(json.dumps(bench_record(model("build/int8.onnx"))))
+    latency = row(compare(["fp32.jsonl", "int8.jsonl", "one.json"]), "latency_p50")
+    assert (latency["values"], latency["changes"]) == ([None, 10], [None, None])
+
+
+def test_records_of_the_real_commands_are_understood(make_detector, mvtec, tmp_path):
+    from uadtool.benchmark import bench
+    from uadtool.dataset import scoring_samples
+    from uadtool.runtimes import open_model
+    from uadtool.scoring import score
+
+    paths = [make_detector(tmp_path / f"{name}.onnx", divisor=divisor) for name, divisor in (("a", 1.0), ("b", 2.0))]
+    for path in paths:
+        records = score(open_model(str(path)), scoring_samples([str(mvtec)]))
+        path.with_suffix(".jsonl").write_text(lines(list(records)))
+    measured = bench([str(path) for path in paths], repetitions=1, duration=0.01, warmup=0)
+    (tmp_path / "bench.json").write_text(json.dumps(measured))
+    record = compare([str(path.with_suffix(".jsonl")) for path in paths] + [str(tmp_path / "bench.json")])
+    assert len(record["rows"]) == 18
+    assert all(None not in row["values"] for row in record["rows"])
+    assert row(record, "image_auroc")["changes"][1] == 0
+
+
+# Files that are not what they should be
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("", "holds no results"),
+    ("path,score\na.png,1\n", ":1: not JSON"),
+    ("\n[1, 2]", ":2: not a record .* not a JSON object"),
+    ('{"a": 1}', ":1: .* it lacks 'type'"),
+    ('{"schema": "uadtool.ranges/1"}', ":1: .* 'uadtool.ranges/1' is not expected"),
+    ('{"schema": "uadtool.bench/1",\n "models": [{"model"', ":2: not JSON, or cut short"),
+    ('{"schema": "uadtool.bench/1", "models": [{"model": {}}]}', ":1: .* it lacks 'latency_ms'"),
+    (lines(score_records("m.onnx")[:-1]), ":82: the summary line is missing: the run was interrupted"),
+    (lines(score_records("m.onnx")[:9]) + '{"type": "image", "pa', ":10: not JSON, or cut short"),
+    (lines(score_records("m.onnx")[1:]), ":1: .* 'image' is not expected here"),
+    (lines(score_records("m.onnx")[:5] * 2), ":6: .* 'uadtool.score/1' is not expected here"),
+    (lines([score_records("m.onnx")[0], {"type": "summary", "metrics": {"recall": float("nan")}}]), ":2: .* nan"),
+    (lines([score_records("m.onnx")[0], {"type": "summary", "metrics": []}]), ":2: not a record"),
+    (lines([score_records("m.onnx")[0], {"type": "summary", "images": 0}]), "no labels, and there is no bench file"),
+])
+def test_other_files_are_refused_naming_file_and_line(tmp_path, text, message):
+    path = tmp_path / "given.jsonl"
+    path.write_text(text)
+    with pytest.raises(UadtoolError, match=message) as caught:
+        compare([str(path)])
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_and_binary_files_are_refused(tmp_path):
+    (tmp_path / "model.onnx").write_bytes(b"\x08\x07\xff\xfe")
+    with pytest.raises(UadtoolError, match=r"model\.onnx is not a score or bench file: it is not text"):
+        compare([str(tmp_path / "model.onnx")])
+    with pytest.raises(UadtoolError, match=r"cannot read .*: No such file"):
+        compare([str(tmp_path / "missing")])
+
+
+def test_a_file_cut_anywhere_is_refused(tmp_path):
+    records = score_records("m.onnx")
+    text = lines([*records[:2], records[-1]])
+    path = tmp_path / "cut.jsonl"
+    for end in range(0, len(text) - 1, 3):
+        path.write_text(text[:end])
+        with pytest.raises(UadtoolError):
+            compare([str(path)])
+
+
+# Gates
+
+METRIC_NAMES = st.one_of(
+    st.sampled_from(["image_auroc", "image_auroc.pooled", "image_auroc.metal nut", "file_size", "latency_p50"]),
+    st.text(min_size=1).filter(lambda text: not set("<>=") & set(text)).map(str.strip).filter(bool),
+)
+NUMBERS = st.one_of(st.integers(0, 10_000).map(float), st.floats(0, 1e9).map(lambda value: float(f"{value:.12g}")))
+GATES = st.one_of(
+    st.builds(Gate, METRIC_NAMES, st.sampled_from([">=", "<=", ">", "<"]), NUMBERS, st.sampled_from([None, "ratio"])),
+    st.builds(lambda metric, number, sign: Gate(metric, ">=", sign * number, "difference"), METRIC_NAMES, NUMBERS,
+              st.sampled_from([-1, 1])),
+)
+
+
+@given(GATES, st.sampled_from(["", " ", "  "]))
+def test_gates_survive_being_written_and_read(gate, space):
+    assert Gate.parse(f"{space}{gate}{space}") == gate
+    assert Gate.parse(str(gate).replace(gate.operator, space + gate.operator + space)) == gate
+
+
+PIECES = st.sampled_from(["recall", " ", ">=", "<", "=", "+", "-", "1", ".5", "e3", "x"])
+
+
+@given(st.lists(PIECES, max_size=6).map("".join))
+def test_sign_and_x_alone_decide_what_a_gate_is_about(text):
+    try:
+        gate = Gate.parse(text)
+    except ValueError:
+        return
+    metric, number = (part.strip() for part in text.split(gate.operator))
+    assert gate.metric == metric
+    assert (gate.change == "ratio") == number.endswith("x")
+    assert (gate.change == "difference") == (number[0] in "+-")
+    assert gate.number == float(number.rstrip("x"))
+
+
+@pytest.mark.parametrize("text", [
+    "", "recall", "recall>=", ">=1", "recall=>1", "recall==1", "recall=1", "recall>=one", "recall>=-1x", "recall>=1 x",
+    "recall>=1X", "recall>=1>2", "recall>=nan", "recall>=inf", "recall>=1_0", "recall>=--1", "recall>=٣", "recall>=1%",
+])
+def test_what_is_not_a_gate(text):
+    with pytest.raises(ValueError, match="METRIC OP NUMBER"):
+        Gate.parse(text)
+
+
+def given_rows(*values: Optional[float]) -> Dict[str, Any]:
+    return {"models": [{"label": "abc"[index]} for index in range(len(values))],
+            "rows": [{"metric": "recall", "values": list(values)}]}
+
+
+@pytest.mark.parametrize(("gate", "values", "failing"), [
+    ("recall>=0.9", (0.9, 0.95), ""),
+    ("recall>0.9", (0.9, 0.95), "a"),
+    ("recall<=0.9", (0.8, 0.95, 0.91), "bc"),
+    ("recall<0.9", (0.9,), "a"),
+    ("recall>=-0.01", (0.99, 0.98, 0.97), "c"),  # 0.98 - 0.99 is less than -0.01 in binary
+    ("recall>=+0.01", (0.5, 0.51, 0.5), "c"),
+    ("recall>-0", (0.5, 0.5), "b"),
+    ("recall>=1.6x", (1, 1.6, 1.5), "c"),
+    ("recall<=0.1x", (3, 0.3), ""),
+])
+def test_gates_fail_for_the_models_that_do_not_meet_them(gate, values, failing):
+    failures = list(Gate.parse(gate).failures(given_rows(*values)))
+    assert [failure[0] for failure in failures] == list(failing)
+
+
+def test_failures_tell_model_metric_value_and_wanted():
+    record = given_rows(0.99, 0.95)
+    assert list(Gate.parse("recall>=0.98").failures(record)) == ["b: recall is 0.95, wanted >= 0.98"]
+    assert list(Gate.parse("recall>=-0.01").failures(record)) == ["b: recall is -0.04, wanted >= -0.01"]
+    assert list(Gate.parse("recall<=0.5x").failures(record)) == ["b: recall is 0.95959596x, wanted <= 0.5x"]
+
+
+@pytest.mark.parametrize(("gate", "values", "message"), [
+    ("aupro>=0.9", (0.9, 0.9), "hold no aupro; they hold recall"),
+    ("recall>=-0.1", (0.9,), "second one"),
+    ("recall>=0.9", (0.9, None), "cannot be decided for b"),
+    ("recall>=-0.1", (None, 0.9), "cannot be decided for b"),
+    ("recall>=1x", (0, 0.9), "cannot be decided for b"),
+])
+def test_gates_that_cannot_be_decided_are_errors(gate, values, message):
+    with pytest.raises(UadtoolError, match=message):
+        list(Gate.parse(gate).failures(given_rows(*values)))
+
+
+# What is printed
+
+
+def test_table_has_a_column_per_model_and_per_change(files):
+    text = table.as_table(compare(["fp32.jsonl", "int8.jsonl", "bench.json"]))
+    head, *rest = [line.split("  ") for line in text.splitlines()]
+    assert [cell.strip() for cell in head if cell] == ["metric", "fp32.onnx", "int8.onnx", "change"]
+    cells = {row[0]: [cell.strip() for cell in row[1:] if cell.strip()] for row in rest}
+    assert cells["latency p50, ms"] == ["10.00", "5.00", "0.50x"]
+    assert cells["file size, MB"] == ["12.0", "6.0", "0.50x"]
+    first, second, change = (float(cell) for cell in cells["image AUROC, pooled"])
+    assert change == pytest.approx(second - first, abs=2e-4)
+    low, high = cells["95% interval"][0].split("..")
+    assert float(low) < float(high) < 0
+
+
+def test_table_of_three_models_fits_into_100_columns(files):
+    Path("third.jsonl").write_text(lines(score_records("efficientnet-stfpm-int8-entropy.onnx", noise=2.0)))
+    text = table.as_table(compare(["fp32.jsonl", "int8.jsonl", "third.jsonl", "bench.json"]))
+    assert max(map(len, text.splitlines())) <= 100
+    assert "entropy.onnx" in text
+
+
+def test_markdown_is_one_table(files):
+    text = table.as_table(compare(["fp32.jsonl", "int8.jsonl"]), markdown=True)
+    head, rule, *rest = text.splitlines()
+    assert head.count("|") == rule.count("|") == 5
+    assert all(line.count("|") == 5 for line in rest)
+
+
+def test_csv_has_a_line_per_metric_and_model(files):
+    record = compare(["fp32.jsonl", "int8.jsonl", "bench.json"])
+    rows = list(csv.DictReader(io.StringIO(table.as_csv(record))))
+    assert len(rows) == 2 * len(record["rows"])
+    found = {(line["metric"], line["model"]): line for line in rows}
+    assert found["latency_p50", "int8.onnx"]["ratio"] == "0.5"
+    assert found["latency_p50", "int8.onnx"]["difference"] == ""
+    line = found["image_auroc", "int8.onnx"]
+    assert float(line["low"]) < float(line["difference"]) < float(line["high"])
+
+
+def test_command_prints_the_record_and_takes_stdin(files):
+    found = run("--format", "json", "-", "bench.json", given=Path("fp32.jsonl").read_text())
+    assert (found.returncode, found.stderr) == (0, "")
+    assert json.loads(found.stdout)["models"][0]["files"] == {"scores": "stdin", "bench": "bench.json"}
+    several = run("--format", "csv", "-", given=Path("bench.json").read_text() + Path("int8.jsonl").read_text())
+    assert several.stdout.splitlines()[1].startswith("image_auroc,,higher,fp32.onnx,")
+
+
+def test_command_prints_the_table_then_all_failed_gates_and_exits_with_4(files):
+    found = run("fp32.jsonl", "int8.jsonl", "bench.json", "--gate", "image_auroc>=-0.01", "--gate", "latency_p50<=7",
+                "--gate", "file_size<=0.5x")
+    assert found.returncode == 4
+    assert found.stdout.startswith("metric")
+    failures = [line for line in found.stderr.splitlines() if "gate failed" in line]
+    assert "int8.onnx: image_auroc is -0." in failures[0]
+    assert "fp32.onnx: latency_p50 is 10, wanted <= 7" in failures[1]
+    assert len(failures) == 2
+
+
+def test_command_exits_with_0_when_gates_are_met(files):
+    found = run("fp32.jsonl", "int8.jsonl", "bench.json", "--gate", "image_auroc>=-0.9", "--gate", "throughput >= 1.6x")
+    assert (found.returncode, found.stderr) == (0, "")
+
+
+def test_command_tells_bad_usage_from_bad_input(files):
+    assert run("fp32.jsonl", "--gate", "recall=>1").returncode == 2
+    assert run().returncode == 2
+    unknown = run("fp32.jsonl", "--gate", "latency_p50<=7")
+    assert (unknown.returncode, unknown.stdout) == (1, "")
+    assert unknown.stderr.count("\n") == 1
+
+
+def test_command_prints_names_that_are_not_utf8(files):
+    Path("odd.json").write_text(json.dumps(bench_record(model("caf\udce9.onnx"))))
+    for style in ("table", "csv", "markdown"):
+        found = run("odd.json", "--format", style)
+        assert (found.returncode, found.stderr) == (0, "")
+        assert "caf?.onnx" in found.stdout

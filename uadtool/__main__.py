@@ -1,0 +1,5 @@
+"""``python -m uadtool``."""
+
+from uadtool.cli import main
+
+main()

@@ -1,0 +1,133 @@
+"""How fast and how big exported detectors are on this machine."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Sequence, Tuple
+
+import numpy as np
+
+from uadtool import host
+from uadtool.errors import UadtoolError
+from uadtool.progress import Progress
+from uadtool.runtimes import Runtime, describe, open_model
+
+SCHEMA = "uadtool.bench/1"
+
+FIRST_SCORE = """
+import sys
+import numpy
+from uadtool.host import peak_memory
+from uadtool.runtimes import open_model
+runtime = open_model(sys.argv[1], int(sys.argv[2]))
+runtime.run(numpy.zeros((1, *runtime.metadata.image_size, 3), numpy.uint8))
+print(peak_memory(), flush=True)
+"""
+"""The program of a cold start; it answers with its peak memory once it has a score."""
+
+
+class _Measured:
+    """What a detector was seen to do. Times are in seconds, rates in images per second, one for each round."""
+
+    def __init__(self, runtime: Runtime, batch_sizes: Sequence[int]) -> None:
+        self.runtime = runtime
+        self.cold_starts: List[float] = []
+        self.peaks: List[int] = []
+        self.latencies: List[float] = []
+        self.rates: Dict[int, List[float]] = {size: [] for size in batch_sizes}
+
+
+def bench(paths: Sequence[str], repetitions: int = 5, duration: float = 3.0, warmup: int = 3,
+          batch_sizes: Sequence[int] = (1, 8), threads: Optional[int] = None) -> Dict[str, Any]:
+    """Measure the detectors in the files ``paths`` and return the record (schemas/bench.json).
+
+    In each of ``repetitions`` rounds every detector in turn is started in a fresh process, and then runs for
+    ``duration / repetitions`` seconds at each batch size, after ``warmup`` runs that do not count. Latency is that of
+    batch size 1, which is measured whether or not it is among ``batch_sizes``.
+
+    Raises:
+        UadtoolError: a file cannot be opened, or not in a fresh process.
+    """
+    sizes = sorted({1, *batch_sizes})
+    models = [_Measured(open_model(path, threads), batch_sizes) for path in paths]
+    record = {
+        "schema": SCHEMA,
+        **host.opening(),
+        "settings": {
+            "warmup": warmup,
+            "repetitions": repetitions,
+            "duration": duration,
+            "threads": models[0].runtime.threads,
+            "batch_sizes": list(batch_sizes),
+        },
+    }
+    random = np.random.default_rng(0)
+    with Progress("bench", repetitions * len(models) * (1 + len(sizes))) as progress:
+        for _ in range(repetitions):
+            for model in models:
+                seconds, peak = _cold_start(model.runtime)
+                model.cold_starts.append(seconds)
+                model.peaks.append(peak)
+                progress.update()
+                for size in sizes:
+                    images = random.integers(0, 256, (size, *model.runtime.metadata.image_size, 3), np.uint8)
+                    times = _run_times(model.runtime, images, duration / repetitions, warmup)
+                    if size == 1:
+                        model.latencies += times
+                    if size in model.rates:
+                        model.rates[size].append(size * len(times) / sum(times))
+                    progress.update()
+    return {**record, "models": [_figures(model) for model in models]}
+
+
+def _cold_start(runtime: Runtime) -> Tuple[float, int]:
+    """Seconds from starting Python to the first score, and the peak memory in bytes of that process."""
+    command = [sys.executable, "-c", FIRST_SCORE, runtime.path, str(runtime.threads)]
+    began = time.perf_counter()
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout
+        assert process.stderr
+        answer = process.stdout.readline()
+        seconds = time.perf_counter() - began
+        complaint = process.stderr.read().decode(errors="replace").split("\n")
+    if not answer:
+        raise UadtoolError(f"{runtime.path} cannot be run in a fresh process: {' '.join(complaint[-2:])}")
+    return seconds, int(answer)
+
+
+def _run_times(runtime: Runtime, images: np.ndarray, seconds: float, warmup: int) -> List[float]:
+    """How long each run took, one after the other for ``seconds``; at least one."""
+    for _ in range(warmup):
+        runtime.run(images)
+    times: List[float] = []
+    end = time.perf_counter() + seconds
+    while not times or time.perf_counter() < end:
+        began = time.perf_counter()
+        runtime.run(images)
+        times.append(time.perf_counter() - began)
+    return times
+
+
+def _figures(model: _Measured) -> Dict[str, Any]:
+    milliseconds = 1000 * np.array(model.latencies)
+    p50, p90, p95, p99 = np.percentile(milliseconds, [50, 90, 95, 99])
+    latency = {"p50": p50, "p90": p90, "p95": p95, "p99": p99, "mean": milliseconds.mean(), "std": milliseconds.std(),
+               "min": milliseconds.min()}
+    return {
+        **describe(model.runtime),
+        "file_bytes": Path(model.runtime.path).stat().st_size,
+        "parameters": model.runtime.metadata.parameters,
+        "macs": model.runtime.metadata.macs,
+        "cold_start_ms": _spread([1000 * seconds for seconds in model.cold_starts]),
+        "peak_rss_bytes": int(np.median(model.peaks)),
+        "latency_ms": {**{name: round(float(value), 4) for name, value in latency.items()}, "n": len(milliseconds)},
+        "throughput": [
+            {"batch_size": size, "images_per_second": _spread(rates)} for size, rates in model.rates.items()
+        ],
+    }
+
+
+def _spread(values: Sequence[float]) -> Dict[str, Any]:
+    median = float(np.median(values))
+    return {"median": round(median, 3), "min": round(min(values), 3), "max": round(max(values), 3), "n": len(values)}

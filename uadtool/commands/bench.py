@@ -1,0 +1,46 @@
+from typing import List, Optional, Tuple
+
+import click
+
+from uadtool import options
+
+
+def _sizes(ctx: click.Context, param: click.Parameter, value: str) -> List[int]:
+    try:
+        sizes = sorted({int(size) for size in value.split(",")})
+    except ValueError:
+        sizes = [0]
+    if sizes[0] < 1:
+        raise click.BadParameter("give whole numbers from 1, with commas between them")
+    return sizes
+
+
+@click.command()
+@click.argument("models", metavar="MODEL...", nargs=-1, required=True)
+@click.option("--repetitions", type=click.IntRange(1), default=5, show_default=True,
+              help="Rounds; in each one, every model has its turn.")
+@click.option("--duration", type=click.FloatRange(0, min_open=True), default=3.0, show_default=True,
+              help="Seconds, in all, that each model is timed at each batch size.")
+@click.option("--warmup", type=click.IntRange(0), default=3, show_default=True,
+              help="Runs before each turn, not timed.")
+@click.option("--batch-sizes", metavar="N,N", default="1,8", show_default=True, callback=_sizes,
+              help="Measure throughput at these; latency is always that of one image.")
+@options.threads
+@options.verbosity
+def bench(models: Tuple[str, ...], repetitions: int, duration: float, warmup: int, batch_sizes: List[int],
+          threads: Optional[int]) -> None:
+    """Time exported MODELs: latency, throughput, cold start, peak memory, as one JSON object.
+
+    Models take turns, round by round, so that a machine that slows down slows all of them. Every figure carries its
+    spread. Cold start is from starting Python to the first score. Images are random: only inference is timed, no
+    decoding.
+
+    \b
+    Examples:
+      uadtool bench fp32.onnx int8.onnx > bench.json
+      uadtool bench model.onnx --threads 1 --batch-sizes 1 | jq .models[0].latency_ms.p50
+    """
+    from uadtool.artifacts import write_json
+    from uadtool.benchmark import bench as measure
+
+    write_json(measure(models, repetitions, duration, warmup, batch_sizes, threads))

@@ -1,0 +1,80 @@
+from pathlib import Path
+from typing import Optional, Tuple
+
+import click
+
+from uadtool import options
+from uadtool.errors import require_lab
+
+
+def _size(ctx: click.Context, param: click.Parameter, value: str) -> Tuple[int, int]:
+    """``256`` or ``HEIGHTxWIDTH``."""
+    try:
+        numbers = [int(part) for part in value.lower().split("x")]
+    except ValueError:
+        numbers = []
+    if len(numbers) not in (1, 2) or not all(32 <= n <= 4096 and n % 16 == 0 for n in numbers):
+        raise click.BadParameter(f"{value!r} is not a size such as 256 or 256x320 (multiples of 16, 32 to 4096)")
+    return numbers[0], numbers[-1]
+
+
+@click.command()
+@click.argument("data", metavar="DATA")
+@options.output("The model to write (.safetensors).")
+@click.option("--method", type=click.Choice(["stfpm"]), default="stfpm", show_default=True, help="Detection method.")
+@click.option("--teacher", default="tf_efficientnet_lite0", show_default=True, metavar="NAME",
+              help="A CNN of timm, by name; the student is its untrained copy.")
+@click.option("--teacher-weights", metavar="FILE", type=click.Path(exists=True, dir_okay=False),
+              help="ImageNet weights of the teacher (.pth, .safetensors)  [default: from an installed package or timm]")
+@click.option("--image-size", default="256", show_default=True, metavar="SIZE", callback=_size,
+              help="Pixels that images are resized to: SIZE or HEIGHTxWIDTH.")
+@click.option("--classes", metavar="A,B,...", help="Train on these classes only.")
+@click.option("--fusion", type=click.Choice(["sum", "product"]), default="sum", show_default=True,
+              help="How the maps of the three stages become one.")
+@click.option("--epochs", type=click.IntRange(1), help="Passes over the images  [default: 40]")
+@click.option("--steps", type=click.IntRange(1), help="Instead of epochs: batches of 16 images.")
+@click.option("--held-out", type=click.FloatRange(0.01, 0.9), default=0.2, show_default=True, metavar="SHARE",
+              help="Share of the good images that chooses the checkpoint and sets the threshold.")
+@click.option("--false-positive-rate", type=click.FloatRange(0, 0.5), default=0.01, show_default=True, metavar="SHARE",
+              help="Share of held-out good images above the threshold.")
+@options.device
+@options.seed
+@click.option("--resume", is_flag=True, help="Go on from OUTPUT.checkpoint, if an interrupted run left one.")
+@options.verbosity
+def train(data: str, output: str, method: str, teacher: str, teacher_weights: Optional[str],
+          image_size: Tuple[int, int], classes: Optional[str], fusion: str, epochs: Optional[int],
+          steps: Optional[int], held_out: float, false_positive_rate: float, device: str, seed: int,
+          resume: bool) -> None:
+    """Train one detector for all classes of DATA, from good images alone.
+
+    DATA is a folder in MVTec layout (CLASS/train/good), one such class folder, or a manifest (CSV, JSONL). Ctrl-C
+    leaves OUTPUT.checkpoint, from which --resume goes on to the same result.
+
+    \b
+    Examples:
+      uadtool train mvtec/ -o unified.safetensors
+      uadtool train mvtec/ -o unified.safetensors --resume
+      uadtool train parts.csv -o r18.safetensors --teacher resnet18 --teacher-weights resnet18.pth
+    """
+    if epochs and steps:
+        raise click.UsageError("--epochs and --steps exclude each other.")
+    require_lab()
+    from uadtool.artifacts import check_writable, file_digest, write_json
+    from uadtool.dataset import training_samples
+    from uadtool.models import save_model
+    from uadtool.training import TrainingOptions
+    from uadtool.training import train as run
+
+    check_writable(output)
+    samples = training_samples(data, classes.split(",") if classes else None)
+    length = {"length": steps, "unit": "steps"} if steps else {"length": epochs} if epochs else {}
+    result = run(samples, TrainingOptions(
+        method=method, teacher=teacher, teacher_weights=teacher_weights, image_size=image_size, fusion=fusion,
+        held_out=held_out, false_positive_rate=false_positive_rate, device=device, seed=seed, **length,
+    ), Path(f"{output}.checkpoint"), resume)
+    save_model(result.detector, result.metadata, output)
+    write_json({
+        "schema": "uadtool.train/1", "output": output, "digest": file_digest(output), **result.report,
+        "threshold": result.metadata.threshold, "false_positive_rate": false_positive_rate,
+        "parameters": result.metadata.parameters, "macs": result.metadata.macs,
+    })

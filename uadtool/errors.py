@@ -1,0 +1,47 @@
+"""What can go wrong, and the exit code each kind ends with. Messages are one line: what was wrong, what to do."""
+
+import importlib
+import importlib.util
+from types import ModuleType
+
+
+class UadtoolError(Exception):
+    """Bad input or a failed run."""
+
+    exit_code = 1
+
+
+class MissingPackage(UadtoolError):
+    """An optional runtime or package is not installed."""
+
+    exit_code = 3
+
+
+class GateFailed(UadtoolError):
+    """A gate that the user set (``--fail-above``, ``--gate``) was not met."""
+
+    exit_code = 4
+
+
+def require(module: str, extra: str) -> ModuleType:
+    """Import an optional ``module``; ``extra`` is the extra of uadtool that installs it.
+
+    Raises:
+        MissingPackage: naming the module and the install line.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        missing = error.name or module
+        raise MissingPackage(f"{missing} is not installed; pip install 'uadtool[{extra}]'") from error
+
+
+def require_lab() -> None:
+    """Require what train, calibrate, quantize and export need beyond the edge half.
+
+    Raises:
+        MissingPackage: as ``require``.
+    """
+    for module in ("torch", "timm", "safetensors", "onnx"):
+        if importlib.util.find_spec(module) is None:
+            raise MissingPackage(f"{module} is not installed; pip install 'uadtool[lab]' (Python 3.10 or newer)")

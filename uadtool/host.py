@@ -1,0 +1,64 @@
+"""What ran, when and where: the opening of every record of a run."""
+
+import os
+import platform
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, Dict
+
+from uadtool import __version__
+
+CPUINFO_KEYS = ("model name", "Model", "Hardware", "cpu model")
+"""Keys of /proc/cpuinfo that name the processor on x86, on most ARM boards, on older ones, and on MIPS."""
+
+
+def available_cores() -> int:
+    """How many cores this process may use."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # macOS, Windows
+        return os.cpu_count() or 1
+
+
+def opening() -> Dict[str, Any]:
+    """The ``tool``, ``started`` (now, UTC) and ``host`` of a record."""
+    return {
+        "tool": f"uadtool {__version__}",
+        "started": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "host": describe_host(),
+    }
+
+
+def describe_host() -> Dict[str, Any]:
+    """The ``host`` object of a record: system, machine, cpu, cores (available ones) and python."""
+    return {
+        "system": f"{platform.system()} {platform.release()}",
+        "machine": platform.machine(),
+        "cpu": _cpu(),
+        "cores": available_cores(),
+        "python": platform.python_version(),
+    }
+
+
+def peak_memory() -> int:
+    """The most memory, in bytes, that this process has held (resident)."""
+    try:
+        # On Linux getrusage counts what the parent held before exec, too.
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
+        return 1024 * int(status.partition("VmHWM:")[2].split()[0])
+    except OSError:
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    names = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    for key in CPUINFO_KEYS:
+        if names.get(key):
+            return names[key]
+    return platform.processor() or platform.machine() or "unknown"

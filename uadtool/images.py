@@ -1,0 +1,227 @@
+"""From an image file to the pixels that a model sees: the one way to decode and resize, for every command."""
+
+import io
+import queue
+import stat
+import threading
+import warnings
+from concurrent.futures import Future
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Callable, Iterable, Iterator, Optional, Tuple, TypeVar, Union
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+
+from uadtool.errors import UadtoolError
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+BITS_PER_SAMPLE, PHOTOMETRIC, ORIENTATION = 258, 262, 274
+"""TIFF tags; EXIF shares the last one."""
+
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What turns an image of this EXIF orientation upright; from 5 on, height and width change places."""
+
+# Pillow warns of oddities that it copes with. The filter is for all threads: catch_warnings is not safe in several.
+warnings.filterwarnings("ignore", module=r"PIL\.")
+
+
+class ImageError(UadtoolError):
+    """An image file that cannot be read."""
+
+
+def read_image(path: str, size: Tuple[int, int]) -> NDArray[np.uint8]:
+    """Decode an image as a person sees it and resize it to ``size`` (height, width), whatever its shape was.
+
+    The EXIF orientation is applied, transparency lies on white, 16-bit and float grey keep their whole range, CMYK
+    follows its colour profile, and an animation is its first frame. Resizing is bilinear with antialiasing.
+
+    Returns:
+        RGB, uint8 [H, W, 3], values 0 to 255.
+
+    Raises:
+        ImageError: the file is missing, broken, no image, not a regular file, or too large (Pillow's limit).
+    """
+    height, width = size
+    with _opened(path) as image:
+        # A JPEG decoder can shrink by 2, 4 or 8 for less than it costs to decode; twice the size wanted is kept.
+        side = 2 * max(size)
+        draft = image.draft(image.mode, (side, side))
+        pixels = _to_rgb(image)
+        orientation = _orientation(image)
+        stored = (height, width) if orientation >= 5 else (width, height)
+        if pixels.size != stored:
+            pixels = pixels.resize(stored, Image.Resampling.BILINEAR, box=draft[1] if draft else None)
+        return np.array(_turned(pixels, orientation))
+
+
+def read_mask(path: str, size: Tuple[int, int]) -> NDArray[np.bool_]:
+    """Decode a ground-truth mask and resize it to ``size`` (height, width) by nearest neighbour.
+
+    A pixel belongs to a defect when it is neither black nor transparent; in a JPEG, whose black is not exact, when it
+    is lighter than half.
+
+    Returns:
+        bool [H, W].
+
+    Raises:
+        ImageError: as ``read_image``.
+    """
+    with _opened(path) as image:
+        if image.mode.startswith(("I", "F")):
+            marked = np.asarray(image) != 0
+        else:
+            channels = np.asarray(image.convert("RGBA"))
+            marked = (channels[..., :3].max(-1) > (127 if image.format == "JPEG" else 0)) & (channels[..., 3] > 0)
+        mask = _turned(Image.fromarray(marked), _orientation(image))
+        return np.array(mask.resize(size[::-1], Image.Resampling.NEAREST))
+
+
+def image_size(path: str) -> Tuple[int, int]:
+    """(height, width) of an image as a person sees it, from its header alone where the format allows.
+
+    Raises:
+        ImageError: as ``read_image``; damage behind the header is not noticed.
+    """
+    with _opened(path) as image:
+        if ORIENTATION in getattr(image, "tag_v2", ()):
+            image.load()  # when Pillow turns a TIFF's size depends on its version; after loading it is turned
+        width, height = image.size
+        return (width, height) if _orientation(image) >= 5 else (height, width)
+
+
+def read_ahead(
+    function: Callable[[T], R], items: Iterable[T], threads: int, ahead: int
+) -> Iterator[Tuple[T, Union[R, UadtoolError]]]:
+    """Yield each item, in order, with ``function(item)``, computed in ``threads`` threads before it is asked for.
+
+    At most ``ahead`` items (at least 1) are taken from ``items`` beyond those yielded. A result is yielded as soon as
+    it and those before it are known, even while ``items`` blocks, and closing the generator does not wait for
+    ``items`` either. ``items`` is iterated in these threads, by one at a time.
+
+    A UadtoolError that ``function`` raises is yielded in place of a result; other exceptions of ``function``, and all
+    those of ``items``, are raised.
+    """
+    source = iter(items)
+    taking = threading.Lock()
+    room = threading.Semaphore(ahead)
+    line: "queue.SimpleQueue[Optional[Tuple[T, Future[Union[R, UadtoolError]]]]]" = queue.SimpleQueue()
+    over = threading.Event()
+    failure = []
+
+    def work() -> None:
+        while True:
+            with taking:
+                room.acquire()
+                if over.is_set():
+                    return
+                try:
+                    item = next(source)
+                except BaseException as error:
+                    if not isinstance(error, StopIteration):
+                        failure.append(error)
+                    over.set()
+                    line.put(None)
+                    return
+                future: "Future[Union[R, UadtoolError]]" = Future()
+                line.put((item, future))
+            try:
+                future.set_result(function(item))
+            except UadtoolError as error:
+                future.set_result(error)
+            except BaseException as error:
+                future.set_exception(error)
+
+    # Not a ThreadPoolExecutor: the interpreter would wait at exit for a thread that waits for items.
+    for _ in range(threads):
+        threading.Thread(target=work, daemon=True).start()
+    try:
+        for item, future in iter(line.get, None):
+            result = future.result()
+            room.release()
+            yield item, result
+        for error in failure:
+            raise error
+    finally:
+        over.set()
+        for _ in range(threads):
+            room.release()
+
+
+@contextmanager
+def _opened(path: str) -> Iterator[Image.Image]:
+    """Open an image file. Whatever goes wrong in the block is an ImageError: broken files break decoders in any way."""
+    try:
+        if not stat.S_ISREG(Path(path).stat().st_mode):  # opening a FIFO would block
+            raise ValueError("not a regular file")
+        with Path(path).open("rb") as file, Image.open(file) as image:
+            yield image
+    except Exception as error:
+        raise ImageError(f"cannot read {path}: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, UnidentifiedImageError):
+        return "not an image, or of a kind that Pillow does not know"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    text = " ".join(str(error).split()) or type(error).__name__
+    return f"decoder error {text}" if text.lstrip("-").isdigit() else text
+
+
+def _orientation(image: Image.Image) -> int:
+    """The EXIF orientation that is left to apply, 1 to 8."""
+    if image.format == "TIFF":
+        return 1  # Pillow applies it while loading
+    try:
+        # Not PngImageFile's own: it decodes all pixels in search of EXIF data behind them.
+        orientation = Image.Image.getexif(image).get(ORIENTATION)
+    except Exception:  # broken EXIF data in a good image
+        return 1
+    return orientation if orientation in UPRIGHT else 1
+
+
+def _turned(image: Image.Image, orientation: int) -> Image.Image:
+    return image.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else image
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith(("I", "F")):
+        return Image.fromarray(_grey(image)).convert("RGB")
+    if image.mode == "CMYK" and image.info.get("icc_profile"):
+        from PIL import ImageCms
+
+        profile, srgb = io.BytesIO(image.info["icc_profile"]), ImageCms.createProfile("sRGB")
+        try:
+            converted = ImageCms.profileToProfile(image, profile, srgb, outputMode="RGB")
+            assert converted is not None
+            return converted
+        except ImageCms.PyCMSError:
+            pass  # a broken profile, or not one of CMYK
+    if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
+        rgba = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+    return image.convert("RGB")
+
+
+def _grey(image: Image.Image) -> NDArray[np.uint8]:
+    """8-bit grey [H, W] from 12 or 16 bits or from float; Pillow's own conversion clips at 255."""
+    values = np.asarray(image)
+    low, high = values.min(), values.max()
+    tags = getattr(image, "tag_v2", {})
+    top = 1 if image.mode == "F" else 4095 if tags.get(BITS_PER_SAMPLE) == (12,) else 65535
+    if not (low >= 0 and high <= top):  # not a number fails too
+        raise ValueError(f"its values go from {low} to {high}, not within 0 to {top}; save it with 8 or 16 bits")
+    scaled = np.rint(values * np.float32(255 / top)).astype(np.uint8)
+    return 255 - scaled if tags.get(PHOTOMETRIC) == 0 else scaled

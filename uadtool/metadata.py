@@ -1,0 +1,76 @@
+"""What a model knows about itself; it travels inside every model file as one JSON string."""
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from typing import Any, Dict, List, Optional, Tuple
+
+from uadtool.errors import UadtoolError
+
+KEY = "uadtool"
+"""Under this key the JSON lies in a safetensors header and in an ONNX file's ``metadata_props``."""
+
+SCHEMA = "uadtool.model/1"
+
+
+@dataclass(frozen=True)
+class ScoreStatistics:
+    """Mean and standard deviation of a class's raw image scores on held-out good images."""
+
+    mean: float
+    std: float
+
+
+@dataclass(frozen=True)
+class Metadata:
+    """Everything about a detector that is not a weight.
+
+    ``image_size`` and ``map_size`` are (height, width) in pixels. ``threshold`` is in units of the normalised score
+    (standard deviations above the mean of good images); held-out good images exceed it at ``false_positive_rate``.
+    ``statistics`` turn it back: raw score = score * std + mean of the nearest class. ``provenance`` lists the steps
+    that made the file, oldest first, each with the digests of what went in. ``parameters`` counts weights and biases
+    of both networks and ``macs`` the multiply-accumulates for one image.
+    """
+
+    method: str
+    teacher: str
+    classes: List[str]
+    image_size: Tuple[int, int]
+    map_size: Tuple[int, int]
+    threshold: float
+    false_positive_rate: float
+    statistics: Dict[str, ScoreStatistics]
+    parameters: int
+    macs: int
+    options: Dict[str, Any] = field(default_factory=dict)
+    precision: str = "fp32"
+    target: Optional[str] = None
+    provenance: List[Dict[str, Any]] = field(default_factory=list)
+    tool_version: str = ""
+
+    def to_json(self) -> str:
+        return json.dumps({"schema": SCHEMA, **dataclasses.asdict(self)}, allow_nan=False)
+
+    @classmethod
+    def from_json(cls, text: Optional[str], source: str) -> "Metadata":
+        """Parse what ``to_json`` wrote.
+
+        Raises:
+            UadtoolError: ``source`` (the file's name, for the message) has no metadata, or not ours.
+        """
+        if text is None:
+            raise UadtoolError(f"{source} was not made by uadtool: it has no '{KEY}' metadata")
+        try:
+            fields = json.loads(text)
+            if fields.pop("schema") != SCHEMA:
+                raise ValueError(f"its schema is not {SCHEMA}")
+            fields["image_size"] = tuple(fields["image_size"])
+            fields["map_size"] = tuple(fields["map_size"])
+            fields["statistics"] = {name: ScoreStatistics(**s) for name, s in fields["statistics"].items()}
+            return cls(**fields)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise UadtoolError(f"{source} has metadata that this version cannot read: {error}") from error
+
+    def replace(self, **changes: Any) -> "Metadata":
+        """A copy with some fields changed."""
+        return dataclasses.replace(self, **changes)

@@ -1,0 +1,58 @@
+"""Model files of the lab half: a float or quantized detector as safetensors, its metadata in the header."""
+
+from pathlib import Path
+from typing import Union
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from uadtool.artifacts import atomic_write
+from uadtool.detectors import Detector, build_detector
+from uadtool.errors import UadtoolError
+from uadtool.metadata import KEY, Metadata
+from uadtool.quantization import empty_quantized
+
+
+def save_model(model: nn.Module, metadata: Metadata, path: Union[str, Path]) -> None:
+    """Write a deployed detector, or its quantized graph, with its metadata; whole or not at all."""
+    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    with atomic_write(path) as temporary:
+        save_file(tensors, temporary, metadata={KEY: metadata.to_json()})
+
+
+def load_model(path: Union[str, Path]) -> tuple[nn.Module, Metadata]:
+    """Read what ``save_model`` wrote: a ``Detector`` when its precision is fp32, else a quantized graph.
+
+    Raises:
+        UadtoolError: the file cannot be read, is not a model of uadtool, or its tensors do not fit its metadata.
+    """
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            header = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - safe_open is no dict
+    except OSError as error:
+        raise UadtoolError(f"cannot read {path}: {error.strerror or error}") from error
+    except SafetensorError as error:
+        raise UadtoolError(f"{path} is not a safetensors file: {error}") from error
+    metadata = Metadata.from_json(header.get(KEY), str(path))
+    detector = build_detector(metadata)
+    model = detector if metadata.precision == "fp32" else empty_quantized(detector)
+    try:
+        model.load_state_dict(tensors)
+    except RuntimeError as error:
+        first = str(error).splitlines()[-1].strip()
+        raise UadtoolError(f"the tensors of {path} do not fit its metadata: {first}") from error
+    return model.eval(), metadata
+
+
+def load_float_model(path: Union[str, Path]) -> tuple[Detector, Metadata]:
+    """``load_model`` for steps that start from float weights.
+
+    Raises:
+        UadtoolError: as ``load_model``, or the model is quantized already.
+    """
+    model, metadata = load_model(path)
+    if not isinstance(model, Detector):
+        raise UadtoolError(f"{path} is quantized already; give the float model that it was made from")
+    return model, metadata

@@ -1,0 +1,55 @@
+"""Does the exported graph give the scores that torch gives? Export fails when it does not."""
+
+from itertools import islice
+from typing import Any, Optional
+
+import numpy as np
+import onnxruntime
+import torch
+from numpy.typing import NDArray
+from onnx import ModelProto
+from PIL import Image
+from torch import nn
+
+from uadtool.dataset import balanced, scoring_samples
+from uadtool.errors import UadtoolError
+from uadtool.images import read_image
+
+IMAGES = 16
+TOLERANCE = {"fp32": 0.01, "int8": 0.25}
+"""How far a score may be off, in standard deviations of good images' scores. In int8 a sum that lies between two codes
+is rounded up by one kernel and down by another, and the next layers carry that on."""
+
+
+def parity_images(path: Optional[str], image_size: tuple[int, int]) -> NDArray[np.uint8]:
+    """Up to 16 images of a folder or data set, its classes in turn; without one, synthetic ones: [N, H, W, 3]."""
+    if path is None:
+        coarse = np.random.default_rng(0).integers(0, 256, (IMAGES, 8, 8, 3), dtype=np.uint8)
+        return np.stack([np.asarray(Image.fromarray(one).resize(image_size[::-1], Image.Resampling.BICUBIC))
+                         for one in coarse])
+    samples = balanced(list(islice(scoring_samples([path]), 10_000)), IMAGES, seed=0)
+    return np.stack([read_image(sample.path, image_size) for sample in samples])
+
+
+def check_parity(model: nn.Module, proto: ModelProto, images: NDArray[np.uint8], precision: str) -> dict[str, Any]:
+    """Run the torch model and the exported graph in ONNX Runtime on the same images; returns how far they are apart.
+
+    Raises:
+        UadtoolError: a score is off by more than the tolerance of the precision, or a nearest class differs.
+    """
+    with torch.inference_mode():
+        expected = [t.numpy() for t in model(torch.from_numpy(images))]
+    settings = onnxruntime.SessionOptions()
+    settings.log_severity_level = 3
+    session = onnxruntime.InferenceSession(proto.SerializeToString(), settings, providers=["CPUExecutionProvider"])
+    score, anomaly_map, nearest = session.run(["score", "anomaly_map", "nearest_class"], {"image": images})
+    difference = float(np.abs(score - expected[0]).max())
+    tolerance = TOLERANCE[precision]
+    if not difference <= tolerance:
+        raise UadtoolError(f"the exported graph is not the model: a score in ONNX Runtime {onnxruntime.__version__} is "
+                           f"off by {difference:.3g}, more than {tolerance}; nothing was written")
+    if (nearest != expected[2]).any():
+        raise UadtoolError(f"the exported graph is not the model: ONNX Runtime {onnxruntime.__version__} finds another "
+                           "nearest class; nothing was written")
+    return {"images": len(images), "score_difference": difference, "tolerance": tolerance,
+            "map_difference": float(np.abs(anomaly_map - expected[1]).max())}

@@ -1,0 +1,45 @@
+"""Options that several commands share: one definition each, one spelling everywhere.
+
+``--device``      where torch computes: cpu, cuda, or auto (cuda when there is one)
+``--seed``        all randomness of the command comes from it
+``--threads``     how many cores to use
+``--output/-o``   the file to write; it appears whole or not at all
+``-q`` / ``-v``   warnings only / debug messages and tracebacks, on stderr
+"""
+
+import logging
+from typing import Any, Callable, TypeVar
+
+import click
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _set_level(level: int) -> Callable[[click.Context, click.Parameter, bool], None]:
+    def callback(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+        if value:
+            logging.getLogger("uadtool").setLevel(level)
+
+    return callback
+
+
+def verbosity(command: F) -> F:
+    """``-q/--quiet`` and ``-v/--verbose``."""
+    quiet = click.option("-q", "--quiet", is_flag=True, expose_value=False, callback=_set_level(logging.WARNING),
+                         help="No progress, only warnings and errors.")
+    verbose = click.option("-v", "--verbose", is_flag=True, expose_value=False, callback=_set_level(logging.DEBUG),
+                           help="Debug messages, and a traceback when something fails.")
+    return quiet(verbose(command))
+
+
+def output(help: str) -> Callable[[F], F]:
+    """``-o/--output FILE``, required."""
+    return click.option("-o", "--output", required=True, metavar="FILE", type=click.Path(dir_okay=False), help=help)
+
+
+device = click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True,
+                      help="Where torch computes.")
+seed = click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True,
+                    help="Source of all randomness.")
+threads = click.option("--threads", type=click.IntRange(1), default=None,
+                       help="Cores to use [default: all].")

@@ -1,0 +1,91 @@
+"""Progress on stderr: a bar on a terminal, a log line now and then elsewhere."""
+
+import logging
+import os
+import sys
+import time
+from types import TracebackType
+from typing import Optional, Type
+
+log = logging.getLogger("uadtool")
+
+BAR_WIDTH = 24
+FIRST_BAR, NEXT_BAR, LINE = 0.5, 0.1, 20.0
+"""Seconds until the bar is drawn, between two drawings, and between two log lines. What ends sooner shows nothing."""
+
+
+class Progress:
+    """Counts ``what`` is being done, as a context manager.
+
+    With ``total`` it tells the share and the time left. ``start`` of the total were done earlier (a resumed run); they
+    count for the share and not for the rate. Silent when the ``uadtool`` logger does not take INFO messages.
+    """
+
+    def __init__(self, what: str, total: Optional[int] = None, start: int = 0) -> None:
+        self.what = what
+        self.total = total
+        self.start = self.count = start
+        self.note = ""
+        self._bar = log.isEnabledFor(logging.INFO) and sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+        self._shown = False
+
+    def __enter__(self) -> "Progress":
+        self._began = time.monotonic()
+        self._next = self._began + (FIRST_BAR if self._bar else LINE)
+        if self._bar:
+            log.addFilter(self._make_room)
+        return self
+
+    def update(self, count: int = 1, note: str = "") -> None:
+        """Add ``count`` to what is done; ``note`` stands at the end of the bar until the next one comes."""
+        self.count += count
+        self.note = note or self.note
+        now = time.monotonic()
+        if now >= self._next:
+            self._next = now + (NEXT_BAR if self._bar else LINE)
+            self._show()
+
+    def __exit__(self, kind: Optional[Type[BaseException]], error: Optional[BaseException],
+                 trace: Optional[TracebackType]) -> None:
+        log.removeFilter(self._make_room)
+        if self._shown:
+            self._show()
+            if self._bar:
+                print(file=sys.stderr)
+
+    def _show(self) -> None:
+        self._shown = True
+        if self._bar:
+            columns = os.get_terminal_size(sys.stderr.fileno()).columns or 80
+            print(f"\r{self._text()[:columns - 1]}\x1b[K", end="", file=sys.stderr, flush=True)
+        else:
+            log.info("%s", self._text())
+
+    def _make_room(self, record: logging.LogRecord) -> bool:
+        """A log message goes where the bar was; the bar comes back below it."""
+        if self._shown:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+        return True
+
+    def _text(self) -> str:
+        seconds = time.monotonic() - self._began
+        rate = (self.count - self.start) / seconds if seconds else 0.0
+        if self.total is None:
+            parts = [f"{self.what}: {self.count}"]
+        else:
+            share = min(1.0, self.count / self.total) if self.total else 1.0
+            filled = round(BAR_WIDTH * share)
+            picture = f" [{'#' * filled}{'.' * (BAR_WIDTH - filled)}]" if self._bar else ""
+            parts = [f"{self.what}:{picture} {self.count} of {self.total} ({100 * share:.0f} %)"]
+        parts.append(f"{rate:.3g} per second")
+        if self.total is not None and self.count < self.total and rate:
+            parts.append(f"{_clock((self.total - self.count) / rate)} left")
+        else:
+            parts.append(_clock(seconds))
+        return ", ".join([*parts, self.note] if self.note else parts)
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

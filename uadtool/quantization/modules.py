@@ -1,0 +1,79 @@
+"""Quantized layers. In torch they compute with dequantized values; an exported graph holds the integers."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.onnx import is_in_onnx_export
+from torch.onnx.ops import symbolic
+
+WEIGHT_LIMIT = 127
+"""Weights use the codes -127..127: symmetric, as integer kernels want them."""
+
+
+class ActivationQuantizer(nn.Module):
+    """Rounds activations to 8 bits: u8, one scale and zero point per tensor.
+
+    ONNX Runtime absorbs a ReLU into the quantizer after it only when the zero point is the lowest code, and a range
+    from 0 gives just that.
+    """
+
+    scale: Tensor
+    zero_point: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("scale", torch.ones(()))
+        self.register_buffer("zero_point", torch.zeros((), dtype=torch.uint8))
+
+    @classmethod
+    def from_range(cls, minimum: float, maximum: float) -> "ActivationQuantizer":
+        """The quantizer whose 256 codes span [minimum, maximum], widened to hold 0 (padding must be exact)."""
+        quantizer = cls()
+        minimum, maximum = min(minimum, 0.0), max(maximum, 0.0)
+        scale = max((maximum - minimum) / 255, 1e-8)  # a tensor that is always 0 has no range
+        quantizer.scale.fill_(scale)
+        quantizer.zero_point.fill_(round(-minimum / scale))
+        return quantizer
+
+    def forward(self, values: Tensor) -> Tensor:
+        if is_in_onnx_export():
+            codes = symbolic("QuantizeLinear", (values, self.scale, self.zero_point), dtype=torch.uint8,
+                             shape=values.shape, version=1)
+            return symbolic("DequantizeLinear", (codes, self.scale, self.zero_point), dtype=torch.float32,
+                            shape=values.shape, version=1)
+        return torch.fake_quantize_per_tensor_affine(values, self.scale, self.zero_point.int(), 0, 255)
+
+
+class QuantizedConv2d(nn.Module):
+    """A convolution with s8 weights, one scale per output channel, and a float bias."""
+
+    weight: Tensor
+    weight_scale: Tensor
+    bias: Tensor
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        """Quantize the weights of a convolution (max-abs range per channel, Krishnamoorthi 2018, section 3.1)."""
+        super().__init__()
+        self.stride, self.dilation, self.groups = conv.stride, conv.dilation, conv.groups
+        vertical, horizontal = conv.padding if isinstance(conv.padding, tuple) else (0, 0)
+        self.pads = getattr(conv, "pads", (horizontal, horizontal, vertical, vertical))
+        weight = conv.weight.detach()
+        scale = weight.abs().amax(dim=(1, 2, 3)).clamp(min=1e-8) / WEIGHT_LIMIT
+        codes = torch.round(weight / scale.view(-1, 1, 1, 1)).clamp(-WEIGHT_LIMIT, WEIGHT_LIMIT)
+        self.register_buffer("weight", codes.to(torch.int8))
+        self.register_buffer("weight_scale", scale)
+        self.register_buffer("bias", torch.zeros(len(weight)) if conv.bias is None else conv.bias.detach().clone())
+
+    def round_bias(self, input_scale: Tensor) -> None:
+        """Round the bias to what the s32 accumulator of an integer kernel holds: input scale x weight scale."""
+        unit = input_scale.double() * self.weight_scale.double()
+        self.bias.copy_(torch.round(self.bias.double() / unit) * unit)
+
+    def forward(self, values: Tensor) -> Tensor:
+        if is_in_onnx_export():
+            zero_point = torch.zeros_like(self.weight_scale, dtype=torch.int8)
+            weight = symbolic("DequantizeLinear", (self.weight, self.weight_scale, zero_point), attrs={"axis": 0},
+                              dtype=torch.float32, shape=self.weight.shape, version=1)
+        else:
+            weight = self.weight.float() * self.weight_scale.view(-1, 1, 1, 1)
+        return F.conv2d(F.pad(values, self.pads), weight, self.bias, self.stride, 0, self.dilation, self.groups)

@@ -1,0 +1,48 @@
+"""The file between calibrate and quantize: the range of the activations at every point, and where they come from."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from uadtool.artifacts import read_json, write_json
+from uadtool.errors import UadtoolError
+
+SCHEMA = "uadtool.ranges/1"
+
+Ranges = dict[str, tuple[float, float]]
+"""Name of a point -> (minimum, maximum) of the activations there."""
+
+
+@dataclass(frozen=True)
+class RangesFile:
+    """Ranges, the digest of the model file they belong to, and how they were recorded."""
+
+    model_digest: str
+    method: str
+    source: dict[str, Any]
+    ranges: Ranges
+    tool: str
+
+    def write(self, path: str) -> None:
+        """Write to ``path`` (``-``: stdout)."""
+        write_json({"schema": SCHEMA, "tool": self.tool, "model_digest": self.model_digest, "method": self.method,
+                    "source": self.source, "ranges": {name: list(pair) for name, pair in self.ranges.items()}}, path)
+
+    @classmethod
+    def read(cls, path: str) -> "RangesFile":
+        """Read from ``path`` (``-``: stdin).
+
+        Raises:
+            UadtoolError: it is no ranges file, or a range is not a finite (minimum, maximum).
+        """
+        record = read_json(path, SCHEMA)
+        try:
+            ranges = {str(name): (float(low), float(high)) for name, (low, high) in record["ranges"].items()}
+            read = cls(str(record["model_digest"]), str(record["method"]), dict(record["source"]), ranges,
+                       str(record["tool"]))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise UadtoolError(f"{path} is damaged ({error!r}); run calibrate again") from error
+        for name, (low, high) in ranges.items():
+            if not (math.isfinite(low) and math.isfinite(high) and low <= high):
+                raise UadtoolError(f"{path} has the range {low} to {high} for {name}; run calibrate again")
+        return read

@@ -1,0 +1,140 @@
+"""Pictures of where a detector saw something: the image, and beside it the image under its anomaly map."""
+
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Dict, Set, Tuple
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
+
+from uadtool.artifacts import atomic_write
+from uadtool.errors import UadtoolError
+from uadtool.images import image_size, read_image
+from uadtool.scoring import upsample
+
+LONGEST_SIDE = (400, 1024)
+"""Bounds in pixels of each of the two panels: small images grow so that the contour and the caption can be read."""
+
+INFERNO = ("000004", "160b39", "420a68", "6a176e", "932667", "bc3754", "dd513a", "f37819", "fca50a", "f6d746", "fcffa4")
+"""Equally spaced colours of matplotlib's inferno (CC0): readable with any colour vision, and in grey."""
+
+OPACITY = 0.85
+BACKGROUND, TEXT, FAINT = (24, 24, 27), (244, 244, 245), (161, 161, 170)
+MARGIN = 12
+CAPTION_WIDTH = 540
+SCALE_BAR = (160, 14)
+
+
+class Heatmaps:
+    """Draws pictures into ``directory``, one PNG per image, named after the last parts of the image's path.
+
+    The colours of every picture of a run go from 0 to twice the threshold, so that pictures can be compared.
+    """
+
+    def __init__(self, directory: str) -> None:
+        self._directory = Path(directory)
+        self._names: Set[str] = set()
+        try:
+            self._directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UadtoolError(f"cannot make the folder {directory}: {error.strerror}") from error
+
+    def draw(self, record: Dict[str, Any], anomaly_map: np.ndarray, threshold: float) -> str:
+        """Write the picture for an ``image`` record and its map, float32 [h, w]; returns the path of the PNG."""
+        picture = render(record, anomaly_map, threshold)
+        path = self._directory / self._name(record["path"])
+        with atomic_write(path) as temporary:
+            picture.save(temporary, format="PNG", compress_level=1)  # 5 times as fast as the default, 15 % larger
+        return str(path)
+
+    def _name(self, path: str) -> str:
+        # Class, split, defect and file of a dataset's image; bytes that are not UTF-8 and slashes cannot stay.
+        parts = [part for part in Path(path).parts if part not in ("/", "..")][-4:]
+        stem = "-".join([*parts[:-1], Path(path).stem]).encode("utf-8", "replace")[-200:].decode("utf-8", "ignore")
+        name, count = f"{stem}.png", 1
+        while name in self._names:
+            count += 1
+            name = f"{stem}-{count}.png"
+        self._names.add(name)
+        return name
+
+
+def render(record: Dict[str, Any], anomaly_map: np.ndarray, threshold: float) -> Image.Image:
+    """The image, the image under its map with a contour around what lies above the threshold, and a caption.
+
+    The panels stand side by side, or one below the other when the image is wide.
+    """
+    width, height = _panel_size(record["path"])
+    image = read_image(record["path"], (height, width))
+    overlay = _overlay(image, upsample(anomaly_map, (height, width)), threshold)
+    beside = width < 1.5 * height
+    second = (width + MARGIN, 0) if beside else (0, height + MARGIN)
+    caption = _caption(record, threshold, max(second[0] + width, CAPTION_WIDTH))
+    picture = Image.new("RGB", (caption.width, second[1] + height + caption.height), BACKGROUND)
+    left = (caption.width - second[0] - width) // 2
+    picture.paste(Image.fromarray(image), (left, 0))
+    picture.paste(Image.fromarray(overlay), (left + second[0], second[1]))
+    picture.paste(caption, (0, second[1] + height))
+    return picture
+
+
+def _panel_size(path: str) -> Tuple[int, int]:
+    height, width = image_size(path)
+    longest = max(width, height)
+    scale = min(max(longest, LONGEST_SIDE[0]), LONGEST_SIDE[1]) / longest
+    return max(1, round(width * scale)), max(1, round(height * scale))
+
+
+def _overlay(image: np.ndarray, values: np.ndarray, threshold: float) -> np.ndarray:
+    """``image`` uint8 [H, W, 3], in grey, under the map ``values`` [H, W]: the stranger a place, the more colour."""
+    share = np.clip(values / _top(threshold), 0, 1)[..., None]
+    opacity = OPACITY * share * (2 - share)
+    grey = np.asarray(Image.fromarray(image).convert("L"))[..., None]
+    blended = (1 - opacity) * grey + opacity * _colours(share[..., 0])
+    above = Image.fromarray(np.uint8(255) * (values > threshold))
+    outside = np.asarray(above.filter(ImageFilter.MaxFilter(5))) > np.asarray(above)
+    inside = np.asarray(above.filter(ImageFilter.MinFilter(5))) < np.asarray(above)
+    blended[outside], blended[inside] = 0, 255  # a line that stands out on bright and on dark
+    return blended.astype(np.uint8)
+
+
+def _caption(record: Dict[str, Any], threshold: float, width: int) -> Image.Image:
+    verdict = "anomalous" if record["anomalous"] else "good"
+    caption = Image.new("RGB", (width, 64), BACKGROUND)
+    draw = ImageDraw.Draw(caption)
+    _text(draw, (MARGIN, 10), f"{verdict}: score {record['score']:.2f}, threshold {threshold:.2f}", TEXT)
+    _text(draw, (MARGIN, 34), f"nearest class: {record['nearest_class']}", FAINT)
+    left, top = width - SCALE_BAR[0] - 3 * MARGIN, 14
+    colours = _colours(np.tile(np.linspace(0, 1, SCALE_BAR[0]), (SCALE_BAR[1], 1)))
+    caption.paste(Image.fromarray(colours.astype(np.uint8)), (left, top))
+    for value in (0, threshold, _top(threshold)):
+        x = left + round(np.clip(value / _top(threshold), 0, 1) * (SCALE_BAR[0] - 1))
+        draw.line([(x, top), (x, top + SCALE_BAR[1] + 4)], fill=TEXT)
+        text = f"{value:.3g}"
+        _text(draw, (x - draw.textlength(text, _font()) / 2, top + SCALE_BAR[1] + 6), text, FAINT)
+    return caption
+
+
+def _text(draw: ImageDraw.ImageDraw, position: Tuple[float, float], text: str, colour: Tuple[int, int, int]) -> None:
+    # The font has no other letters.
+    draw.text(position, text.encode("latin-1", "replace").decode("latin-1"), fill=colour, font=_font())
+
+
+@lru_cache(maxsize=1)
+def _font() -> Any:
+    try:
+        return ImageFont.load_default(15)
+    except TypeError:  # Pillow before 10.1 has one size
+        return ImageFont.load_default()
+
+
+def _colours(share: np.ndarray) -> np.ndarray:
+    """Colours, float [..., 3] up to 255, of shares of the scale (0 to 1)."""
+    anchors = np.array([list(bytes.fromhex(colour)) for colour in INFERNO])
+    places = np.linspace(0, 1, len(anchors))
+    return np.stack([np.interp(share, places, channel) for channel in anchors.T], axis=-1)
+
+
+def _top(threshold: float) -> float:
+    """The score at the upper end of the scale; a threshold that is not positive has no double to end at."""
+    return max(2 * threshold, 1.0)

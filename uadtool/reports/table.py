@@ -1,0 +1,71 @@
+"""A ``uadtool.compare/1`` record as a table to read, or as CSV to compute with."""
+
+import csv
+import io
+import re
+from typing import Any, Dict, List, Optional
+
+from tabulate import tabulate
+
+_DECIMALS = {"": 4, "ms": 2, "images/s": 1, "MB": 1, "M": 2, "G": 3}
+"""Digits after the point, by unit."""
+
+_HEADER_WIDTH = 12
+"""Longer file names are broken after punctuation: three models fit into 100 columns."""
+
+
+def as_table(record: Dict[str, Any], markdown: bool = False) -> str:
+    """A column per model, and after each but the first its change against the first.
+
+    Below an image AUROC stands the confidence interval of its change, where there is one.
+    """
+    headers = ["metric"]
+    for index, model in enumerate(record["models"]):
+        label = model["label"] if markdown else _broken(model["label"])
+        headers += [label, "change"] if index else [label]
+    lines = []
+    for row in record["rows"]:
+        decimals = _DECIMALS[row["unit"]]
+        line, below = [f"{row['label']}, {row['unit']}" if row["unit"] else row["label"]], [""]
+        intervals = row.get("intervals", [None] * len(headers))
+        for index, (value, change, interval) in enumerate(zip(row["values"], row["changes"], intervals)):
+            line.append("-" if value is None else f"{value:.{decimals}f}")
+            below.append("")
+            if index:
+                line.append(_change(change, row["change"], decimals))
+                below.append("..".join(f"{bound:.3f}" for bound in interval or []))
+        lines.append(line)
+        if any(below):
+            lines.append([f"{record['confidence']:.0%} interval", *below[1:]])
+    style = "pipe" if markdown else "simple"
+    alignment = ["left"] + ["right"] * (len(headers) - 1)
+    return f"{tabulate(lines, headers, tablefmt=style, disable_numparse=True, colalign=alignment)}\n"
+
+
+def _broken(label: str) -> str:
+    lines = [""]
+    for part in re.findall(r"[^-_/ ]*[-_/ ]|[^-_/ ]+", label):
+        if lines[-1] and len(lines[-1] + part) > _HEADER_WIDTH:
+            lines.append("")
+        lines[-1] += part
+    return "\n".join(lines)
+
+
+def _change(change: Optional[float], kind: str, decimals: int) -> str:
+    if change is None:
+        return "-"
+    return f"{change:+.{decimals}f}" if kind == "difference" else f"{change:.2f}x"
+
+
+def as_csv(record: Dict[str, Any]) -> str:
+    """One line per metric and model. ``difference`` or ``ratio`` to the first model is filled, as suits the metric."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["metric", "unit", "better", "model", "value", "difference", "ratio", "low", "high"])
+    for row in record["rows"]:
+        intervals: List[Any] = row.get("intervals", [None] * len(record["models"]))
+        for model, value, change, interval in zip(record["models"], row["values"], row["changes"], intervals):
+            changes = [change if row["change"] == kind else None for kind in ("difference", "ratio")]
+            writer.writerow([row["metric"], row["unit"], row["better"], model["label"], value, *changes,
+                             *(interval or [None, None])])
+    return text.getvalue()

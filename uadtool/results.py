@@ -1,0 +1,128 @@
+"""Reading back what ``score`` and ``bench`` wrote: the figures of each model in a file."""
+
+import json
+import math
+import re
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, Optional, Tuple
+
+from uadtool.errors import UadtoolError
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one file says about one model.
+
+    ``kind`` is ``scores`` or ``bench``. ``values`` are by metric name, in the units of ``uadtool.comparison.METRICS``.
+    For each image with a label, by path, ``truth`` is (anomalous, class) and ``image_scores`` its score.
+    """
+
+    kind: str
+    file: str
+    path: str
+    digest: str
+    precision: str
+    values: Dict[str, float]
+    truth: Dict[str, Tuple[bool, Optional[str]]] = field(default_factory=dict)
+    image_scores: Dict[str, float] = field(default_factory=dict)
+
+
+def read_results(file: str) -> List[Result]:
+    """The results in a score file, a bench file, or several of them one after another; ``-`` is stdin.
+
+    Raises:
+        UadtoolError: it cannot be read, is cut short, or holds something else; the message names the line.
+    """
+    name = "stdin" if file == "-" else file
+    try:
+        text = (sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()).decode("utf-8")
+    except OSError as error:
+        raise UadtoolError(f"cannot read {name}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UadtoolError(f"{name} is not a score or bench file: it is not text") from error
+    results: List[Result] = []
+    run: Optional[Result] = None  # the scores whose lines are being read
+    line = 0
+    for line, record in _objects(text, name):
+        try:
+            kind = record.get("schema") or record["type"]
+            if kind == "uadtool.score/1" and not run:
+                run = _result("scores", name, record["model"], {})
+            elif kind == "image" and run:
+                if "label" in record:
+                    run.truth[record["path"]] = (record["label"] == "anomalous", record.get("class"))
+                    run.image_scores[record["path"]] = _number(record["score"])
+            elif kind == "summary" and run:
+                run.values.update(_score_values(record.get("metrics", {})))
+                results.append(run)
+                run = None
+            elif kind == "uadtool.bench/1" and not run:
+                results += [_result("bench", name, entry["model"], _bench_values(entry))
+                            for entry in record["models"]]
+            else:
+                raise ValueError(f"{kind!r} is not expected here")
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            reason = f"it lacks {error}" if isinstance(error, KeyError) else error
+            raise UadtoolError(f"{name}:{line}: not a record of a score or bench file: {reason}") from error
+    if run:
+        raise UadtoolError(f"{name}:{line}: the summary line is missing: the run was interrupted; score again")
+    if not results:
+        raise UadtoolError(f"{name} holds no results; give score files (JSONL) or bench files (JSON)")
+    return results
+
+
+def _objects(text: str, name: str) -> Iterator[Tuple[int, Dict[str, Any]]]:
+    """The JSON objects in ``text``, one after another whatever their layout, each with the line it starts on."""
+    decoder = json.JSONDecoder()
+    line, start = 1, 0
+    content = _CONTENT.search(text)
+    while content:
+        line += text.count("\n", start, content.start())
+        start = content.start()
+        try:
+            value, end = decoder.raw_decode(text, start)
+        except json.JSONDecodeError as error:
+            raise UadtoolError(f"{name}:{error.lineno}: not JSON, or cut short: {error.msg}") from error
+        if not isinstance(value, dict):
+            raise UadtoolError(f"{name}:{line}: not a record of a score or bench file: it is not a JSON object")
+        yield line, value
+        content = _CONTENT.search(text, end)
+
+
+_CONTENT = re.compile(r"\S")
+
+
+def _result(kind: str, file: str, model: Dict[str, Any], values: Dict[str, float]) -> Result:
+    return Result(kind, file, str(model["path"]), str(model["digest"]), str(model["precision"]), values)
+
+
+def _score_values(metrics: Dict[str, Any]) -> Dict[str, float]:
+    image_auroc = metrics.get("image_auroc", {})
+    found = {name: metrics.get(name, {}).get("mean")
+             for name in ("image_auroc", "average_precision", "f1_max", "pixel_auroc", "aupro")}
+    found.update({f"image_auroc.{name}": value for name, value in image_auroc.get("per_class", {}).items()})
+    found["image_auroc.pooled"] = image_auroc.get("pooled")
+    found.update({name: metrics.get(name) for name in ("false_positive_rate", "recall")})
+    return {name: _number(value) for name, value in found.items() if value is not None}
+
+
+def _bench_values(entry: Dict[str, Any]) -> Dict[str, float]:
+    return {
+        "latency_p50": _number(entry["latency_ms"]["p50"]),
+        "latency_p99": _number(entry["latency_ms"]["p99"]),
+        "throughput": max(_number(batch["images_per_second"]["median"]) for batch in entry["throughput"]),
+        "cold_start": _number(entry["cold_start_ms"]["median"]),
+        "peak_rss": _number(entry["peak_rss_bytes"]) / 1e6,
+        "file_size": _number(entry["file_bytes"]) / 1e6,
+        "parameters": _number(entry["parameters"]) / 1e6,
+        "macs": _number(entry["macs"]) / 1e9,
+    }
+
+
+def _number(value: Any) -> float:
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError(f"{value} is not a finite number")
+    return number

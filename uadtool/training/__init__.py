@@ -1,0 +1,130 @@
+"""Training one model for all classes from good images."""
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Optional
+
+import torch
+from torch import Tensor
+
+from uadtool import __version__
+from uadtool.artifacts import list_digest
+from uadtool.dataset import Sample, split_held_out
+from uadtool.detectors import METHODS
+from uadtool.detectors.backbones import DEFAULT_TEACHER, load_teacher_weights
+from uadtool.detectors.complexity import count_macs, count_parameters
+from uadtool.detectors.stfpm import STFPM, distillation_loss
+from uadtool.host import available_cores
+from uadtool.metadata import Metadata
+from uadtool.training.data import TeacherFeatures
+from uadtool.training.loop import Outcome, distill, steps_per_epoch
+from uadtool.training.precision import autocast, autocast_dtype, choose_device, keep_large_depthwise_float
+from uadtool.training.statistics import fit_normalization
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """What decides the result of a training run, besides the images.
+
+    ``length`` counts ``unit``s, epochs or steps (batches of 16). ``held_out`` is the share of good images of each class
+    that is not trained on but chooses the checkpoint and sets the score statistics and the threshold, which held-out
+    images exceed at ``false_positive_rate``. ``image_size`` is (height, width).
+    """
+
+    method: str = "stfpm"
+    teacher: str = DEFAULT_TEACHER
+    teacher_weights: Optional[str] = None
+    image_size: tuple[int, int] = (256, 256)
+    fusion: str = "sum"
+    length: int = 40
+    unit: str = "epochs"
+    held_out: float = 0.2
+    false_positive_rate: float = 0.01
+    device: str = "auto"
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """The deployed detector (batch norm folded, on the CPU), its metadata, and how training went."""
+
+    detector: STFPM
+    metadata: Metadata
+    report: dict[str, Any]
+
+
+def train(samples: Sequence[Sample], options: TrainingOptions, checkpoint: Path,
+          resume: bool = False) -> TrainingResult:
+    """Train a detector for all classes of the samples; their labels are used for the score statistics alone.
+
+    Args:
+        samples: good images, each with a class, as ``dataset.training_samples`` gives them.
+        checkpoint: file that holds the state of the run while it lasts; it is removed in the end.
+        resume: go on from the checkpoint, if there is one, to the result that an uninterrupted run gives.
+
+    Raises:
+        UadtoolError: the teacher is unknown or unsuitable, its weights cannot be had, an image cannot be read, or the
+            checkpoint is of another run.
+        training.loop.Interrupted: SIGINT came; the checkpoint is written.
+    """
+    began = time.monotonic()
+    device = choose_device(options.device)
+    dtype = autocast_dtype(device)
+    threads = available_cores()
+    torch.manual_seed(options.seed)
+    classes = sorted({str(sample.class_name) for sample in samples})
+    detector = METHODS[options.method](options.teacher, options.image_size, len(classes), options.fusion)
+    weights = load_teacher_weights(detector.teacher, options.teacher, options.teacher_weights)
+    log.info("teacher %s with weights of %s", options.teacher, weights)
+    detector.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    detector.teacher.eval().requires_grad_(False)
+    if device.type == "cpu" and dtype == torch.bfloat16:
+        keep_large_depthwise_float(detector.student)
+
+    def prepare(images: Tensor) -> Tensor:
+        return detector.normalize(images).contiguous(memory_format=torch.channels_last)
+
+    def teacher(images: Tensor) -> Sequence[Tensor]:
+        with torch.no_grad(), autocast(device, dtype):
+            features: Sequence[Tensor] = detector.teacher(prepare(images.to(device)))
+            return features
+
+    rest, held_out_samples = split_held_out(samples, options.held_out, options.seed)
+    # A class of one image cannot spare it: it serves both ends.
+    held_out_samples += [s for s in rest if s.class_name not in {h.class_name for h in held_out_samples}]
+    training = TeacherFeatures(rest, options.image_size, teacher, threads)
+    held_out = TeacherFeatures(held_out_samples, options.image_size, teacher, threads)
+    steps = options.length * (steps_per_epoch(len(training)) if options.unit == "epochs" else 1)
+    images_digest = list_digest(sample.path for sample in samples)
+    config = {**asdict(options), "image_size": list(options.image_size), "device": device.type, "dtype": str(dtype),
+              "images": images_digest}
+    outcome: Outcome = distill(detector.student, prepare, distillation_loss, training, held_out, steps, options.seed,
+                               device, dtype, checkpoint, config, resume)
+    detector.fold_batch_norm()
+    statistics, threshold = fit_normalization(detector, classes, training, held_out, options.false_positive_rate)
+    detector.to(device="cpu", memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    report = {
+        "classes": {name: {"training": sum(s.class_name == name for s in rest),
+                           "held_out": sum(s.class_name == name for s in held_out_samples)} for name in classes},
+        "steps": steps, "epochs": round(steps / steps_per_epoch(len(training)), 2), "best_step": outcome.best_step,
+        "held_out_loss": outcome.held_out_loss, "seconds": round(time.monotonic() - began, 1),
+        "device": device.type, "dtype": str(dtype).removeprefix("torch."), "teacher_weights": weights,
+    }
+    metadata = Metadata(
+        method=options.method, teacher=options.teacher, classes=classes, image_size=options.image_size,
+        map_size=detector.map_size, threshold=threshold, false_positive_rate=options.false_positive_rate,
+        statistics=statistics, parameters=count_parameters(detector), macs=count_macs(detector, options.image_size),
+        options={"fusion": options.fusion}, tool_version=__version__,
+        provenance=[{"command": "train", "tool_version": __version__, "images": images_digest,
+                     "teacher_weights": weights, "steps": steps, "seed": options.seed,
+                     "held_out": options.held_out, "dtype": report["dtype"]}],
+    )
+    checkpoint.unlink(missing_ok=True)
+    return TrainingResult(detector, metadata, report)
+
+

@@ -1,0 +1,150 @@
+"""Distillation: the student learns the teacher's feature maps. Interruptible, resumable, reproducible."""
+
+import logging
+import math
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from uadtool.progress import Progress
+from uadtool.training.checkpoint import load_checkpoint, save_checkpoint
+from uadtool.training.data import TeacherFeatures
+from uadtool.training.precision import autocast
+
+BATCH_SIZE = 16
+LEARNING_RATE, MOMENTUM, WEIGHT_DECAY = 0.4, 0.9, 1e-4
+"""As in the paper (table 1), there with batches of 32 and a constant rate."""
+WARM_UP = 50
+EVALUATIONS = 20
+"""How often in a run the held-out loss is taken, to choose the best checkpoint."""
+
+Loss = Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor]
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a training run ended; ``held_out_loss`` is the lowest, at ``best_step``, whose weights the student has."""
+
+    best_step: int
+    held_out_loss: float
+
+
+class Interrupted(KeyboardInterrupt):
+    """SIGINT came; the checkpoint is written."""
+
+
+def distill(student: nn.Module, prepare: Callable[[Tensor], Tensor], loss_function: Loss, training: TeacherFeatures,
+            held_out: TeacherFeatures, steps: int, seed: int, device: torch.device, dtype: torch.dtype,
+            checkpoint: Path, config: dict[str, Any], resume: bool) -> Outcome:
+    """Train the student, in place; it ends with the weights of the lowest held-out loss.
+
+    SGD with a warm-up and a cosine schedule. Each epoch shuffles all images of all classes with a seed of its own, so
+    a run that resumes sees the batches that an uninterrupted one would have seen. After SIGINT the step in progress
+    ends, the checkpoint is written and ``Interrupted`` raised.
+
+    Args:
+        prepare: uint8 [N, H, W, 3] on the device -> the student's input.
+        steps: number of batches of 16.
+        checkpoint: file for the state of an interrupted run.
+        config: what the checkpoint must agree in with this run.
+        resume: go on from the checkpoint, if there is one.
+    """
+    optimizer = torch.optim.SGD(student.parameters(), LEARNING_RATE, MOMENTUM, weight_decay=WEIGHT_DECAY)
+    start, best_step, best_loss, best = 0, 0, math.inf, dict[str, Tensor]()
+    if resume and checkpoint.exists():
+        progress_so_far, best = load_checkpoint(checkpoint, config, student, optimizer)
+        start, best_step, best_loss = (progress_so_far[k] for k in ("step", "best_step", "best_loss"))
+        log.info("resuming at step %d of %d", start, steps)
+
+    def loss_of(images: Tensor, targets: Sequence[Tensor]) -> Tensor:
+        with autocast(device, dtype):
+            features = student(prepare(images.to(device)))
+        return loss_function([t.to(device) for t in targets], features)
+
+    def held_out_loss() -> float:
+        student.eval()
+        with torch.inference_mode():
+            total = sum(loss_of(*batch).item() * len(batch[0]) for batch in held_out.batches())
+        student.train()
+        return total / len(held_out)
+
+    def save(step: int) -> None:
+        state = {"step": step, "best_step": best_step, "best_loss": best_loss}
+        save_checkpoint(checkpoint, config, state, student, best, optimizer)
+
+    student.train()
+    every = max(1, steps // EVALUATIONS)
+    with Progress("training", steps, start) as progress, _deferred_interrupt() as interrupted:
+        for step in range(start, steps):
+            for group in optimizer.param_groups:
+                group["lr"] = LEARNING_RATE * _schedule(step, steps)
+            loss = loss_of(*training.batch(batch_indices(len(training), step, seed)))
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            progress.update(note=f"loss {loss.item():.4f}")
+            if (step + 1) % every == 0 or step + 1 == steps:
+                current = held_out_loss()
+                if current < best_loss:
+                    best_loss, best_step = current, step + 1
+                    best = {name: value.clone() for name, value in student.state_dict().items()}
+                save(step + 1)
+            if interrupted():
+                save(step + 1)
+                log.warning("interrupted at step %d; --resume goes on from %s", step + 1, checkpoint)
+                raise Interrupted
+    student.load_state_dict(best)
+    return Outcome(best_step, best_loss)
+
+
+def batch_indices(total: int, step: int, seed: int) -> list[int]:
+    """The images of batch number ``step``: a shuffled epoch is cut into batches, a rest is left out."""
+    size = min(BATCH_SIZE, total)
+    epoch, place = divmod(step, total // size)
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    order: list[int] = torch.randperm(total, generator=generator).tolist()
+    return order[place * size:(place + 1) * size]
+
+
+def steps_per_epoch(total: int) -> int:
+    """How many batches an epoch over ``total`` images has."""
+    return total // min(BATCH_SIZE, total)
+
+
+def _schedule(step: int, steps: int) -> float:
+    """Share of the learning rate: linear warm-up, then a cosine to 0."""
+    warm_up = min(WARM_UP, max(1, steps // 10))
+    return min(1.0, (step + 1) / warm_up) * 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
+@contextmanager
+def _deferred_interrupt() -> Iterator[Callable[[], bool]]:
+    """Within the block the first SIGINT only sets a flag, which the yielded function tells; a second one interrupts.
+
+    An interrupt in the middle of an optimizer step would leave a state that no uninterrupted run passes through.
+    """
+    came = False
+
+    def handler(signum: int, frame: FrameType | None) -> None:
+        nonlocal came
+        came = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    if threading.current_thread() is not threading.main_thread():  # only that one may set handlers
+        yield lambda: False
+        return
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        yield lambda: came
+    finally:
+        signal.signal(signal.SIGINT, before)
