@@ -1,5 +1,7 @@
 """A tiny detector that honours the contract of an exported one, and a tiny dataset for it."""
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Callable
 
@@ -19,7 +21,7 @@ METADATA = Metadata(
 
 @pytest.fixture(scope="session")
 def make_detector() -> Callable[..., Path]:
-    """Write a detector whose map is the brightness of 4 x 4 pixels, standardised for the class of the nearest colour."""
+    """Write a detector whose map is the brightness of 4 x 4 pixels, in units of the class of the nearest colour."""
     onnx = pytest.importorskip("onnx")
     helper, numpy_helper, types = onnx.helper, onnx.numpy_helper, onnx.TensorProto
 
@@ -98,3 +100,14 @@ def mvtec(tmp_path_factory: pytest.TempPathFactory) -> Path:
                     path.parent.mkdir(parents=True, exist_ok=True)
                     Image.fromarray(mask).save(path)
     return root
+
+
+@pytest.fixture(scope="session")
+def uadtool() -> Callable[..., "subprocess.CompletedProcess[str]"]:
+    """Run the command line in a process of its own; ``input`` is what it reads from stdin."""
+
+    def run(*arguments: object, input: str = "") -> "subprocess.CompletedProcess[str]":
+        command = [sys.executable, "-m", "uadtool", *map(str, arguments)]
+        return subprocess.run(command, input=input, capture_output=True, encoding="utf-8", timeout=60)
+
+    return run

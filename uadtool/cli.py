@@ -5,7 +5,7 @@ import logging
 import os
 import signal
 import sys
-from typing import List, NoReturn, Optional
+from typing import Any, List, NoReturn, Optional
 
 import click
 
@@ -15,6 +15,10 @@ from uadtool.errors import UadtoolError
 COMMANDS = ["train", "calibrate", "quantize", "export", "score", "bench", "compare"]
 
 log = logging.getLogger("uadtool")
+
+
+class ReaderGone(Exception):
+    """The reader of stdout went away."""
 
 
 class LazyGroup(click.Group):
@@ -29,6 +33,12 @@ class LazyGroup(click.Group):
         command = getattr(importlib.import_module(f"uadtool.commands.{cmd_name}"), cmd_name)
         assert isinstance(command, click.Command)
         return command
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError as error:  # click itself would exit with 1
+            raise ReaderGone from error
 
 
 @click.group(
@@ -48,13 +58,14 @@ def cli() -> None:
 
 def main() -> NoReturn:
     """Run the command line and exit: 0, 1 (failed), 2 (usage), 3 (missing package), 4 (gate), 130, 141."""
-    logging.basicConfig(format="uadtool: %(message)s", level=logging.INFO, stream=sys.stderr)
+    logging.basicConfig(format="uadtool: %(message)s", stream=sys.stderr)
+    log.setLevel(logging.INFO)  # of libraries, only warnings
     signal.signal(signal.SIGTERM, _terminate)
     try:
         code = _run()
         sys.stdout.flush()
-    except BrokenPipeError:
-        # The reader of stdout went away. Python would complain while flushing at exit: give it somewhere to flush.
+    except (BrokenPipeError, ReaderGone):
+        # Python would complain while flushing at exit: give it somewhere to flush.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 141
     sys.exit(code)
@@ -66,10 +77,8 @@ def _terminate(signum: int, frame: object) -> NoReturn:
 
 def _run() -> int:
     try:
-        cli.main(prog_name="uadtool", standalone_mode=False)
-        return 0
-    except click.exceptions.Exit as error:
-        return error.exit_code
+        code = cli.main(prog_name="uadtool", standalone_mode=False)
+        return code if isinstance(code, int) else 0  # click returns the code of ctx.exit()
     except click.ClickException as error:
         error.show()
         return error.exit_code
@@ -80,7 +89,7 @@ def _run() -> int:
         log.error("error: %s", error)
         log.debug("traceback", exc_info=True)
         return error.exit_code
-    except BrokenPipeError:
+    except (BrokenPipeError, ReaderGone):
         raise
     except Exception as error:
         log.error("error: %s: %s (-v shows where)", type(error).__name__, " ".join(str(error).split()))

@@ -41,5 +41,5 @@ device = click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), de
                       help="Where torch computes.")
 seed = click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True,
                     help="Source of all randomness.")
-threads = click.option("--threads", type=click.IntRange(1), default=None,
-                       help="Cores to use [default: all].")
+threads = click.option("--threads", type=click.IntRange(1), metavar="N",
+                       help="Cores to use  [default: all]")

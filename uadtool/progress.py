@@ -77,7 +77,7 @@ class Progress:
             filled = round(BAR_WIDTH * share)
             picture = f" [{'#' * filled}{'.' * (BAR_WIDTH - filled)}]" if self._bar else ""
             parts = [f"{self.what}:{picture} {self.count} of {self.total} ({100 * share:.0f} %)"]
-        parts.append(f"{rate:.3g} per second")
+        parts.append((f"{rate:.0f}" if rate >= 100 else f"{rate:.3g}") + " per second")
         if self.total is not None and self.count < self.total and rate:
             parts.append(f"{_clock((self.total - self.count) / rate)} left")
         else:

@@ -17,11 +17,11 @@ def _sizes(ctx: click.Context, param: click.Parameter, value: str) -> List[int]:
 
 @click.command()
 @click.argument("models", metavar="MODEL...", nargs=-1, required=True)
-@click.option("--repetitions", type=click.IntRange(1), default=5, show_default=True,
+@click.option("--repetitions", type=click.IntRange(1), metavar="N", default=5, show_default=True,
               help="Rounds; in each one, every model has its turn.")
-@click.option("--duration", type=click.FloatRange(0, min_open=True), default=3.0, show_default=True,
-              help="Seconds, in all, that each model is timed at each batch size.")
-@click.option("--warmup", type=click.IntRange(0), default=3, show_default=True,
+@click.option("--duration", type=click.FloatRange(0, min_open=True), metavar="SECONDS", default=3.0, show_default=True,
+              help="How long each model is timed at each batch size, all rounds together.")
+@click.option("--warmup", type=click.IntRange(0), metavar="N", default=3, show_default=True,
               help="Runs before each turn, not timed.")
 @click.option("--batch-sizes", metavar="N,N", default="1,8", show_default=True, callback=_sizes,
               help="Measure throughput at these; latency is always that of one image.")
@@ -38,7 +38,7 @@ def bench(models: Tuple[str, ...], repetitions: int, duration: float, warmup: in
     \b
     Examples:
       uadtool bench fp32.onnx int8.onnx > bench.json
-      uadtool bench model.onnx --threads 1 --batch-sizes 1 | jq .models[0].latency_ms.p50
+      uadtool bench model.onnx --threads 1 | jq '.models[0].latency_ms.p50'
     """
     from uadtool.artifacts import write_json
     from uadtool.benchmark import bench as measure

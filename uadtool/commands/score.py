@@ -21,11 +21,12 @@ def _finite(ctx: click.Context, param: click.Parameter, value: Optional[float]) 
 @click.command()
 @click.argument("model", metavar="MODEL")
 @click.argument("paths", metavar="[PATH...|-]", nargs=-1)
-@click.option("--threshold", type=float, callback=_finite,
+@click.option("--threshold", metavar="SCORE", type=float, callback=_finite,
               help="An image that scores above it is anomalous  [default: the model's]")
 @click.option("--fail-above", type=float, callback=_finite, metavar="SCORE",
               help="Exit with 4 in the end if an image scores above it.")
-@click.option("--batch-size", type=click.IntRange(1), default=1, show_default=True, help="Images per inference.")
+@click.option("--batch-size", type=click.IntRange(1), metavar="N", default=1, show_default=True,
+              help="Images per inference.")
 @options.threads
 @click.option("--heatmaps", type=click.Path(file_okay=False), metavar="DIR",
               help="Draw each image and its anomaly map into this folder.")
@@ -44,7 +45,7 @@ def score(model: str, paths: Tuple[str, ...], threshold: Optional[float], fail_a
     Examples:
       uadtool score model.onnx photos/ | jq -r 'select(.anomalous) | .path'
       uadtool score model.onnx mvtec/ --heatmaps pictures > scores.jsonl
-      find photos -newer stamp -print0 | uadtool score model.onnx - -0 --fail-above 6
+      find photos -print0 | uadtool score model.onnx - -0 --fail-above 6
     """
     if not paths:
         if sys.stdin.isatty():

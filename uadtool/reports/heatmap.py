@@ -90,7 +90,7 @@ def _overlay(image: np.ndarray, values: np.ndarray, threshold: float) -> np.ndar
     share = np.clip(values / _top(threshold), 0, 1)[..., None]
     opacity = OPACITY * share * (2 - share)
     grey = np.asarray(Image.fromarray(image).convert("L"))[..., None]
-    blended = (1 - opacity) * grey + opacity * _colours(share[..., 0])
+    blended = np.asarray((1 - opacity) * grey + opacity * _colours(share[..., 0]))
     above = Image.fromarray(np.uint8(255) * (values > threshold))
     outside = np.asarray(above.filter(ImageFilter.MaxFilter(5))) > np.asarray(above)
     inside = np.asarray(above.filter(ImageFilter.MinFilter(5))) < np.asarray(above)

@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Optional
@@ -20,8 +21,8 @@ from uadtool.detectors.stfpm import STFPM, distillation_loss
 from uadtool.host import available_cores
 from uadtool.metadata import Metadata
 from uadtool.training.data import TeacherFeatures
-from uadtool.training.loop import Outcome, distill, steps_per_epoch
-from uadtool.training.precision import autocast, autocast_dtype, choose_device, keep_large_depthwise_float
+from uadtool.training.loop import distill, steps_per_epoch
+from uadtool.training.precision import autocast, autocast_dtype, choose_device, large_depthwise_float
 from uadtool.training.statistics import fit_normalization
 
 log = logging.getLogger(__name__)
@@ -83,8 +84,6 @@ def train(samples: Sequence[Sample], options: TrainingOptions, checkpoint: Path,
     log.info("teacher %s with weights of %s", options.teacher, weights)
     detector.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     detector.teacher.eval().requires_grad_(False)
-    if device.type == "cpu" and dtype == torch.bfloat16:
-        keep_large_depthwise_float(detector.student)
 
     def prepare(images: Tensor) -> Tensor:
         return detector.normalize(images).contiguous(memory_format=torch.channels_last)
@@ -103,8 +102,9 @@ def train(samples: Sequence[Sample], options: TrainingOptions, checkpoint: Path,
     images_digest = list_digest(sample.path for sample in samples)
     config = {**asdict(options), "image_size": list(options.image_size), "device": device.type, "dtype": str(dtype),
               "images": images_digest}
-    outcome: Outcome = distill(detector.student, prepare, distillation_loss, training, held_out, steps, options.seed,
-                               device, dtype, checkpoint, config, resume)
+    with large_depthwise_float(detector.student) if device.type == "cpu" else nullcontext():
+        outcome = distill(detector.student, prepare, distillation_loss, training, held_out, steps, options.seed, device,
+                          dtype, checkpoint, config, resume)
     detector.fold_batch_norm()
     statistics, threshold = fit_normalization(detector, classes, training, held_out, options.false_positive_rate)
     detector.to(device="cpu", memory_format=torch.contiguous_format)  # type: ignore[call-overload]

@@ -41,15 +41,22 @@ def autocast(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
         yield
 
 
-def keep_large_depthwise_float(network: nn.Module) -> None:
-    """Compute depthwise convolutions that are strided or larger than 3 x 3 in float32, in place.
+@contextmanager
+def large_depthwise_float(network: nn.Module) -> Iterator[None]:
+    """Within the block, depthwise convolutions that are strided or larger than 3 x 3 compute in float32.
 
     On a CPU their bfloat16 gradients are 3 to 9 times slower than the float32 ones (oneDNN has no such kernel),
     which would cost a third of the training time of EfficientNet-Lite0.
     """
-    for module in network.modules():
-        if isinstance(module, nn.Conv2d) and module.groups > 1 and (module.kernel_size[0] > 3 or module.stride[0] > 1):
-            module.forward = _without_autocast(module.forward)  # type: ignore[method-assign, assignment]
+    slow = [module for module in network.modules() if isinstance(module, nn.Conv2d) and module.groups > 1
+            and (module.kernel_size[0] > 3 or module.stride[0] > 1)]
+    for module in slow:
+        module.forward = _without_autocast(module.forward)  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        for module in slow:
+            del module.forward
 
 
 def _without_autocast(forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:

@@ -1,0 +1,67 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jsonschema
+import numpy as np
+import pytest
+from conftest import METADATA
+
+import uadtool
+from uadtool.artifacts import file_digest
+from uadtool.benchmark import bench
+from uadtool.errors import UadtoolError
+
+SCHEMA = json.loads((Path(uadtool.__file__).parent / "schemas" / "bench.json").read_text())
+QUICK = ["--repetitions", "2", "--duration", "0.02", "--warmup", "1"]
+
+
+def test_two_models(uadtool, detector, make_detector, tmp_path):
+    other = make_detector(tmp_path / "other.onnx", METADATA.replace(precision="int8"), divisor=2.0)
+    done = uadtool("bench", detector, other, *QUICK, "--batch-sizes", "4,2", "--threads", "1")
+    assert (done.returncode, done.stderr) == (0, "")
+    record = json.loads(done.stdout)
+    jsonschema.validate(record, SCHEMA, cls=jsonschema.Draft202012Validator)
+    assert record["settings"] == {"warmup": 1, "repetitions": 2, "duration": 0.02, "threads": 1, "batch_sizes": [2, 4]}
+    assert [entry["model"]["digest"] for entry in record["models"]] == [file_digest(detector), file_digest(other)]
+    assert [entry["model"]["precision"] for entry in record["models"]] == ["fp32", "int8"]
+    for entry, path in zip(record["models"], (detector, other)):
+        assert entry["file_bytes"] == path.stat().st_size
+        assert (entry["parameters"], entry["macs"]) == (METADATA.parameters, METADATA.macs)
+        latency = entry["latency_ms"]
+        figures = [latency[name] for name in ("min", "p50", "p90", "p95", "p99")]
+        assert figures == sorted(figures)
+        assert latency["n"] >= 2
+        assert [batch["batch_size"] for batch in entry["throughput"]] == [2, 4]
+        for spread in (entry["cold_start_ms"], *(batch["images_per_second"] for batch in entry["throughput"])):
+            assert spread["min"] <= spread["median"] <= spread["max"]
+            assert spread["n"] == 2
+        assert entry["peak_rss_bytes"] > 10e6
+
+
+@pytest.mark.parametrize("sizes", ["0", "2,-1", "1,x", ""])
+def test_batch_sizes_that_are_none(uadtool, detector, sizes):
+    done = uadtool("bench", detector, "--batch-sizes", sizes)
+    assert done.returncode == 2
+    assert "whole numbers from 1" in done.stderr
+
+
+def test_every_model_is_opened_before_anything_is_timed(uadtool, detector, tmp_path):
+    done = uadtool("bench", detector, tmp_path / "missing.onnx")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == f"uadtool: error: {tmp_path}/missing.onnx: no such model file\n"
+
+
+def test_a_fresh_process_that_fails_is_reported(detector, monkeypatch):
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    with pytest.raises(UadtoolError, match="cannot be run in a fresh process"):
+        bench([str(detector)], repetitions=1, duration=0.01)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the parent's memory is counted in only on Linux")
+def test_peak_memory_is_not_that_of_the_parent():
+    program = "from uadtool.host import peak_memory; print(peak_memory())"
+    held = np.ones(30_000_000)
+    peak = int(subprocess.run([sys.executable, "-c", program], capture_output=True, check=True).stdout)
+    assert 1e6 < peak < held.nbytes

@@ -1,0 +1,124 @@
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from uadtool.errors import UadtoolError
+from uadtool.reports import heatmap
+from uadtool.reports.heatmap import CAPTION_WIDTH, MARGIN, Heatmaps, render
+
+THRESHOLD = 3.0
+
+
+def record(path, **changes):
+    return {"path": str(path), "score": 4.5, "anomalous": True, "nearest_class": "screw", **changes}
+
+
+@pytest.fixture
+def photo(tmp_path):
+    pixels = np.random.default_rng(0).integers(60, 190, (480, 480, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "photo.png")
+    return tmp_path / "photo.png"
+
+
+def test_normal_areas_stay_and_the_anomaly_is_coloured_and_outlined(photo):
+    values = np.zeros((8, 8), np.float32)
+    values[2:4, 4:6] = 2 * THRESHOLD
+    picture = np.asarray(render(record(photo), values, THRESHOLD)).astype(int)
+    original = np.asarray(Image.open(photo))
+    assert np.array_equal(picture[:480, :480], original)
+    overlay = picture[:480, 480 + MARGIN:]
+    grey = np.asarray(Image.open(photo).convert("L"))
+    assert np.array_equal(overlay[300:], np.repeat(grey[300:, :, None], 3, axis=2))
+    red, _, blue = overlay[170:190, 290:310].mean((0, 1))
+    assert red > blue + 50
+    line = (overlay == 255).all(-1)
+    rows, columns = np.nonzero(line)
+    # Each map pixel is 60 wide; half of the peak is reached where the bilinear ramp is half way.
+    assert (rows.min(), rows.max()) == (pytest.approx(120, abs=3), pytest.approx(240, abs=3))
+    assert (columns.min(), columns.max()) == (pytest.approx(240, abs=3), pytest.approx(360, abs=3))
+    assert not line[140:220, 260:340].any()  # a contour, not an area
+
+
+def test_no_contour_when_nothing_is_above_the_threshold(photo):
+    values = np.full((8, 8), THRESHOLD, np.float32)
+    overlay = np.asarray(render(record(photo), values, THRESHOLD))[:480, 480 + MARGIN:]
+    assert not (overlay == 255).all(-1).any()
+
+
+@pytest.mark.parametrize(("size", "panels"), [
+    ((300, 300), (2 * 400 + MARGIN, 400)),
+    ((3000, 1500), (1024, 2 * 512 + MARGIN)),
+    ((1500, 3000), (2 * 512 + MARGIN, 1024)),
+    ((10, 400), (CAPTION_WIDTH, 400)),
+])
+def test_layout(tmp_path, size, panels):
+    Image.new("RGB", size).save(tmp_path / "a.png")
+    picture = render(record(tmp_path / "a.png"), np.zeros((4, 4), np.float32), THRESHOLD)
+    assert picture.width == panels[0]
+    assert 40 < picture.height - panels[1] < 100  # the caption
+
+
+def test_the_picture_is_upright_like_the_scored_image(tmp_path):
+    exif = Image.Exif()
+    exif[274] = 6
+    Image.new("RGB", (600, 300)).save(tmp_path / "a.jpg", exif=exif)
+    assert render(record(tmp_path / "a.jpg"), np.zeros((4, 4), np.float32), THRESHOLD).width == 2 * 300 + MARGIN
+
+
+@pytest.mark.parametrize("threshold", [-2.0, 0.0, 1e-3, 1e6])
+def test_any_threshold_and_any_class_name(photo, threshold):
+    values = np.linspace(-5, 5, 64, dtype=np.float32).reshape(8, 8)
+    render(record(photo, nearest_class="螺钉 \udce9", score=-1e9), values, threshold)
+
+
+def test_the_same_value_has_the_same_colour_in_every_picture(photo, tmp_path):
+    Image.new("RGB", (480, 480), (128, 128, 128)).save(photo)
+    one, other = np.zeros((2, 8, 8), np.float32)
+    one[0] = other[0] = 2.0
+    other[7] = 50.0
+    pictures = [np.asarray(render(record(photo), values, THRESHOLD)) for values in (one, other)]
+    assert np.array_equal(pictures[0][:300], pictures[1][:300])
+
+
+def test_colours_get_steadily_lighter():
+    colours = heatmap._colours(np.linspace(0, 1, 256))
+    lightness = colours @ [0.2126, 0.7152, 0.0722]  # so they can be told apart without seeing hues
+    assert (np.diff(lightness) > 0).all()
+
+
+def test_names_keep_class_and_defect_and_are_unique(photo, tmp_path):
+    root = tmp_path / "mvtec"
+    paths = ["screw/test/scratch/000.png", "screw/test/good/000.png", "nut/test/good/000.png", "nut/test/good/000.jpg"]
+    heatmaps = Heatmaps(str(tmp_path / "deep" / "pictures"))
+    drawn = []
+    for path in paths:
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        Image.open(photo).save(root / path)
+        drawn.append(Path(heatmaps.draw(record(root / path), np.zeros((4, 4), np.float32), THRESHOLD)))
+    assert [path.name for path in drawn] == [
+        "screw-test-scratch-000.png", "screw-test-good-000.png", "nut-test-good-000.png", "nut-test-good-000-2.png"]
+    for path in drawn:
+        with Image.open(path) as picture:
+            picture.load()
+            assert picture.format == "PNG"
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.text(st.characters(exclude_characters="\0"), min_size=1, max_size=300), min_size=1))
+def test_names_are_those_of_files(tmp_path_factory, paths):
+    heatmaps = Heatmaps(str(tmp_path_factory.getbasetemp()))
+    names = [heatmaps._name(path) for path in paths]
+    assert len(set(names)) == len(names)
+    for name in names:
+        assert len(os.fsencode(name)) < 240
+        assert "/" not in name
+
+
+def test_a_folder_that_cannot_be_made(photo):
+    with pytest.raises(UadtoolError, match="cannot make the folder"):
+        Heatmaps(str(photo / "pictures"))

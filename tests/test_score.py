@@ -1,0 +1,310 @@
+import json
+import os
+import pty
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, Dict, List
+
+import jsonschema
+import numpy as np
+import pytest
+from conftest import METADATA
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+import uadtool
+from uadtool.dataset import Sample, scoring_samples
+from uadtool.errors import MissingPackage, UadtoolError
+from uadtool.images import read_image
+from uadtool.metrics import auroc
+from uadtool.runtimes import open_model
+from uadtool.scoring import Evaluation, Prediction, score, upsample
+
+SCHEMA = json.loads((Path(uadtool.__file__).parent / "schemas" / "score.json").read_text())
+COMMAND = [sys.executable, "-m", "uadtool", "score"]
+
+
+def records(text: str) -> List[Dict[str, Any]]:
+    """The lines of a run, each valid: one run, images, and one summary at the end."""
+    lines = [json.loads(line) for line in text.splitlines()]
+    for line in lines:
+        jsonschema.validate(line, SCHEMA, cls=jsonschema.Draft202012Validator)
+    assert [line["type"] for line in lines] == ["run", *["image"] * (len(lines) - 2), "summary"]
+    return lines
+
+
+@pytest.fixture
+def photos(mvtec, tmp_path):
+    """Three images in a plain folder: good, broken, anomalous."""
+    (tmp_path / "photos").mkdir()
+    good, broken, spot = (tmp_path / "photos" / name for name in ("a.png", "b.jpg", "c.png"))
+    good.write_bytes((mvtec / "red/test/good/000.png").read_bytes())
+    Image.open(good).save(broken)
+    broken.write_bytes(broken.read_bytes()[:200])
+    spot.write_bytes((mvtec / "red/test/spot/003.png").read_bytes())
+    return good.parent
+
+
+def test_every_line_is_valid_and_says_what_the_detector_computes(uadtool, detector, mvtec):
+    done = uadtool("score", detector, mvtec)
+    assert (done.returncode, done.stderr) == (0, "")
+    run, *images, summary = records(done.stdout)
+    assert run["threshold"] == METADATA.threshold
+    assert run["model"]["classes"] == METADATA.classes
+    assert len(images) == summary["images"] == 16
+    for image in images:
+        name, _, kind = Path(image["path"]).parts[-4:-1]
+        assert (image["class"], image["label"]) == (name, "good" if kind == "good" else "anomalous")
+        assert image["nearest_class"] == name
+        brightness = read_image(image["path"], (32, 32)).mean(-1).reshape(8, 4, 8, 4).mean((1, 3))
+        raw = np.sort(brightness.ravel())[-4:].mean()
+        assert image["raw_score"] == pytest.approx(raw, rel=1e-4)
+        statistics = METADATA.statistics[name]
+        assert image["score"] == pytest.approx((raw - statistics.mean) / statistics.std, rel=1e-4, abs=1e-4)
+        assert image["anomalous"] == (image["score"] > METADATA.threshold)
+    assert summary["anomalous"] == sum(image["anomalous"] for image in images)
+    assert summary["metrics"]["image_auroc"]["per_class"] == {"green": 1.0, "red": 1.0}
+    assert list(summary["metrics"]["aupro"]["per_class"]) == ["red"]  # green has no masks
+
+
+def test_a_broken_image_costs_one_line(uadtool, detector, photos):
+    done = uadtool("score", detector, photos)
+    assert done.returncode == 1
+    _, good, broken, spot, summary = records(done.stdout)
+    assert "score" in good
+    assert "score" in spot
+    assert "b.jpg" in broken["error"]
+    assert (summary["images"], summary["errors"], summary["anomalous"]) == (3, 1, 1)
+    assert "metrics" not in summary
+    assert done.stderr.startswith("uadtool: error: 1 of 3 images could not be scored; first: ")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("batch_size", [2, 3, 16])
+def test_batches_change_nothing(detector, mvtec, photos, batch_size):
+    def results(size):
+        lines = list(score(open_model(str(detector), 1), scoring_samples([str(photos), str(mvtec)]), batch_size=size))
+        return [[line["path"], line.get("error"), line.get("score")] for line in lines if line["type"] == "image"]
+
+    one_by_one = results(1)
+    assert len(one_by_one) == 19
+    assert results(batch_size) == one_by_one
+
+
+def test_answers_while_more_paths_are_to_come(detector, mvtec):
+    with subprocess.Popen([*COMMAND, str(detector), "-"], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        for path in sorted((mvtec / "red/test/good").iterdir()):
+            process.stdin.write(os.fsencode(f"{path}\n"))
+            process.stdin.flush()
+            assert json.loads(process.stdout.readline())["path"] == str(path)  # hangs here if it waits for more
+        process.stdin.close()
+        assert json.loads(process.stdout.readline())["images"] == 4
+    assert process.returncode == 0
+
+
+def test_ends_quietly_when_the_reader_goes(detector, mvtec):
+    path = os.fsencode(f"{mvtec}/red/test/good/000.png\n")
+    with subprocess.Popen([*COMMAND, str(detector)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE) as process:
+        process.stdout.readline()
+        process.stdout.close()
+        process.stdin.write(path)
+        process.stdin.flush()
+        assert process.wait(30) == 141  # although stdin is still open
+        assert process.stderr.read() == b""
+
+
+def test_interrupt_while_waiting_for_paths(detector):
+    with subprocess.Popen([*COMMAND, str(detector)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE) as process:
+        process.stdout.readline()
+        process.send_signal(2)
+        assert process.wait(30) == 130
+        assert process.stderr.read().strip() == b"uadtool: interrupted"
+
+
+def test_paths_of_any_bytes(detector, mvtec, tmp_path):
+    names = [b"line\nbreak.png", b"latin-\xe9.png", "grün.png".encode()]
+    for name in names:
+        Path(os.fsdecode(os.fsencode(tmp_path) + b"/" + name)).write_bytes(
+            (mvtec / "red/test/good/000.png").read_bytes())
+    paths = b"\0".join(os.fsencode(tmp_path) + b"/" + name for name in names)  # the last one has no NUL
+    done = subprocess.run([*COMMAND, str(detector), "-", "-0"], input=paths, capture_output=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, b"")
+    images = records(done.stdout.decode("ascii"))[1:-1]
+    assert [os.fsencode(image["path"]).split(b"/")[-1] for image in images] == names
+
+
+def test_threshold_and_heatmaps(uadtool, detector, photos, tmp_path):
+    (photos / "b.jpg").unlink()
+    done = uadtool("score", detector, photos, "--threshold", "-1", "--heatmaps", tmp_path / "pictures")
+    run, *images, _ = records(done.stdout)
+    assert run["threshold"] == -1
+    assert all(image["anomalous"] for image in images)
+    assert sorted((tmp_path / "pictures").iterdir()) == sorted(Path(image["heatmap"]) for image in images)
+
+
+def test_fail_above(uadtool, detector, photos):
+    done = uadtool("score", detector, photos, "--fail-above", "5")
+    assert done.returncode == 4
+    assert len(records(done.stdout)) == 5
+    unread, gate = done.stderr.splitlines()
+    assert "1 of 3 images could not be scored" in unread
+    assert f"1 of 3 images score above 5; worst: {photos}/c.png with 17.8" in gate
+    (photos / "b.jpg").unlink()
+    assert uadtool("score", detector, photos, "--fail-above", "50").returncode == 0
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["-0", "x.png"], "-0 is for paths on stdin"),
+    (["x.png", "-"], "either PATHs or -"),
+    (["--threshold", "nan", "x.png"], "not a finite number"),
+])
+def test_wrong_usage(uadtool, detector, arguments, message):
+    done = uadtool("score", detector, *arguments)
+    assert done.returncode == 2
+    assert message in done.stderr
+
+
+def test_no_paths(uadtool, detector, tmp_path):
+    done = uadtool("score", detector)
+    assert (done.returncode, done.stderr) == (1, "uadtool: error: there was no image to score\n")
+    assert records(done.stdout)[-1]["images"] == 0
+    terminal, other_end = pty.openpty()
+    try:
+        done = subprocess.run([*COMMAND, str(detector)], stdin=other_end, capture_output=True, timeout=60)
+    finally:
+        os.close(terminal)
+        os.close(other_end)
+    assert done.returncode == 2
+    assert b"Give a PATH" in done.stderr
+
+
+def test_scores_that_are_not_numbers(make_detector, mvtec, tmp_path):
+    runtime = open_model(str(make_detector(tmp_path / "model.onnx", divisor=0.0)), 1)
+    _, image, summary = score(runtime, [Sample(str(mvtec / "red/test/good/000.png"), "red", "good")])
+    assert "not a finite number" in image["error"]
+    assert summary["errors"] == 1
+
+
+def test_imports_only_what_scoring_needs(detector, mvtec):
+    program = """
+import sys
+import uadtool.commands.score, uadtool.commands.bench
+assert not {"numpy", "PIL", "onnxruntime"} & set(sys.modules), "a command module imports too much"
+from uadtool.cli import main
+try:
+    main()
+except SystemExit as end:
+    assert not end.code
+print(*{"torch", "onnx", "scipy", "sklearn", "uadtool.metrics", "uadtool.reports.heatmap"} & set(sys.modules),
+      file=sys.stderr, end="")
+"""
+    path = mvtec / "red/train/good/000.png"  # given by itself, it has no label
+    done = subprocess.run([sys.executable, "-c", program, "score", str(detector), str(path)], capture_output=True,
+                          timeout=60)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+@pytest.mark.parametrize(("name", "message"), [
+    ("missing.onnx", "no such model file"),
+    ("model.safetensors", "export it first: uadtool export .*model.safetensors -o model.onnx"),
+    ("model.engine", "its name must end in .onnx"),
+    ("model.onnx", "cannot be loaded by onnxruntime"),
+])
+def test_files_that_are_no_exported_detector(tmp_path, name, message):
+    if not name.startswith("missing"):
+        (tmp_path / name).write_bytes(b"\x08\x08 not a model")
+    with pytest.raises(UadtoolError, match=message) as error:
+        open_model(str(tmp_path / name))
+    assert "\n" not in str(error.value)
+
+
+def test_graphs_that_are_no_exported_detector(detector, make_detector, tmp_path):
+    onnx = pytest.importorskip("onnx")
+    fixed = make_detector(tmp_path / "fixed.onnx", batch=1)
+    other_size = make_detector(tmp_path / "size.onnx", METADATA.replace(image_size=(64, 64)))
+    for path in (fixed, other_size):
+        with pytest.raises(UadtoolError, match=r"not a complete detector: it has image: tensor\(uint8\) "):
+            open_model(str(path))
+    model = onnx.load(str(detector))
+    del model.metadata_props[:]
+    onnx.save(model, str(tmp_path / "foreign.onnx"))
+    with pytest.raises(UadtoolError, match="not made by uadtool"):
+        open_model(str(tmp_path / "foreign.onnx"))
+
+
+def test_a_corrupt_model_is_one_line(uadtool, detector, tmp_path):
+    content = bytearray(detector.read_bytes())
+    content[: len(content) // 2] = bytes(len(content) // 2)
+    (tmp_path / "model.onnx").write_bytes(content)
+    done = uadtool("score", tmp_path / "model.onnx", "x.png")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_missing_runtime_is_named(detector, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(MissingPackage, match=r"pip install 'uadtool\[onnxruntime\]'") as error:
+        open_model(str(detector))
+    assert error.value.exit_code == 3
+
+
+# Evaluation
+
+
+def predicted(value: float, raw: float = 0.0, mask: Any = None) -> Prediction:
+    return Prediction(value, raw, "a", np.full((2, 2), value, np.float32), mask, 1.0)
+
+
+labelled = st.lists(st.tuples(st.sampled_from(["a", "b", None]), st.booleans(), st.integers(-3, 3)), max_size=30)
+
+
+@settings(max_examples=50, deadline=None)
+@given(labelled)
+def test_image_figures(images):
+    evaluation = Evaluation(threshold=1.0, image_size=(4, 4))
+    for name, anomalous, value in images:
+        evaluation.add(Sample("x.png", name, "anomalous" if anomalous else "good"), predicted(value, -value))
+    found = evaluation.figures()
+    labels, scores = [i[1] for i in images], [i[2] for i in images]
+    good, bad = [s for _, label, s in images if not label], [s for _, label, s in images if label]
+    assert found.get("false_positive_rate") == (pytest.approx(np.mean(np.array(good) > 1), rel=1e-5) if good else None)
+    assert found.get("recall") == (pytest.approx(np.mean(np.array(bad) > 1), rel=1e-5) if bad else None)
+    assert "aupro" not in found  # no anomalous image has a mask
+    if not (good and bad):
+        assert "image_auroc" not in found
+        return
+    figure = found["image_auroc"]
+    assert figure["pooled"] == pytest.approx(auroc(labels, scores), rel=1e-5)
+    assert figure["pooled_raw"] == pytest.approx(1 - figure["pooled"], abs=1e-5)
+    both = {name for name in "ab" if {label for n, label, _ in images if n == name} == {True, False}}
+    assert set(figure["per_class"]) == both
+    expected = np.mean(list(figure["per_class"].values())) if both else figure["pooled"]
+    assert figure["mean"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_good_images_of_a_class_with_masks_count_for_its_pixels():
+    mask = np.zeros((4, 4), bool)
+    mask[:2] = True
+    evaluation = Evaluation(threshold=1.0, image_size=(4, 4))
+    evaluation.add(Sample("1", "a", "good"), predicted(9.0))
+    evaluation.add(Sample("2", "a", "anomalous", "mask"), predicted(5.0, mask=mask))
+    evaluation.add(Sample("3", "b", "good"), predicted(1.0))  # its pixels do not count: b has no masks
+    found = evaluation.figures()
+    # 8 anomalous pixels, against 16 good ones above and 8 equal to them.
+    assert found["pixel_auroc"] == {"mean": approx(1 / 6), "pooled": approx(1 / 6), "per_class": {"a": approx(1 / 6)}}
+    assert set(found["aupro"]["per_class"]) == {"a"}
+
+
+def approx(value: float) -> Any:
+    return pytest.approx(value, rel=1e-5)
+
+
+def test_upsampling_aligns_pixel_centres():
+    values = np.array([[0, 1, 2, 3]], np.float32)
+    assert upsample(values, (1, 8)).tolist() == [[0, 0.25, 0.75, 1.25, 1.75, 2.25, 2.75, 3]]
+    assert upsample(values.T, (8, 2)).shape == (8, 2)
