@@ -1,15 +1,22 @@
-"""A tiny detector that honours the contract of an exported one, and a tiny dataset for it."""
+"""A tiny detector that honours the contract of an exported one, a tiny dataset for it, and a real chain of commands."""
 
+import json
+import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Callable
+from typing import Any, Callable, Dict, NamedTuple
 
 import numpy as np
 import pytest
-from PIL import Image
+from hypothesis import settings
+from PIL import Image, ImageDraw
 
 from uadtool.metadata import KEY, Metadata, ScoreStatistics
+
+settings.register_profile("tests", deadline=None, derandomize=True)  # no clock, no luck
+settings.load_profile("tests")
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test downloads anything, nor does a command that it runs
 
 METADATA = Metadata(
     method="brightness", teacher="none", classes=["green", "red"], image_size=(32, 32), map_size=(8, 8), threshold=3.0,
@@ -111,3 +118,76 @@ def uadtool() -> Callable[..., "subprocess.CompletedProcess[str]"]:
         return subprocess.run(command, input=input, capture_output=True, encoding="utf-8", timeout=60)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def textures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two classes of textures in MVTec layout, 20 to train on and 8 + 8 to test; blots with masks as defects."""
+    root = tmp_path_factory.mktemp("data") / "textures"
+    random = np.random.default_rng(0)
+    y, x = np.mgrid[:72, :72]
+    for name in ("dots", "stripes"):
+        for split, kind, count in (("train", "good", 20), ("test", "good", 8), ("test", "blot", 8)):
+            for index in range(count):
+                phase, period = random.uniform(0, 6), random.uniform(0.4, 0.8)
+                wave = np.sin(x * period + phase) * (np.sin(y * period) if name == "dots" else 1)
+                colour = random.uniform(60, 160, 3)
+                pixels = colour + wave[..., None] * random.uniform(20, 60) + random.normal(0, 6, (72, 72, 3))
+                image, mask = Image.fromarray(pixels.clip(0, 255).astype(np.uint8)), Image.new("L", (72, 72))
+                path = root / name / split / kind / f"{index:03}.png"
+                if kind == "blot":
+                    left, top = (int(value) for value in random.integers(8, 40, 2))
+                    for picture, fill in ((image, (235, 20, 30)), (mask, 255)):
+                        ImageDraw.Draw(picture).ellipse((left, top, left + 22, top + 16), fill=fill)
+                    truth = root / name / "ground_truth" / kind / f"{index:03}_mask.png"
+                    truth.parent.mkdir(parents=True, exist_ok=True)
+                    mask.save(truth)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                image.save(path)
+    return root
+
+
+class Step(NamedTuple):
+    """A command of the chain: the file that it wrote, the record that it printed, its messages."""
+
+    path: Path
+    record: Dict[str, Any]
+    stderr: str
+
+
+@pytest.fixture(scope="session")
+def step(uadtool: Callable[..., "subprocess.CompletedProcess[str]"],
+         tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Step]:
+    folder = tmp_path_factory.mktemp("chain")
+
+    def run(command: str, *arguments: object, output: str) -> Step:
+        done = uadtool(command, *arguments, "-o", folder / output)
+        assert done.returncode == 0, done.stderr
+        return Step(folder / output, json.loads(done.stdout), done.stderr)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def trained(step: Callable[..., Step], textures: Path) -> Step:
+    return step("train", textures, "--image-size", 64, "--epochs", 20, output="fp32.safetensors")
+
+
+@pytest.fixture(scope="session")
+def calibrated(step: Callable[..., Step], trained: Step, textures: Path) -> Step:
+    return step("calibrate", trained.path, textures, "--count", 30, output="ranges.json")
+
+
+@pytest.fixture(scope="session")
+def quantized(step: Callable[..., Step], trained: Step, calibrated: Step) -> Step:
+    return step("quantize", trained.path, "--ranges", calibrated.path, output="int8.safetensors")
+
+
+@pytest.fixture(scope="session")
+def fp32(step: Callable[..., Step], trained: Step, textures: Path) -> Step:
+    return step("export", trained.path, "--images", textures, output="fp32.onnx")
+
+
+@pytest.fixture(scope="session")
+def int8(step: Callable[..., Step], quantized: Step) -> Step:
+    return step("export", quantized.path, output="int8.onnx")

@@ -4,6 +4,8 @@ Teacher and student are built here. The graph form is what everything later stan
 quantizers are put into it, ONNX is written from it.
 """
 
+import copy
+import difflib
 import importlib
 import logging
 import math
@@ -52,11 +54,12 @@ def build_backbone(name: str, image_size: tuple[int, int]) -> fx.GraphModule:
     Only layers that a feature map needs are in it. Parameter names are those of timm.
 
     Raises:
-        UadtoolError: timm has no such model, it has no feature maps at those strides, or it cannot be traced.
+        UadtoolError: timm has no such model, it has no feature maps at those strides, it cannot be traced, or a batch
+            norm in it cannot be folded.
     """
     if not timm.is_model(name):
-        near = ", ".join(timm.list_models(f"*{name.split('.')[0][:6]}*")[:5])
-        raise UadtoolError(f"timm {timm.__version__} has no model {name!r}" + (f"; it has {near}, ..." if near else ""))
+        near = ", ".join(difflib.get_close_matches(name, timm.list_models(), n=5))
+        raise UadtoolError(f"timm {timm.__version__} has no model {name!r}" + (f"; it has {near}" if near else ""))
     try:
         stages: list[int] = timm.create_model(name, features_only=True).feature_info.reduction()  # type: ignore
         indices = [stages.index(reduction) for reduction in REDUCTIONS]
@@ -79,6 +82,7 @@ def build_backbone(name: str, image_size: tuple[int, int]) -> fx.GraphModule:
     for module in backbone.modules():
         if hasattr(module, "inplace"):
             setattr(module, "inplace", False)  # noqa: B010 - no field of nn.Module for the type checker
+    fold_batch_norm(copy.deepcopy(backbone).eval())  # what cannot be folded is refused now, not after training
     return backbone
 
 
@@ -184,7 +188,7 @@ def _read_weights(file: str) -> dict[str, Tensor]:
             return load_file(file)
         weights = torch.load(file, map_location="cpu", weights_only=True)
     except OSError as error:
-        raise UadtoolError(f"cannot read {file}: {error.strerror}") from error
+        raise UadtoolError(f"cannot read {file}: {error.strerror or error}") from error
     except Exception as error:  # unpickling and safetensors errors
         raise UadtoolError(f"{file} holds no weights that can be loaded safely: "
                            f"{str(error).splitlines()[0]}") from error

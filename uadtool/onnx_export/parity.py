@@ -19,6 +19,9 @@ IMAGES = 16
 TOLERANCE = {"fp32": 0.01, "int8": 0.25}
 """How far a score may be off, in standard deviations of good images' scores. In int8 a sum that lies between two codes
 is rounded up by one kernel and down by another, and the next layers carry that on."""
+CLASS_AGREEMENT = {"fp32": 1.0, "int8": 0.75}
+"""Share of the images whose nearest class must be the same. In int8 an image between two classes (a synthetic one
+easily is) may go to either; its score then counts in the units of another class and cannot be compared."""
 
 
 def parity_images(path: Optional[str], image_size: tuple[int, int]) -> NDArray[np.uint8]:
@@ -35,7 +38,7 @@ def check_parity(model: nn.Module, proto: ModelProto, images: NDArray[np.uint8],
     """Run the torch model and the exported graph in ONNX Runtime on the same images; returns how far they are apart.
 
     Raises:
-        UadtoolError: a score is off by more than the tolerance of the precision, or a nearest class differs.
+        UadtoolError: a score is off by more than the tolerance of the precision, or too many nearest classes differ.
     """
     with torch.inference_mode():
         expected = [t.numpy() for t in model(torch.from_numpy(images))]
@@ -43,13 +46,14 @@ def check_parity(model: nn.Module, proto: ModelProto, images: NDArray[np.uint8],
     settings.log_severity_level = 3
     session = onnxruntime.InferenceSession(proto.SerializeToString(), settings, providers=["CPUExecutionProvider"])
     score, anomaly_map, nearest = session.run(["score", "anomaly_map", "nearest_class"], {"image": images})
-    difference = float(np.abs(score - expected[0]).max())
+    same = nearest == expected[2]
+    if same.mean() < CLASS_AGREEMENT[precision]:
+        raise UadtoolError(f"the exported graph is not the model: ONNX Runtime {onnxruntime.__version__} finds another "
+                           f"nearest class for {(~same).sum()} of {len(images)} images; nothing was written")
+    difference = float(np.abs(score - expected[0])[same].max())
     tolerance = TOLERANCE[precision]
     if not difference <= tolerance:
         raise UadtoolError(f"the exported graph is not the model: a score in ONNX Runtime {onnxruntime.__version__} is "
                            f"off by {difference:.3g}, more than {tolerance}; nothing was written")
-    if (nearest != expected[2]).any():
-        raise UadtoolError(f"the exported graph is not the model: ONNX Runtime {onnxruntime.__version__} finds another "
-                           "nearest class; nothing was written")
     return {"images": len(images), "score_difference": difference, "tolerance": tolerance,
-            "map_difference": float(np.abs(anomaly_map - expected[1]).max())}
+            "map_difference": float(np.abs(anomaly_map - expected[1])[same].max())}

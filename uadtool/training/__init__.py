@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 class TrainingOptions:
     """What decides the result of a training run, besides the images.
 
-    ``length`` counts ``unit``s, epochs or steps (batches of 16). ``held_out`` is the share of good images of each class
+    ``length`` counts ``unit``s, epochs or steps (batches of 4). ``held_out`` is the share of good images of each class
     that is not trained on but chooses the checkpoint and sets the score statistics and the threshold, which held-out
     images exceed at ``false_positive_rate``. ``image_size`` is (height, width).
     """
@@ -42,7 +42,7 @@ class TrainingOptions:
     teacher_weights: Optional[str] = None
     image_size: tuple[int, int] = (256, 256)
     fusion: str = "sum"
-    length: int = 40
+    length: int = 16
     unit: str = "epochs"
     held_out: float = 0.2
     false_positive_rate: float = 0.01

@@ -13,6 +13,8 @@ from uadtool.training.data import TeacherFeatures
 
 PSEUDO_COUNT = 4
 """Weight of the spread that is usual among the classes, in images, against a class's own spread."""
+LEAST_VARIANCE = 1e-4
+"""Of scores relative to their mean: what is taken as usual when the images of every class are alike."""
 
 
 def class_statistics(scores: Mapping[str, Sequence[float]]) -> dict[str, ScoreStatistics]:
@@ -26,6 +28,7 @@ def class_statistics(scores: Mapping[str, Sequence[float]]) -> dict[str, ScoreSt
     degrees = {name: len(values) - 1 for name, values in scores.items()}
     total = sum(degrees.values())
     usual = sum(squares[name] / means[name] ** 2 for name in scores) / total if total else 0.01
+    usual = max(usual, LEAST_VARIANCE)
     return {
         name: ScoreStatistics(means[name], math.sqrt(
             (squares[name] + PSEUDO_COUNT * usual * means[name] ** 2) / (degrees[name] + PSEUDO_COUNT)))
@@ -34,11 +37,11 @@ def class_statistics(scores: Mapping[str, Sequence[float]]) -> dict[str, ScoreSt
 
 
 def threshold_at(scores: Iterable[float], false_positive_rate: float) -> float:
-    """The score that this share of good images exceeds.
+    """The lowest of the scores that no more than this share of them exceeds.
 
-    The quantile lies between the two neighbouring scores; a rate below 1 / (number of images) gives the highest one.
+    A rate below 1 / (number of scores) gives the highest one.
     """
-    return float(np.quantile(list(scores), 1 - false_positive_rate))
+    return float(np.quantile(list(scores), 1 - false_positive_rate, method="inverted_cdf"))
 
 
 @torch.inference_mode()
@@ -58,7 +61,7 @@ def fit_normalization(detector: STFPM, classes: Sequence[str], training: Teacher
         return torch.tensor([sample.class_name == name for sample in data.samples], device=device)
 
     descriptors = torch.cat([describe([f.to(device).float() for f in features]) for _, features in training.batches()])
-    detector.descriptor_scale.copy_(1 / descriptors.std(dim=0).clamp(min=1e-6))
+    detector.descriptor_scale.copy_(1 / descriptors.std(dim=0, correction=0).clamp(min=1e-6))
     for index, name in enumerate(classes):
         detector.prototypes[index] = descriptors[of_class(training, name)].mean(dim=0)
 

