@@ -40,5 +40,5 @@ $(VENV)/.dev: pyproject.toml | $(BIN)/python
 	touch $@
 
 $(BIN)/python:
-	@$(PYTHON) -c 'import sys; sys.exit("training needs Python 3.10 or newer: make PYTHON=python3.11" * (sys.version_info < (3, 10)))'
+	@$(PYTHON) -c 'import sys; sys.exit("training needs Python 3.10 or newer: make PYTHON=python3.11" * (sys.version_info < (3, 10)) or None)'
 	$(PYTHON) -m venv $(VENV)
