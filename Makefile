@@ -11,7 +11,7 @@ help: ## list the targets
 
 demo: demo/solar-cells ## train, quantize and compare on real images of solar cells (about 10 minutes on 2 cores)
 	@$(MAKE) --no-print-directory -f examples/Makefile UADTOOL=$(BIN)/uadtool DATA=demo/solar-cells OUT=demo \
-		TRAIN_OPTIONS='--steps 1400'
+		TRAIN_OPTIONS='--steps 360'
 
 demo/solar-cells: examples/solar_cells.py | $(VENV)/.demo
 	mkdir -p demo

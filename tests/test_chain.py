@@ -1,6 +1,8 @@
 """The whole chain through the real command line: train, calibrate, quantize, export, score, bench, compare."""
 
 import json
+import os
+import stat
 from pathlib import Path
 
 import jsonschema
@@ -81,6 +83,9 @@ def test_steps_only_say_what_matters(trained, calibrated, quantized, fp32, int8)
 def test_only_the_named_files_are_written(trained, calibrated, quantized, fp32, int8):
     steps = (trained, calibrated, quantized, fp32, int8)
     assert sorted(trained.path.parent.iterdir()) == sorted(step.path for step in steps)
+    mask = os.umask(0)
+    os.umask(mask)
+    assert {stat.S_IMODE(step.path.stat().st_mode) for step in steps} == {0o666 & ~mask}
 
 
 def test_digests_tie_the_steps_together(trained, calibrated, quantized, fp32, int8, scores, measured):

@@ -256,6 +256,14 @@ def test_all_convolutions_are_quantized_and_scores_stay_close(detector):
     assert not torch.equal(one.score, other.score)
 
 
+def test_all_biases_are_whole_numbers_of_their_unit(detector):
+    quantized = quantize(detector, calibrate(detector, [images(2)]))
+    for node in nodes(quantized, QuantizedConv2d):
+        conv, point = module(quantized, node), module(quantized, node.args[0])
+        codes = conv.bias.double() / (point.scale.double() * conv.weight_scale.double())
+        torch.testing.assert_close(codes, codes.round(), rtol=1e-6, atol=1e-3)
+
+
 def test_quantizing_leaves_the_float_detector_alone(detector):
     before = {name: tensor.clone() for name, tensor in detector.state_dict().items()}
     quantize(detector, calibrate(detector, [images(2)]))

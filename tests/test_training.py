@@ -118,19 +118,20 @@ def test_statistics_and_threshold_are_those_of_the_deployed_detector(run, sample
     assert metadata.threshold == pytest.approx(threshold_at(score.tolist(), 0.1), abs=0.01)
 
 
-def test_prototypes_are_the_mean_descriptors_of_the_training_images(run, samples):
+def test_prototypes_are_the_mean_descriptors_of_the_training_images(run, samples, monkeypatch):
+    monkeypatch.setattr(training, "autocast_dtype", lambda device: torch.float32)
     detector = run(samples).detector
     rest, _ = split_held_out(samples, 0.2, 0)
     for prototype, name in zip(detector.prototypes, ("dots", "stripes")):
         images = data.read_images([sample for sample in rest if sample.class_name == name], (64, 64), 1)
         with torch.inference_mode():
             descriptors = describe(detector.teacher(detector.normalize(images)))
-        torch.testing.assert_close(prototype, descriptors.mean(0), rtol=0.02, atol=0.02 * descriptors.abs().max().item())
+        torch.testing.assert_close(prototype, descriptors.mean(0), rtol=1e-3, atol=1e-3)
 
 
 def test_the_weights_of_the_lowest_held_out_loss_are_kept(run, samples, monkeypatch):
     monkeypatch.setattr(training, "autocast_dtype", lambda device: torch.float32)
-    monkeypatch.setattr(loop, "_schedule", lambda step, steps: 0.1 if step < 6 else 1e3)  # runs away
+    monkeypatch.setattr(loop, "_schedule", lambda step, steps: 0.1 if step < 6 else -1)  # uphill
     result = run(samples, length=8)
     assert 0 < result.report["best_step"] <= 6
     images = result.detector.normalize(data.read_images(split_held_out(samples, 0.2, 0)[1], (64, 64), 1))
@@ -144,15 +145,15 @@ def test_held_out_images_choose_the_checkpoint_only(run, textures, tmp_path, mon
     shutil.copytree(textures, tmp_path / "data")
     samples = training_samples(str(tmp_path / "data"))
     rest, held_out = split_held_out(samples, 0.2, 0)
-    before = run(samples)
+    before = run(samples, length=1, unit="epochs")
     random = np.random.default_rng(1)
     for sample in held_out:
         Image.fromarray(random.integers(0, 256, (72, 72, 3), dtype=np.uint8)).save(sample.path)
-    after = run(samples)
+    after = run(samples, length=1, unit="epochs")
     assert same(networks(before), networks(after))
     assert before.metadata.statistics != after.metadata.statistics
     Image.fromarray(random.integers(0, 256, (72, 72, 3), dtype=np.uint8)).save(rest[0].path)
-    assert not same(networks(before), networks(run(samples)))
+    assert not same(networks(before), networks(run(samples, length=1, unit="epochs")))
 
 
 def test_the_networks_do_not_know_the_classes(run, samples, monkeypatch):
@@ -267,9 +268,9 @@ def test_without_resume_a_run_starts_anew(run, samples, tmp_path):
 def test_an_epoch_shows_no_image_twice(total, seed, epoch):
     per_epoch = steps_per_epoch(total)
     batches = [batch_indices(total, epoch * per_epoch + place, seed) for place in range(per_epoch)]
-    assert {len(batch) for batch in batches} == {min(16, total)}
+    assert {len(batch) for batch in batches} == {min(loop.BATCH_SIZE, total)}
     seen = [index for batch in batches for index in batch]
-    assert len(seen) == len(set(seen)) > total - 16
+    assert len(seen) == len(set(seen)) > total - loop.BATCH_SIZE
     assert set(seen) <= set(range(total))
 
 

@@ -26,11 +26,11 @@ def atomic_write(path: Union[str, Path]) -> Iterator[Path]:
         raise UadtoolError(f"cannot write {path}: {error.strerror}") from error
     temporary = Path(name)
     try:
-        umask = os.umask(0)
-        os.umask(umask)
-        os.fchmod(handle, 0o666 & ~umask)  # mkstemp makes files that only their owner reads
         os.close(handle)
         yield temporary
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)  # mkstemp, and safetensors too, make files that only their owner reads
         with temporary.open("rb") as written:
             os.fsync(written.fileno())
         temporary.replace(path)

@@ -36,7 +36,7 @@ def calibrate(model: str, data: str, output: str, method: str, count: int, class
     from uadtool.progress import Progress
     from uadtool.quantization import RangesFile
     from uadtool.quantization import calibrate as run
-    from uadtool.training.data import CHUNK, read_images
+    from uadtool.training.data import image_batches
 
     if output != "-":
         check_writable(output)
@@ -44,9 +44,8 @@ def calibrate(model: str, data: str, output: str, method: str, count: int, class
     samples = balanced(training_samples(data, classes.split(",") if classes else None), count, seed)
     with Progress("calibrate", len(samples)) as progress:
         def batches() -> "Iterator[Tensor]":
-            for start in range(0, len(samples), CHUNK):
-                part = samples[start:start + CHUNK]
-                yield read_images(part, metadata.image_size, available_cores())
+            for part, images in image_batches(samples, metadata.image_size, available_cores()):
+                yield images
                 progress.update(len(part))
 
         ranges = run(detector, batches(), method)

@@ -31,8 +31,8 @@ def _size(ctx: click.Context, param: click.Parameter, value: str) -> Tuple[int, 
 @click.option("--classes", metavar="A,B,...", help="Train on these classes only.")
 @click.option("--fusion", type=click.Choice(["sum", "product"]), default="sum", show_default=True,
               help="How the maps of the three stages become one.")
-@click.option("--epochs", type=click.IntRange(1), help="Passes over the images  [default: 16]")
-@click.option("--steps", type=click.IntRange(1), help="Instead of epochs: batches of 4 images.")
+@click.option("--epochs", type=click.IntRange(1), help="Passes over the images  [default: 40]")
+@click.option("--steps", type=click.IntRange(1), help="Instead of epochs: batches of 16 images.")
 @click.option("--held-out", type=click.FloatRange(0.01, 0.9), default=0.2, show_default=True, metavar="SHARE",
               help="Share of the good images that chooses the checkpoint and sets the threshold.")
 @click.option("--false-positive-rate", type=click.FloatRange(0, 0.5), default=0.01, show_default=True, metavar="SHARE",

@@ -9,7 +9,6 @@ import difflib
 import importlib
 import logging
 import math
-import operator
 from pathlib import Path
 from typing import Any, Optional
 
@@ -72,8 +71,6 @@ def build_backbone(name: str, image_size: tuple[int, int]) -> fx.GraphModule:
                            f"{REDUCTIONS} that torch.fx can trace: {str(error).splitlines()[0]}") from error
     backbone = fx.GraphModule(tracer.root, graph, class_name=name)
     for node in graph.nodes:
-        if node.target is operator.iadd:  # in place, it would change a tensor that an observer has already seen
-            node.target = operator.add
         if node.op == "call_module" and isinstance(backbone.get_submodule(node.target), nn.Identity):
             node.replace_all_uses_with(node.args[0])
     graph.eliminate_dead_code()

@@ -2,28 +2,29 @@
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Optional
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from uadtool import __version__
 from uadtool.artifacts import list_digest
-from uadtool.dataset import Sample, split_held_out
+from uadtool.dataset import Sample, training_samples
 from uadtool.detectors import METHODS
 from uadtool.detectors.backbones import DEFAULT_TEACHER, load_teacher_weights
 from uadtool.detectors.complexity import count_macs, count_parameters
 from uadtool.detectors.stfpm import STFPM, distillation_loss
 from uadtool.host import available_cores
 from uadtool.metadata import Metadata
-from uadtool.training.data import TeacherFeatures
+from uadtool.progress import Progress
+from uadtool.training.data import TeacherFeatures, image_batches, split_training
 from uadtool.training.loop import distill, steps_per_epoch
 from uadtool.training.precision import autocast, autocast_dtype, choose_device, large_depthwise_float
-from uadtool.training.statistics import fit_normalization
+from uadtool.training.statistics import fit_prototypes, fit_statistics
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +33,7 @@ log = logging.getLogger(__name__)
 class TrainingOptions:
     """What decides the result of a training run, besides the images.
 
-    ``length`` counts ``unit``s, epochs or steps (batches of 4). ``held_out`` is the share of good images of each class
+    ``length`` counts ``unit``s, epochs or steps (batches of 16). ``held_out`` is the share of good images of each class
     that is not trained on but chooses the checkpoint and sets the score statistics and the threshold, which held-out
     images exceed at ``false_positive_rate``. ``image_size`` is (height, width).
     """
@@ -42,7 +43,7 @@ class TrainingOptions:
     teacher_weights: Optional[str] = None
     image_size: tuple[int, int] = (256, 256)
     fusion: str = "sum"
-    length: int = 16
+    length: int = 40
     unit: str = "epochs"
     held_out: float = 0.2
     false_positive_rate: float = 0.01
@@ -93,9 +94,7 @@ def train(samples: Sequence[Sample], options: TrainingOptions, checkpoint: Path,
             features: Sequence[Tensor] = detector.teacher(prepare(images.to(device)))
             return features
 
-    rest, held_out_samples = split_held_out(samples, options.held_out, options.seed)
-    # A class of one image cannot spare it: it serves both ends.
-    held_out_samples += [s for s in rest if s.class_name not in {h.class_name for h in held_out_samples}]
+    rest, held_out_samples = split_training(samples, options.held_out, options.seed)
     training = TeacherFeatures(rest, options.image_size, teacher, threads)
     held_out = TeacherFeatures(held_out_samples, options.image_size, teacher, threads)
     steps = options.length * (steps_per_epoch(len(training)) if options.unit == "epochs" else 1)
@@ -106,7 +105,10 @@ def train(samples: Sequence[Sample], options: TrainingOptions, checkpoint: Path,
         outcome = distill(detector.student, prepare, distillation_loss, training, held_out, steps, options.seed, device,
                           dtype, checkpoint, config, resume)
     detector.fold_batch_norm()
-    statistics, threshold = fit_normalization(detector, classes, training, held_out, options.false_positive_rate)
+    fit_prototypes(detector, classes, training)
+    batches = ((part, images.to(device))
+               for part, images in image_batches(held_out_samples, options.image_size, threads))
+    statistics, threshold = fit_statistics(detector, classes, batches, options.false_positive_rate)
     detector.to(device="cpu", memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     report = {
         "classes": {name: {"training": sum(s.class_name == name for s in rest),
@@ -128,3 +130,25 @@ def train(samples: Sequence[Sample], options: TrainingOptions, checkpoint: Path,
     return TrainingResult(detector, metadata, report)
 
 
+
+
+def refit_statistics(model: nn.Module, metadata: Metadata, data: str) -> Metadata:
+    """Take score statistics and threshold anew from the images that training held out; returns the metadata with them.
+
+    Args:
+        model: a detector or its quantized graph, changed in place.
+        data: the data set that the model was trained on, wherever it lies now.
+
+    Raises:
+        UadtoolError: as ``dataset.training_samples``, or an image cannot be read.
+    """
+    samples = training_samples(data, metadata.classes)
+    _, held_out = split_training(samples, metadata.provenance[0]["held_out"], metadata.provenance[0]["seed"])
+    with Progress("score statistics", len(held_out)) as progress:
+        def batches() -> Iterator[tuple[Sequence[Sample], Tensor]]:
+            for part, images in image_batches(held_out, metadata.image_size, available_cores()):
+                yield part, images
+                progress.update(len(part))
+
+        statistics, threshold = fit_statistics(model, metadata.classes, batches(), metadata.false_positive_rate)
+    return metadata.replace(statistics=statistics, threshold=threshold)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from uadtool.dataset import Sample
+from uadtool.dataset import Sample, split_held_out
 from uadtool.images import read_ahead, read_image
 from uadtool.progress import Progress
 from uadtool.training.precision import physical_memory
@@ -32,6 +32,25 @@ def read_images(samples: Sequence[Sample], image_size: tuple[int, int], threads:
             raise image
         images.append(torch.from_numpy(image))
     return torch.stack(images)
+
+
+def split_training(samples: Sequence[Sample], share: float, seed: int) -> tuple[list[Sample], list[Sample]]:
+    """``split_held_out``, but a class of one image, which cannot spare it, has it on both sides."""
+    rest, held_out = split_held_out(samples, share, seed)
+    classes = {sample.class_name for sample in held_out}
+    return rest, held_out + [sample for sample in rest if sample.class_name not in classes]
+
+
+def image_batches(samples: Sequence[Sample], image_size: tuple[int, int],
+                  threads: int) -> Iterator[tuple[Sequence[Sample], Tensor]]:
+    """The samples in batches of at most 32, with their images: uint8 [N, H, W, 3].
+
+    Raises:
+        ImageError: as ``read_images``.
+    """
+    for start in range(0, len(samples), CHUNK):
+        part = samples[start:start + CHUNK]
+        yield part, read_images(part, image_size, threads)
 
 
 class TeacherFeatures:

@@ -19,10 +19,12 @@ from uadtool.training.checkpoint import load_checkpoint, save_checkpoint
 from uadtool.training.data import TeacherFeatures
 from uadtool.training.precision import autocast
 
-BATCH_SIZE = 4
-LEARNING_RATE, MOMENTUM, WEIGHT_DECAY = 2.5, 0.9, 1e-4
-"""Small batches and a high rate: the loss is a mean over thousands of positions, so four images give a steady gradient.
-After 3,200 images of seven classes the held-out loss was 0.39; with batches of 16 and the paper's rate of 0.4, 0.89."""
+BATCH_SIZE = 16
+LEARNING_RATE, MOMENTUM, WEIGHT_DECAY = 0.4, 0.9, 1e-4
+"""As in the paper (table 1), there with batches of 32 and a constant rate. Smaller batches and higher rates bring the
+loss down faster, but not for good: at a held-out loss of 0.22 instead of 0.34 the student follows the teacher on
+defects, too, and on our seven classes the mean image AUROC fell from 0.70 to 0.67, the pixel AUROC from 0.90 to 0.86.
+"""
 WARM_UP = 50
 EVALUATIONS = 20
 """How often in a run the held-out loss is taken, to choose the best checkpoint."""
@@ -55,7 +57,7 @@ def distill(student: nn.Module, prepare: Callable[[Tensor], Tensor], loss_functi
 
     Args:
         prepare: uint8 [N, H, W, 3] on the device -> the student's input.
-        steps: number of batches of 4.
+        steps: number of batches of 16.
         checkpoint: file for the state of an interrupted run.
         config: what the checkpoint must agree in with this run.
         resume: go on from the checkpoint, if there is one.

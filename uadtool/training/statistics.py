@@ -5,8 +5,9 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from uadtool.dataset import Sample
 from uadtool.detectors.stfpm import STFPM, describe
 from uadtool.metadata import ScoreStatistics
 from uadtool.training.data import TeacherFeatures
@@ -45,32 +46,39 @@ def threshold_at(scores: Iterable[float], false_positive_rate: float) -> float:
 
 
 @torch.inference_mode()
-def fit_normalization(detector: STFPM, classes: Sequence[str], training: TeacherFeatures, held_out: TeacherFeatures,
-                      false_positive_rate: float) -> tuple[dict[str, ScoreStatistics], float]:
-    """Set a trained detector's prototypes and score statistics, in place; returns the statistics and the threshold.
+def fit_prototypes(detector: STFPM, classes: Sequence[str], training: TeacherFeatures) -> None:
+    """Set the detector's prototypes, in place: the mean descriptor of each class's training images.
 
     Args:
         classes: their names, in the order of the prototypes.
-        training: good images whose mean descriptors become the prototypes.
-        held_out: good images of every class, for the statistics.
-        false_positive_rate: share of the held-out images that may exceed the threshold.
     """
     device = detector.prototypes.device
-
-    def of_class(data: TeacherFeatures, name: str) -> Tensor:
-        return torch.tensor([sample.class_name == name for sample in data.samples], device=device)
-
     descriptors = torch.cat([describe([f.to(device).float() for f in features]) for _, features in training.batches()])
     detector.descriptor_scale.copy_(1 / descriptors.std(dim=0, correction=0).clamp(min=1e-6))
     for index, name in enumerate(classes):
-        detector.prototypes[index] = descriptors[of_class(training, name)].mean(dim=0)
+        members = [place for place, sample in enumerate(training.samples) if sample.class_name == name]
+        detector.prototypes[index] = descriptors[members].mean(dim=0)
 
-    results = [detector.raw_map_and_descriptor(detector.normalize(images.to(device)))
-               for images, _ in held_out.batches()]
-    scores = torch.cat([detector.image_score(raw) for raw, _ in results])
-    statistics = class_statistics({name: scores[of_class(held_out, name)].tolist() for name in classes})
-    detector.score_mean.copy_(torch.tensor([statistics[name].mean for name in classes]))
-    detector.score_std.copy_(torch.tensor([statistics[name].std for name in classes]))
-    nearest = detector.nearest_class(torch.cat([descriptor for _, descriptor in results]))
-    normalized = (scores - detector.score_mean[nearest]) / detector.score_std[nearest]
-    return statistics, threshold_at(normalized.tolist(), false_positive_rate)
+
+@torch.inference_mode()
+def fit_statistics(model: nn.Module, classes: Sequence[str], batches: Iterable[tuple[Sequence[Sample], Tensor]],
+                   false_positive_rate: float) -> tuple[dict[str, ScoreStatistics], float]:
+    """Set the score statistics of a detector, float or quantized, in place; returns them and the threshold.
+
+    Args:
+        model: a ``Detector`` with prototypes, or the quantized graph of one.
+        classes: their names, in the order of the prototypes.
+        batches: held-out good images of every class, uint8 [N, H, W, 3] on the model's device, with their samples.
+        false_positive_rate: share of these images that may exceed the threshold.
+    """
+    mean, std = model.get_buffer("score_mean"), model.get_buffer("score_std")
+    names, results = [], []
+    for samples, images in batches:
+        names += [sample.class_name for sample in samples]
+        score, _, nearest = model(images)
+        results.append((score * std[nearest] + mean[nearest], nearest))
+    raw, nearest = (torch.cat(parts) for parts in zip(*results))
+    statistics = class_statistics({name: raw[[n == name for n in names]].tolist() for name in classes})
+    mean.copy_(torch.tensor([statistics[name].mean for name in classes]))
+    std.copy_(torch.tensor([statistics[name].std for name in classes]))
+    return statistics, threshold_at(((raw - mean[nearest]) / std[nearest]).tolist(), false_positive_rate)
