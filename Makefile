@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(abspath $(VENV))/bin
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-slow lint clean
+.PHONY: help demo test lint clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
@@ -19,9 +19,6 @@ demo/solar-cells: examples/solar_cells.py | $(VENV)/.demo
 
 test: $(VENV)/.dev ## run the tests
 	$(BIN)/python -m pytest
-
-test-slow: $(VENV)/.dev ## run the tests that take minutes
-	$(BIN)/python -m pytest -m slow
 
 lint: $(VENV)/.dev ## ruff and mypy
 	$(BIN)/ruff check .

@@ -8,9 +8,13 @@ from pathlib import Path
 import jsonschema
 import numpy as np
 import pytest
+import torch
 
 import uadtool
 from uadtool.artifacts import file_digest
+from uadtool.dataset import split_held_out, training_samples
+from uadtool.models import load_model
+from uadtool.training.data import read_images
 
 SCHEMAS = Path(uadtool.__file__).parent / "schemas"
 
@@ -147,3 +151,19 @@ def test_ranges_go_through_a_pipe(uadtool, trained, calibrated, quantized, textu
     done = uadtool("quantize", trained.path, "--ranges", "-", "-o", tmp_path / "piped.safetensors", input=piped.stdout)
     assert done.returncode == 0, done.stderr
     assert file_digest(tmp_path / "piped.safetensors") == quantized.record["digest"]
+
+
+def test_quantize_puts_the_classes_level_again(step, trained, calibrated, quantized, textures):
+    """With --data, good held-out images score 0 on average in each class, as they did in float."""
+    refitted = step("quantize", trained.path, "--ranges", calibrated.path, "--data", textures,
+                    output="refitted.safetensors")
+    model, metadata = load_model(refitted.path)
+    _, before = load_model(quantized.path)
+    assert metadata.statistics != before.statistics
+    held_out = split_held_out(training_samples(str(textures)), 0.2, seed=0)[1]
+    with torch.inference_mode():
+        score, _, _ = model(read_images(held_out, metadata.image_size, 1))
+    for name in metadata.classes:
+        members = [sample.class_name == name for sample in held_out]
+        assert score[members].mean().item() == pytest.approx(0, abs=1e-2)
+    assert (score > metadata.threshold).float().mean().item() <= metadata.false_positive_rate

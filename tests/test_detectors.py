@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import METADATA
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as stn
 from torch import nn
@@ -165,6 +165,7 @@ def test_nearest_class_is_that_of_the_smallest_scaled_distance(seed):
 @given(stn.arrays(np.float32, st.tuples(st.integers(1, 3), st.integers(1, 40), st.integers(1, 40)),
                   elements=st.floats(-1e3, 1e3, width=32)))
 def test_score_is_the_mean_of_the_highest_twentieth(maps):
+    assume(maps[0].size % 20 != 10)  # half a value may count or not
     detector = Head(classes=1, descriptor_size=1, map_size=maps.shape[1:], mean=[0.5], std=[0.5])
     count = max(1, round(maps[0].size / 20))
     expected = [np.sort(one.ravel())[::-1][:count].astype(np.float64).mean() for one in maps]
