@@ -14,6 +14,8 @@ from typing import List
 
 import numpy as np
 import pytest
+import timm
+import torch
 from PIL import Image
 
 REPOSITORY = Path(__file__).parent.parent
@@ -50,6 +52,7 @@ def newcomer(tmp_path: Path) -> Path:
     (tmp_path / "photos").mkdir()
     for index in range(2):
         shutil.copy(tmp_path / "parts" / "bottle" / "test" / "scratch" / f"00{index}.png", tmp_path / "photos")
+    torch.save(timm.create_model("resnet18").state_dict(), tmp_path / "resnet18.pth")
     for name in ("examples", "uadtool", "pyproject.toml", "README.md", "LICENSE", "Makefile"):
         if (REPOSITORY / name).is_dir():
             shutil.copytree(REPOSITORY / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))

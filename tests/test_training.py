@@ -158,7 +158,7 @@ def test_held_out_images_choose_the_checkpoint_only(run, textures, tmp_path, mon
 
 def test_the_networks_do_not_know_the_classes(run, samples, monkeypatch):
     paths = {sample.path for sample in split_held_out(samples, 0.2, 0)[1]}
-    monkeypatch.setattr(training, "split_held_out", lambda samples, *_: (
+    monkeypatch.setattr(training, "split_training", lambda samples, *_: (
         [s for s in samples if s.path not in paths], [s for s in samples if s.path in paths]))
     other = {"dots": "stripes", "stripes": "dots"}
     renamed = [Sample(sample.path, other[sample.class_name], sample.label) for sample in samples]

@@ -22,8 +22,9 @@ def quantize(model: str, ranges_file: str, output: str, target: str, data: Optio
     Rounding shifts the raw scores of each class a little, and the classes apart. With --data they are put level again.
 
     \b
-    Example:
-      uadtool quantize unified.safetensors --ranges ranges.json --data mvtec/ -o unified-int8.safetensors
+    Examples:
+      uadtool quantize fp32.safetensors --ranges ranges.json -o int8.safetensors
+      uadtool quantize fp32.safetensors --ranges r.json --data mvtec/ -o int8.safetensors
     """
     require_lab()
     from uadtool import __version__
