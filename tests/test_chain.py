@@ -153,11 +153,12 @@ def test_ranges_go_through_a_pipe(uadtool, trained, calibrated, quantized, textu
     assert file_digest(tmp_path / "piped.safetensors") == quantized.record["digest"]
 
 
-def test_quantize_puts_the_classes_level_again(step, trained, calibrated, quantized, textures):
+def test_quantize_puts_the_classes_level_again(uadtool, trained, calibrated, quantized, textures, tmp_path):
     """With --data, good held-out images score 0 on average in each class, as they did in float."""
-    refitted = step("quantize", trained.path, "--ranges", calibrated.path, "--data", textures,
-                    output="refitted.safetensors")
-    model, metadata = load_model(refitted.path)
+    done = uadtool("quantize", trained.path, "--ranges", calibrated.path, "--data", textures,
+                   "-o", tmp_path / "refitted.safetensors")
+    assert done.returncode == 0, done.stderr
+    model, metadata = load_model(tmp_path / "refitted.safetensors")
     _, before = load_model(quantized.path)
     assert metadata.statistics != before.statistics
     held_out = split_held_out(training_samples(str(textures)), 0.2, seed=0)[1]

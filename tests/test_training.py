@@ -112,7 +112,9 @@ def test_statistics_and_threshold_are_those_of_the_deployed_detector(run, sample
     raw = score * detector.score_std[nearest] + detector.score_mean[nearest]
     expected = class_statistics({name: [float(value) for value, sample in zip(raw, held_out)
                                         if sample.class_name == name] for name in metadata.classes})
-    for name, statistics in metadata.statistics.items():
+    for index, (name, statistics) in enumerate(metadata.statistics.items()):
+        assert detector.score_mean[index].item() == pytest.approx(statistics.mean)
+        assert detector.score_std[index].item() == pytest.approx(statistics.std)
         assert statistics.mean == pytest.approx(expected[name].mean, rel=1e-4)
         assert statistics.std == pytest.approx(expected[name].std, rel=1e-2)
     assert metadata.threshold == pytest.approx(threshold_at(score.tolist(), 0.1), abs=0.01)

@@ -20,6 +20,7 @@ def export(model: str, output: str, images: Optional[str]) -> None:
       uadtool export unified-int8.safetensors -o unified-int8.onnx --images mvtec/
     """
     require_lab()
+    from uadtool import __version__
     from uadtool.artifacts import check_writable, file_digest, write_json
     from uadtool.models import load_model
     from uadtool.onnx_export import check_parity, parity_images, save_onnx, to_onnx
@@ -28,7 +29,7 @@ def export(model: str, output: str, images: Optional[str]) -> None:
     digest = file_digest(model)
     detector, metadata = load_model(model)
     pixels = parity_images(images, metadata.image_size)
-    step = {"command": "export", "tool_version": metadata.tool_version, "model_digest": digest}
+    step = {"command": "export", "tool_version": __version__, "model_digest": digest}
     metadata = metadata.replace(provenance=[*metadata.provenance, step])
     proto = to_onnx(detector, metadata)
     parity = check_parity(detector, proto, pixels, metadata.precision)
