@@ -12,7 +12,7 @@ import pytest
 from hypothesis import settings
 from PIL import Image, ImageDraw
 
-from uadtool.metadata import KEY, Metadata, ScoreStatistics
+from uadtool.metadata import KEY, Metadata
 
 settings.register_profile("tests", deadline=None, derandomize=True)  # no clock, no luck
 settings.load_profile("tests")
@@ -21,10 +21,10 @@ os.environ["OMP_NUM_THREADS"] = "1"  # tiny networks gain nothing from more, and
 
 METADATA = Metadata(
     method="brightness", teacher="none", classes=["green", "red"], image_size=(32, 32), map_size=(8, 8), threshold=3.0,
-    false_positive_rate=0.05, statistics={"green": ScoreStatistics(40.0, 20.0), "red": ScoreStatistics(40.0, 10.0)},
-    parameters=6, macs=1024, target="onnxruntime", tool_version="0.1.0",
+    false_positive_rate=0.05, parameters=6, macs=1024, target="onnxruntime", tool_version="0.1.0",
 )
-"""Good images of either class are dark: their brightness is about that of the statistics."""
+STATISTICS = {"green": (40.0, 20.0), "red": (40.0, 10.0)}
+"""Mean and standard deviation of the brightness of good images: they are dark."""
 
 
 @pytest.fixture(scope="session")
@@ -35,11 +35,11 @@ def make_detector() -> Callable[..., Path]:
 
     def make(path: Path, metadata: Metadata = METADATA, batch: str = "N", divisor: float = 1.0) -> Path:
         height, width = METADATA.image_size
-        statistics = [METADATA.statistics[name] for name in METADATA.classes]
+        means, stds = zip(*(STATISTICS[name] for name in METADATA.classes))
         constants = {
             "prototypes": np.array([[[0, 80, 0], [80, 0, 0]]], np.float32),
-            "means": np.array([s.mean for s in statistics], np.float32).reshape(-1, 1, 1),
-            "stds": np.array([s.std for s in statistics], np.float32).reshape(-1, 1, 1),
+            "means": np.array(means, np.float32).reshape(-1, 1, 1),
+            "stds": np.array(stds, np.float32).reshape(-1, 1, 1),
             "divisor": np.array(divisor, np.float32),
             "one": np.array([1]), "two": np.array([2]), "four": np.array([4]), "flat": np.array([0, -1]),
         }
@@ -65,12 +65,15 @@ def make_detector() -> Callable[..., Path]:
             node("Reshape", ["anomaly_map", "flat"], ["values"]),
             node("TopK", ["values", "four"], ["highest", "places"], axis=1),
             node("ReduceMean", ["highest"], ["score"], axes=[1], keepdims=0),
+            node("Reshape", ["raw_map", "flat"], ["raw_values"]),
+            node("TopK", ["raw_values", "four"], ["raw_highest", "raw_places"], axis=1),
+            node("ReduceMean", ["raw_highest"], ["raw_score"], axes=[1], keepdims=0),
         ]
         info = helper.make_tensor_value_info
         graph = helper.make_graph(
             nodes, "detector", [info("image", types.UINT8, [batch, height, width, 3])],
-            [info("score", types.FLOAT, [batch]), info("anomaly_map", types.FLOAT, [batch, *METADATA.map_size]),
-             info("nearest_class", types.INT32, [batch])],
+            [info("score", types.FLOAT, [batch]), info("raw_score", types.FLOAT, [batch]),
+             info("anomaly_map", types.FLOAT, [batch, *METADATA.map_size]), info("nearest_class", types.INT32, [batch])],
             [numpy_helper.from_array(value, name) for name, value in constants.items()],
         )
         model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)

@@ -213,11 +213,12 @@ def test_terminated_while_waiting(detector):
         assert process.wait(30) == 143
 
 
-def test_the_reader_of_help_went_away():
+@pytest.mark.parametrize("options", [["--help"], ["--version"], ["score", "--help"]])
+def test_the_reader_of_help_went_away(options):
     reader, writer = os.pipe()
     os.close(reader)
     try:
-        done = subprocess.run([*PROGRAM, "score", "--help"], stdout=writer, stderr=subprocess.PIPE, timeout=60,
+        done = subprocess.run([*PROGRAM, *options], stdout=writer, stderr=subprocess.PIPE, timeout=60,
                               check=False)
     finally:
         os.close(writer)

@@ -284,6 +284,11 @@ def test_manifest_with_an_image_in_both_splits(manifest: Path) -> None:
     assert "1 training images are test images too" in fails(data)
 
 
+def test_an_image_that_is_listed_twice_counts_once(manifest: Path) -> None:
+    row = {"path": "a.png", "label": "good"}
+    assert len(training_samples(write_manifest(manifest, [row, row, {**row, "path": "b.png"}]))) == 2
+
+
 def test_manifest_without_classes_is_one_class(manifest: Path) -> None:
     data = write_manifest(manifest, [{"path": "a.png", "label": "good"}, {"path": "b.png", "label": "bad"}])
     assert [sample.class_name for sample in training_samples(data)] == ["set"]

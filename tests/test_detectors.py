@@ -25,6 +25,8 @@ def random_stfpm(teacher="mobilenetv2_035", fusion="sum"):
         descriptors = describe(detector.teacher(detector.normalize(images(3))))
     detector.prototypes.copy_(descriptors)
     detector.descriptor_scale.uniform_(0.5, 2)
+    detector.expected_map.uniform_(0, 1)
+    detector.map_spread.uniform_(0.1, 0.5)
     detector.score_mean.copy_(torch.tensor([0.5, 1.0, 2.0]))
     detector.score_std.copy_(torch.tensor([0.1, 0.2, 0.4]))
     return detector
@@ -123,23 +125,30 @@ def test_a_student_that_equals_its_teacher_sees_no_anomaly(stfpm):
 @pytest.mark.parametrize("count", [1, 3])
 def test_output_has_the_types_and_shapes_of_the_contract(stfpm, count):
     output = run(stfpm, images(count))
-    assert Output._fields == ("score", "anomaly_map", "nearest_class")
+    assert Output._fields == ("score", "raw_score", "anomaly_map", "nearest_class")
     assert [(t.dtype, tuple(t.shape)) for t in output] == [
-        (torch.float32, (count,)), (torch.float32, (count, *MAP_SIZE)), (torch.int32, (count,))]
+        (torch.float32, (count,)), (torch.float32, (count,)), (torch.float32, (count, *MAP_SIZE)),
+        (torch.int32, (count,))]
 
 
-def test_the_nearest_class_turns_the_score_back_into_the_raw_one(stfpm):
+def test_the_nearest_class_normalises_the_map_and_the_score(stfpm):
     pixels = images(3)
     output = run(stfpm, pixels)
     assert output.nearest_class.tolist() == [0, 1, 2]  # each is its own prototype
     raw, _ = raw_map_and_descriptor(stfpm, pixels)
-    highest = raw.flatten(1).numpy()
-    highest.sort(axis=1)
-    raw_score = highest[:, -4:].mean(axis=1)  # 1 % of 16 x 24
-    mean, std = stfpm.score_mean.numpy(), stfpm.score_std.numpy()
-    np.testing.assert_allclose(output.score.numpy(), (raw_score - mean) / std, rtol=1e-4)
-    raw_map = output.anomaly_map.numpy() * std[:, None, None] + mean[:, None, None]
-    np.testing.assert_allclose(raw_map, raw, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(output.raw_score, highest_mean(raw.numpy()), rtol=1e-4)
+    for index, (anomaly_map, score) in enumerate(zip(output.anomaly_map, output.score)):
+        expected, spread = (F.interpolate(grid[index][None, None], MAP_SIZE, mode="bilinear")[0, 0]
+                            for grid in (stfpm.expected_map, stfpm.map_spread))
+        deviation = (raw[index] - expected) / spread
+        normalised = (deviation - stfpm.score_mean[index]) / stfpm.score_std[index]
+        torch.testing.assert_close(anomaly_map, normalised, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(score.item(), highest_mean(normalised.numpy()[None])[0], rtol=1e-3, atol=1e-3)
+
+
+def highest_mean(maps):
+    """Mean of the highest 1 % of each map of 16 x 24."""
+    return [float(np.sort(one.ravel())[-4:].mean()) for one in maps]
 
 
 def test_an_image_is_judged_alone(stfpm):
@@ -164,10 +173,10 @@ def test_nearest_class_is_that_of_the_smallest_scaled_distance(seed):
 
 @given(stn.arrays(np.float32, st.tuples(st.integers(1, 3), st.integers(1, 40), st.integers(1, 40)),
                   elements=st.floats(-1e3, 1e3, width=32)))
-def test_score_is_the_mean_of_the_highest_twentieth(maps):
-    assume(maps[0].size % 20 != 10)  # half a value may count or not
+def test_score_is_the_mean_of_the_highest_hundredth(maps):
+    assume(maps[0].size % 100 != 50)  # half a value may count or not
     detector = Head(classes=1, descriptor_size=1, map_size=maps.shape[1:], mean=[0.5], std=[0.5])
-    count = max(1, round(maps[0].size / 20))
+    count = max(1, round(maps[0].size / 100))
     expected = [np.sort(one.ravel())[::-1][:count].astype(np.float64).mean() for one in maps]
     score = detector.image_score(torch.from_numpy(maps))
     np.testing.assert_allclose(score, expected, rtol=1e-4, atol=1e-3)

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from uadtool.detectors import Detector
 from uadtool.errors import UadtoolError
-from uadtool.metadata import KEY, Metadata, ScoreStatistics
+from uadtool.metadata import KEY, Metadata
 from uadtool.models import load_float_model, load_model, save_model
 
 IMAGES = torch.randint(0, 256, (2, 64, 64, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -92,7 +92,6 @@ def test_a_safetensors_file_of_another_program(broken):
     ({"teacher": "resnet18"}, "the tensors of .* do not fit its metadata"),
     ({"classes": ["one"]}, "the tensors of .* do not fit its metadata: size mismatch for score_"),
     ({"precision": "int8"}, "the tensors of .* do not fit its metadata"),
-    ({"statistics": {"dots": {"mean": 1}}}, "has metadata that this version cannot read"),
     ({"image_size": 3}, "has metadata that this version cannot read"),
     ({"invented": 3}, "has metadata that this version cannot read: .*invented"),
 ])
@@ -119,7 +118,6 @@ PLAIN = st.recursive(st.none() | st.booleans() | COUNT | st.text(), lambda inner
 METADATA = st.builds(
     Metadata, method=st.text(), teacher=st.text(), classes=st.lists(st.text()), image_size=SIZE, map_size=SIZE,
     threshold=FINITE, false_positive_rate=FINITE, parameters=COUNT, macs=COUNT, precision=st.text(),
-    statistics=st.dictionaries(st.text(), st.builds(ScoreStatistics, mean=FINITE, std=FINITE)),
     options=st.dictionaries(st.text(), PLAIN), target=st.none() | st.text(),
     provenance=st.lists(st.dictionaries(st.text(), PLAIN)), tool_version=st.text(),
 )

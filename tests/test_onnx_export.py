@@ -65,8 +65,8 @@ def test_inputs_and_outputs_honour_the_contract(proto):
     batch = image[2][0]
     assert isinstance(batch, str)
     assert image == ("image", TensorProto.UINT8, [batch, *SIZE, 3])
-    assert outputs == [("score", TensorProto.FLOAT, [batch]), ("anomaly_map", TensorProto.FLOAT, [batch, 16, 16]),
-                       ("nearest_class", TensorProto.INT32, [batch])]
+    assert outputs == [("score", TensorProto.FLOAT, [batch]), ("raw_score", TensorProto.FLOAT, [batch]),
+                       ("anomaly_map", TensorProto.FLOAT, [batch, 16, 16]), ("nearest_class", TensorProto.INT32, [batch])]
 
 
 def test_metadata_travel_inside(exported, proto, trained, quantized):
@@ -243,9 +243,9 @@ def test_few_images_may_lie_between_two_classes(int8, quantized, textures, diffe
         """Finds the other class, and a score in units of it, for the first images."""
 
         def forward(self, images):
-            score, anomaly_map, nearest = model(images)
+            score, raw_score, anomaly_map, nearest = model(images)
             first = torch.arange(len(images)) < differing
-            return torch.where(first, score + 100, score), anomaly_map, torch.where(first, 1 - nearest, nearest)
+            return torch.where(first, score + 100, score), raw_score, anomaly_map, torch.where(first, 1 - nearest, nearest)
 
     images = parity_images(str(textures), SIZE)
     if accepted:

@@ -5,7 +5,8 @@ import logging
 import os
 import signal
 import sys
-from typing import Any, List, NoReturn, Optional
+from contextlib import contextmanager
+from typing import Any, Iterator, List, NoReturn, Optional
 
 import click
 
@@ -34,11 +35,21 @@ class LazyGroup(click.Group):
         assert isinstance(command, click.Command)
         return command
 
+    def make_context(self, *args: Any, **extra: Any) -> click.Context:
+        with _reader_wanted():  # --help and --version print here
+            return super().make_context(*args, **extra)
+
     def invoke(self, ctx: click.Context) -> Any:
-        try:
+        with _reader_wanted():
             return super().invoke(ctx)
-        except BrokenPipeError as error:  # click itself would exit with 1
-            raise ReaderGone from error
+
+
+@contextmanager
+def _reader_wanted() -> Iterator[None]:
+    try:
+        yield
+    except BrokenPipeError as error:  # click itself would exit with 1
+        raise ReaderGone from error
 
 
 @click.group(

@@ -78,7 +78,7 @@ def training_samples(data: str, classes: Optional[Sequence[str]] = None) -> List
     if nameless and not classes:
         raise UadtoolError(f"{data} gives no class for {nameless[0]}, but for other images")
     rows = [(sample, split) for sample, split in layout.rows if sample.class_name in chosen]
-    training = [sample for sample, split in rows if split != "test" and sample.label == "good"]
+    training = list(dict.fromkeys(sample for sample, split in rows if split != "test" and sample.label == "good"))
     for name in sorted(chosen - {sample.class_name for sample in training}):
         others = sum(sample.class_name == name for sample, _ in rows)
         found = f"no good training images, only {others} others" if others else "no images"

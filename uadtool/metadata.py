@@ -14,22 +14,13 @@ SCHEMA = "uadtool.model/1"
 
 
 @dataclass(frozen=True)
-class ScoreStatistics:
-    """Mean and standard deviation of a class's raw image scores on held-out good images."""
-
-    mean: float
-    std: float
-
-
-@dataclass(frozen=True)
 class Metadata:
     """Everything about a detector that is not a weight.
 
     ``image_size`` and ``map_size`` are (height, width) in pixels. ``threshold`` is in units of the normalised score
     (standard deviations above the mean of good images); held-out good images exceed it at ``false_positive_rate``.
-    ``statistics`` turn it back: raw score = score * std + mean of the nearest class. ``provenance`` lists the steps
-    that made the file, oldest first, each with the digests of what went in. ``parameters`` counts weights and biases
-    of both networks and ``macs`` the multiply-accumulates for one image.
+    ``provenance`` lists the steps that made the file, oldest first, each with the digests of what went in.
+    ``parameters`` counts weights and biases of both networks and ``macs`` the multiply-accumulates for one image.
     """
 
     method: str
@@ -39,7 +30,6 @@ class Metadata:
     map_size: Tuple[int, int]
     threshold: float
     false_positive_rate: float
-    statistics: Dict[str, ScoreStatistics]
     parameters: int
     macs: int
     options: Dict[str, Any] = field(default_factory=dict)
@@ -66,7 +56,6 @@ class Metadata:
                 raise ValueError(f"its schema is not {SCHEMA}")
             fields["image_size"] = tuple(fields["image_size"])
             fields["map_size"] = tuple(fields["map_size"])
-            fields["statistics"] = {name: ScoreStatistics(**s) for name, s in fields["statistics"].items()}
             return cls(**fields)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise UadtoolError(f"{source} has metadata that this version cannot read: {error}") from error

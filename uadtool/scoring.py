@@ -217,14 +217,11 @@ def _batches(contents: Iterable[Tuple[Sample, Content]], size: int) -> Iterator[
         yield batch
 
 
-def _prediction(metadata: Metadata, sample: Sample, score: np.float32, anomaly_map: np.ndarray, nearest: np.int32,
-                mask: Optional[np.ndarray], milliseconds: float) -> Union[Prediction, UadtoolError]:
+def _prediction(metadata: Metadata, sample: Sample, score: np.float32, raw_score: np.float32, anomaly_map: np.ndarray,
+                nearest: np.int32, mask: Optional[np.ndarray], milliseconds: float) -> Union[Prediction, UadtoolError]:
     if not (np.isfinite(score) and np.isfinite(anomaly_map).all()):
         return UadtoolError(f"{sample.path}: the model gave a score that is not a finite number")
-    name = metadata.classes[nearest]
-    statistics = metadata.statistics[name]
-    raw_score = float(score) * statistics.std + statistics.mean
-    return Prediction(_round(score), _round(raw_score), name, anomaly_map, mask, milliseconds)
+    return Prediction(_round(score), _round(raw_score), metadata.classes[nearest], anomaly_map, mask, milliseconds)
 
 
 def _figures(pooled: Any, per_class: Dict[str, Any]) -> Record:

@@ -18,6 +18,10 @@ def build_detector(metadata: Metadata) -> Detector:
     """
     if metadata.method not in METHODS:
         raise UadtoolError(f"unknown method {metadata.method!r}; this version knows {', '.join(METHODS)}")
-    detector = METHODS[metadata.method](metadata.teacher, metadata.image_size, len(metadata.classes),
-                                        **metadata.options)
+    try:
+        detector = METHODS[metadata.method](metadata.teacher, metadata.image_size, len(metadata.classes),
+                                            **metadata.options)
+    except TypeError as error:
+        raise UadtoolError(f"the model has options {metadata.options} that this version does not know; "
+                           "use the version of uadtool that made it") from error
     return detector.fold_batch_norm()

@@ -12,6 +12,7 @@ from PIL import Image
 from torch import nn
 
 from uadtool.dataset import balanced, scoring_samples
+from uadtool.detectors import Output
 from uadtool.errors import UadtoolError
 from uadtool.images import read_image
 
@@ -41,19 +42,20 @@ def check_parity(model: nn.Module, proto: ModelProto, images: NDArray[np.uint8],
         UadtoolError: a score is off by more than the tolerance of the precision, or too many nearest classes differ.
     """
     with torch.inference_mode():
-        expected = [t.numpy() for t in model(torch.from_numpy(images))]
+        expected = Output(*model(torch.from_numpy(images)))
     settings = onnxruntime.SessionOptions()
     settings.log_severity_level = 3
     session = onnxruntime.InferenceSession(proto.SerializeToString(), settings, providers=["CPUExecutionProvider"])
     score, anomaly_map, nearest = session.run(["score", "anomaly_map", "nearest_class"], {"image": images})
-    same = nearest == expected[2]
+    same = nearest == expected.nearest_class.numpy()
     if same.mean() < CLASS_AGREEMENT[precision]:
         raise UadtoolError(f"the exported graph is not the model: ONNX Runtime {onnxruntime.__version__} finds another "
                            f"nearest class for {(~same).sum()} of {len(images)} images; nothing was written")
-    difference = float((np.abs(score - expected[0]) / np.maximum(1, np.abs(expected[0])))[same].max())
+    wanted = expected.score.numpy()
+    difference = float((np.abs(score - wanted) / np.maximum(1, np.abs(wanted)))[same].max())
     tolerance = TOLERANCE[precision]
     if not difference <= tolerance:
         raise UadtoolError(f"the exported graph is not the model: a score in ONNX Runtime {onnxruntime.__version__} is "
                            f"off by {difference:.3g}, more than {tolerance}; nothing was written")
     return {"images": len(images), "score_difference": difference, "tolerance": tolerance,
-            "map_difference": float(np.abs(anomaly_map - expected[1])[same].max())}
+            "map_difference": float(np.abs(anomaly_map - expected.anomaly_map.numpy())[same].max())}

@@ -15,10 +15,12 @@ class Output(NamedTuple):
     """What a detector says about N images.
 
     ``score`` is float32 [N], ``anomaly_map`` float32 [N, h, w] in the same unit (standard deviations of the good images
-    of the nearest class), ``nearest_class`` int32 [N], indices into ``Metadata.classes``.
+    of the nearest class), ``raw_score`` float32 [N] in the method's own unit, ``nearest_class`` int32 [N], indices into
+    ``Metadata.classes``.
     """
 
     score: np.ndarray
+    raw_score: np.ndarray
     anomaly_map: np.ndarray
     nearest_class: np.ndarray
 

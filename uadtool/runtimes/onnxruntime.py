@@ -51,6 +51,7 @@ class OnnxRuntime:
         wanted_inputs = [f"image: tensor(uint8) [N, {height}, {width}, 3]"]
         wanted_outputs = [
             "score: tensor(float) [N]",
+            "raw_score: tensor(float) [N]",
             "anomaly_map: tensor(float) [N, {}, {}]".format(*self.metadata.map_size),
             "nearest_class: tensor(int32) [N]",
         ]

@@ -106,9 +106,8 @@ def train(samples: Sequence[Sample], options: TrainingOptions, checkpoint: Path,
                           dtype, checkpoint, config, resume)
     detector.fold_batch_norm()
     fit_prototypes(detector, classes, training)
-    batches = ((part, images.to(device))
-               for part, images in image_batches(held_out_samples, options.image_size, threads))
-    statistics, threshold = fit_statistics(detector, classes, batches, options.false_positive_rate)
+    threshold = _fit_statistics(detector, classes, rest, held_out_samples, options.image_size,
+                                options.false_positive_rate, device)
     detector.to(device="cpu", memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     report = {
         "classes": {name: {"training": sum(s.class_name == name for s in rest),
@@ -120,7 +119,7 @@ def train(samples: Sequence[Sample], options: TrainingOptions, checkpoint: Path,
     metadata = Metadata(
         method=options.method, teacher=options.teacher, classes=classes, image_size=options.image_size,
         map_size=detector.map_size, threshold=threshold, false_positive_rate=options.false_positive_rate,
-        statistics=statistics, parameters=count_parameters(detector), macs=count_macs(detector, options.image_size),
+        parameters=count_parameters(detector), macs=count_macs(detector, options.image_size),
         options={"fusion": options.fusion}, tool_version=__version__,
         provenance=[{"command": "train", "tool_version": __version__, "images": images_digest,
                      "teacher_weights": weights, "steps": steps, "seed": options.seed,
@@ -133,7 +132,9 @@ def train(samples: Sequence[Sample], options: TrainingOptions, checkpoint: Path,
 
 
 def refit_statistics(model: nn.Module, metadata: Metadata, data: str) -> Metadata:
-    """Take score statistics and threshold anew from the images that training held out; returns the metadata with them.
+    """Take map and score statistics anew with a changed model, from the images that trained it.
+
+    Returns the metadata with the new threshold and, in the last step of the provenance, what it is from.
 
     Args:
         model: a detector or its quantized graph, changed in place.
@@ -143,12 +144,22 @@ def refit_statistics(model: nn.Module, metadata: Metadata, data: str) -> Metadat
         UadtoolError: as ``dataset.training_samples``, or an image cannot be read.
     """
     samples = training_samples(data, metadata.classes)
-    _, held_out = split_training(samples, metadata.provenance[0]["held_out"], metadata.provenance[0]["seed"])
-    with Progress("score statistics", len(held_out)) as progress:
-        def batches() -> Iterator[tuple[Sequence[Sample], Tensor]]:
-            for part, images in image_batches(held_out, metadata.image_size, available_cores()):
-                yield part, images
+    step = metadata.provenance[0]
+    rest, held_out = split_training(samples, step["held_out"], step["seed"])
+    threshold = _fit_statistics(model, metadata.classes, rest, held_out, metadata.image_size,
+                                metadata.false_positive_rate, torch.device("cpu"))
+    *before, last = metadata.provenance
+    return metadata.replace(threshold=threshold, provenance=[*before, {
+        **last, "statistics": {"images": list_digest(sample.path for sample in samples), "count": len(samples)}}])
+
+
+def _fit_statistics(model: nn.Module, classes: Sequence[str], training: Sequence[Sample], held_out: Sequence[Sample],
+                    image_size: tuple[int, int], false_positive_rate: float, device: torch.device) -> float:
+    """``fit_statistics`` with images read from files, and progress."""
+    with Progress("score statistics", len(training) + len(held_out)) as progress:
+        def batches(samples: Sequence[Sample]) -> Iterator[tuple[Sequence[Sample], Tensor]]:
+            for part, images in image_batches(samples, image_size, available_cores()):
+                yield part, images.to(device)
                 progress.update(len(part))
 
-        statistics, threshold = fit_statistics(model, metadata.classes, batches(), metadata.false_positive_rate)
-    return metadata.replace(statistics=statistics, threshold=threshold)
+        return fit_statistics(model, classes, batches(training), batches(held_out), false_positive_rate)

@@ -1,40 +1,48 @@
 """What makes scores comparable across classes, and the threshold: all from good images, no label at run time."""
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from uadtool.dataset import Sample
+from uadtool.detectors.base import PATCH
 from uadtool.detectors.stfpm import STFPM, describe
-from uadtool.metadata import ScoreStatistics
 from uadtool.training.data import TeacherFeatures
 
 PSEUDO_COUNT = 4
-"""Weight of the spread that is usual among the classes, in images, against a class's own spread."""
-LEAST_VARIANCE = 1e-4
-"""Of scores relative to their mean: what is taken as usual when the images of every class are alike."""
+"""Weight, in images, of what is usual against what few images of a class or a position show."""
+LEAST_SPREAD = 0.01
+"""Of a class's maps, relative to their mean, and of its scores: where all images are alike."""
+
+Batches = Iterable[tuple[Sequence[Sample], Tensor]]
+"""Samples with their images, uint8 [N, H, W, 3] on the model's device."""
+
+
+class ScoreStatistics(NamedTuple):
+    """Mean and standard deviation of a class's scores."""
+
+    mean: float
+    std: float
 
 
 def class_statistics(scores: Mapping[str, Sequence[float]]) -> dict[str, ScoreStatistics]:
-    """Mean and standard deviation of each class's raw scores, from few images each.
+    """Mean and standard deviation of each class's scores, from few images each.
 
-    A class with 5 held-out images hardly knows its own spread. So the relative variance that is usual among the
-    classes joins in as if it had been seen in ``PSEUDO_COUNT`` images (a scaled inverse chi-squared prior).
+    A class with 5 held-out images hardly knows its own spread. So the variance that is usual among the classes joins in
+    as if it had been seen in ``PSEUDO_COUNT`` images (a scaled inverse chi-squared prior).
     """
     means = {name: float(np.mean(values)) for name, values in scores.items()}
     squares = {name: float(np.sum(np.square(np.subtract(values, means[name])))) for name, values in scores.items()}
     degrees = {name: len(values) - 1 for name, values in scores.items()}
     total = sum(degrees.values())
-    usual = sum(squares[name] / means[name] ** 2 for name in scores) / total if total else 0.01
-    usual = max(usual, LEAST_VARIANCE)
-    return {
-        name: ScoreStatistics(means[name], math.sqrt(
-            (squares[name] + PSEUDO_COUNT * usual * means[name] ** 2) / (degrees[name] + PSEUDO_COUNT)))
-        for name in scores
-    }
+    usual = sum(squares.values()) / total if total else 1.0
+    return {name: ScoreStatistics(means[name], max(LEAST_SPREAD, (
+                (squares[name] + PSEUDO_COUNT * usual) / (degrees[name] + PSEUDO_COUNT)) ** 0.5))
+            for name in scores}
 
 
 def threshold_at(scores: Iterable[float], false_positive_rate: float) -> float:
@@ -61,24 +69,60 @@ def fit_prototypes(detector: STFPM, classes: Sequence[str], training: TeacherFea
 
 
 @torch.inference_mode()
-def fit_statistics(model: nn.Module, classes: Sequence[str], batches: Iterable[tuple[Sequence[Sample], Tensor]],
-                   false_positive_rate: float) -> tuple[dict[str, ScoreStatistics], float]:
-    """Set the score statistics of a detector, float or quantized, in place; returns them and the threshold.
+def fit_statistics(model: nn.Module, classes: Sequence[str], training: Batches, held_out: Batches,
+                   false_positive_rate: float) -> float:
+    """Set map and score statistics of a detector, float or quantized, in place; returns the threshold.
 
     Args:
         model: a ``Detector`` with prototypes, or the quantized graph of one.
         classes: their names, in the order of the prototypes.
-        batches: held-out good images of every class, uint8 [N, H, W, 3] on the model's device, with their samples.
-        false_positive_rate: share of these images that may exceed the threshold.
+        training: good images of every class that tell what a map shows where.
+        held_out: others, whose scores tell how far good ones go, and of which the ``false_positive_rate`` may exceed
+            the threshold.
     """
-    mean, std = model.get_buffer("score_mean"), model.get_buffer("score_std")
+    buffers = {name: model.get_buffer(name) for name in ("expected_map", "map_spread", "score_mean", "score_std")}
+    for name, neutral in zip(buffers, (0, 1, 0, 1)):
+        buffers[name].fill_(neutral)
+    expected, spread = _map_statistics(model, classes, training)
+    buffers["expected_map"].copy_(expected)
+    buffers["map_spread"].copy_(spread)
     names, results = [], []
-    for samples, images in batches:
+    for samples, images in held_out:
         names += [sample.class_name for sample in samples]
-        score, _, nearest = model(images)
-        results.append((score * std[nearest] + mean[nearest], nearest))
-    raw, nearest = (torch.cat(parts) for parts in zip(*results))
-    statistics = class_statistics({name: raw[[n == name for n in names]].tolist() for name in classes})
-    mean.copy_(torch.tensor([statistics[name].mean for name in classes]))
-    std.copy_(torch.tensor([statistics[name].std for name in classes]))
-    return statistics, threshold_at(((raw - mean[nearest]) / std[nearest]).tolist(), false_positive_rate)
+        output = model(images)
+        results.append((output[0], output[-1]))
+    scores, nearest = (torch.cat(parts) for parts in zip(*results))
+    # An image that is taken for another class's tells nothing of what is usual in its own.
+    found = [classes[index] for index in nearest.tolist()]
+    by_class = {name: [score for score, n, f in zip(scores.tolist(), names, found) if n == name == f]
+                or [score for score, n in zip(scores.tolist(), names) if n == name] for name in classes}
+    statistics = class_statistics(by_class)
+    mean, std = (scores.new_tensor(values) for values in zip(*(statistics[name] for name in classes)))
+    buffers["score_mean"].copy_(mean)
+    buffers["score_std"].copy_(std)
+    return threshold_at(((scores - mean[nearest]) / std[nearest]).tolist(), false_positive_rate)
+
+
+def _map_statistics(model: nn.Module, classes: Sequence[str], batches: Batches) -> tuple[Tensor, Tensor]:
+    """Mean and spread of each class's maps per patch: two of [classes, h, w].
+
+    Positions with few images lean on the mean over all positions, and half of a position's variance is that of the
+    whole map: single positions know theirs badly, and a small one would turn noise into an alarm.
+    """
+    sums: dict[str, Tensor] = {}
+    counts = dict.fromkeys(classes, 0)
+    for samples, images in batches:
+        maps = model(images)[2]
+        moments = F.avg_pool2d(torch.stack([maps, maps.square()], dim=1), PATCH).double()
+        for sample, moment in zip(samples, moments):
+            name = str(sample.class_name)
+            sums[name] = sums.get(name, 0) + moment
+            counts[name] += 1
+    means, spreads = [], []
+    for name in classes:
+        mean, square = sums[name] / counts[name]
+        variance = (square - mean.square()).clamp(min=0)
+        level = mean.mean()
+        means.append((counts[name] * mean + PSEUDO_COUNT * level) / (counts[name] + PSEUDO_COUNT))
+        spreads.append(((variance + variance.mean()) / 2).sqrt().clamp(min=LEAST_SPREAD * level.abs() + 1e-6))
+    return torch.stack(means).float(), torch.stack(spreads).float()
