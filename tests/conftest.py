@@ -12,6 +12,7 @@ import pytest
 from hypothesis import settings
 from PIL import Image, ImageDraw
 
+import uadtool as uadtool_package
 from uadtool.metadata import KEY, Metadata
 
 settings.register_profile("tests", deadline=None, derandomize=True)  # no clock, no luck
@@ -25,6 +26,17 @@ METADATA = Metadata(
 )
 STATISTICS = {"green": (40.0, 20.0), "red": (40.0, 10.0)}
 """Mean and standard deviation of the brightness of good images: they are dark."""
+
+
+SCHEMAS = Path(uadtool_package.__file__).parent / "schemas"
+
+
+def validate(record: Any, name: str) -> None:
+    """Require that a record obeys the schema ``uadtool/schemas/NAME.json``."""
+    jsonschema = pytest.importorskip("jsonschema")
+    schema = json.loads((SCHEMAS / f"{name}.json").read_text())
+    jsonschema.Draft202012Validator.check_schema(schema)
+    jsonschema.validate(record, schema, cls=jsonschema.Draft202012Validator)
 
 
 @pytest.fixture(scope="session")
@@ -73,7 +85,8 @@ def make_detector() -> Callable[..., Path]:
         graph = helper.make_graph(
             nodes, "detector", [info("image", types.UINT8, [batch, height, width, 3])],
             [info("score", types.FLOAT, [batch]), info("raw_score", types.FLOAT, [batch]),
-             info("anomaly_map", types.FLOAT, [batch, *METADATA.map_size]), info("nearest_class", types.INT32, [batch])],
+             info("anomaly_map", types.FLOAT, [batch, *METADATA.map_size]),
+             info("nearest_class", types.INT32, [batch])],
             [numpy_helper.from_array(value, name) for name, value in constants.items()],
         )
         model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)

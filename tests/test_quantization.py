@@ -1,11 +1,15 @@
+import copy
 import json
 import operator
+from fnmatch import fnmatchcase
 
+import click
 import numpy as np
 import onnx
 import onnxruntime
 import pytest
 import torch
+from conftest import validate
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as stn
@@ -15,10 +19,11 @@ from uadtool.commands.quantize import quantize as command
 from uadtool.detectors.stfpm import STFPM
 from uadtool.errors import UadtoolError
 from uadtool.models import load_float_model, load_model
-from uadtool.quantization import RangesFile, calibrate, quantize
-from uadtool.quantization.graph import place_at_points
+from uadtool.quantization import TARGETS, RangesFile, calibrate, half, layers_outside, matching_layers, quantize
+from uadtool.quantization.graph import QuantizableGraph
 from uadtool.quantization.modules import ActivationQuantizer, QuantizedConv2d
 from uadtool.quantization.observers import MinMax
+from uadtool.quantization.sensitivity import layer_sensitivity, map_distance
 
 ACTIVATIONS = (nn.ReLU, nn.ReLU6)
 NAMES = ["tf_efficientnet_lite0", "resnet18"]
@@ -40,7 +45,7 @@ def detector(request):
 
 @pytest.fixture(scope="module")
 def marked(detector):
-    return place_at_points(detector, lambda name: Point())
+    return QuantizableGraph(detector).observed(lambda name: Point())
 
 
 def images(count, seed=0):
@@ -95,7 +100,7 @@ def test_residual_additions_are_integer(marked):
 
 
 def test_max_pooling_shares_the_range_of_its_input():
-    marked = place_at_points(STFPM("resnet18", (64, 64), 1).fold_batch_norm(), lambda name: Point())
+    marked = QuantizableGraph(STFPM("resnet18", (64, 64), 1).fold_batch_norm()).observed(lambda name: Point())
     pools = nodes(marked, nn.MaxPool2d)
     assert len(pools) == 2
     for pool in pools:
@@ -103,7 +108,7 @@ def test_max_pooling_shares_the_range_of_its_input():
 
 
 def test_points_change_nothing_and_have_the_same_names_every_time(detector, marked):
-    again = place_at_points(detector, lambda name: Point())
+    again = QuantizableGraph(detector).observed(lambda name: Point())
     assert list(marked.points) == list(again.points)
     assert len(set(marked.points)) == len(marked.points)
     with torch.inference_mode():
@@ -281,6 +286,165 @@ def test_a_point_without_a_range_is_refused(detector):
     name, _ = ranges.popitem()
     with pytest.raises(UadtoolError, match=f"the ranges lack '{name}': they were made from another model"):
         quantize(detector, ranges)
+    with pytest.raises(UadtoolError, match="the ranges have 'another': they were made from another model"):
+        quantize(detector, {**ranges, name: (0, 1), "another": (0, 1)})
+
+
+# Targets, scope, layers that stay float
+
+
+def quantizers(model, node):
+    """Whether each input of the node comes from a quantizer."""
+    return [isinstance(module(model, source), ActivationQuantizer) for source in node.all_input_nodes]
+
+
+@pytest.fixture(scope="module")
+def ranges(detector):
+    return calibrate(detector, [images(8)])
+
+
+@pytest.mark.parametrize("target", ["openvino", "tensorrt"])
+def test_only_what_integer_kernels_read_is_quantized(detector, ranges, target):
+    model = quantize(detector, ranges, TARGETS[target])
+    modules = dict(model.named_modules())
+    for node in nodes(model, QuantizedConv2d):
+        assert quantizers(model, node) == [True]
+    additions = [node for node in model.graph.nodes if node.target is operator.add and any(quantizers(model, node))]
+    assert len(additions) >= 10
+    for addition in additions:  # nothing stands between the last convolution and its addition
+        (fused,) = [node for node, quantized in zip(addition.all_input_nodes, quantizers(model, addition))
+                    if not quantized]
+        assert isinstance(module(model, fused), QuantizedConv2d)
+    for node in nodes(model, ActivationQuantizer):
+        for reader in node.users:
+            assert isinstance(modules.get(str(reader.target)), QuantizedConv2d) or reader in additions
+
+
+def test_tensorrt_has_symmetric_activations(detector, ranges):
+    for quantizer in quantize(detector, ranges, TARGETS["tensorrt"]).points.values():
+        assert (quantizer.zero_point.dtype, quantizer.zero_point.item()) == (torch.int8, 0)
+
+
+@given(st.tuples(BOUNDS, BOUNDS).map(sorted))
+def test_a_symmetric_range_reaches_as_far_as_the_longer_side(bounds):
+    quantizer = ActivationQuantizer.from_range(*bounds, signed=True)
+    longer = max(-bounds[0], bounds[1], 0)
+    values = quantizer(torch.tensor([0.0, longer, -longer, bounds[0], bounds[1]]))
+    np.testing.assert_allclose(values, [0, longer, -longer, *np.minimum(bounds, longer).clip(-longer)],
+                               atol=quantizer.scale.item() * 0.51)
+
+
+def test_scope_student_leaves_the_teacher_alone(detector, ranges):
+    kept = layers_outside(detector, "student")
+    assert kept == [name for name in QuantizableGraph(detector).layers if name.startswith("teacher.")]
+    assert layers_outside(detector, "all") == []
+    for target in TARGETS.values():
+        if target.half:  # the teacher computes in fp16 there
+            continue
+        model = quantize(detector, ranges, target, kept)
+        teacher, student = ([node for node in model.graph.nodes if str(node.target).startswith(f"{name}.")
+                             and isinstance(module(model, node), (nn.Conv2d, QuantizedConv2d))]
+                            for name in ("teacher", "student"))
+        assert {type(module(model, node)) for node in student} == {QuantizedConv2d}
+        assert not any(isinstance(module(model, node), QuantizedConv2d) for node in teacher)
+        assert not any(any(quantizers(model, node)) for node in teacher)
+
+
+@pytest.mark.parametrize("target", ["onnxruntime", "openvino"])
+def test_a_layer_that_stays_float_reads_float(detector, ranges, target):
+    layer = QuantizableGraph(detector).layers[3]
+    model = quantize(detector, ranges, TARGETS[target], [layer])
+    (node,) = nodes(model, nn.Conv2d)
+    assert node.target == layer
+    if target == "openvino":
+        assert quantizers(model, node) == [False]
+
+
+def test_what_stays_float_for_tensorrt_is_half(detector, ranges):
+    layer = QuantizableGraph(detector).layers[3]
+    model = quantize(detector, ranges, TARGETS["tensorrt"], [layer])
+    (node,) = nodes(model, nn.Conv2d)
+    assert module(model, node).weight.dtype == torch.float16
+    assert detector.get_submodule(layer).weight.dtype == torch.float32
+    with torch.inference_mode():
+        output = model(images(2))
+    assert output.score.dtype == torch.float32
+    assert output.score.isfinite().all()
+
+
+def test_half_networks_score_as_float_ones(detector):
+    model = half(detector)
+    assert {m.weight.dtype for m in model.modules() if isinstance(m, nn.Conv2d)} == {torch.float16}
+    with torch.inference_mode():
+        one, other = detector(images(4)), model(images(4))
+    torch.testing.assert_close(other.score, one.score, rtol=0.02, atol=0.02)
+    assert not torch.equal(one.score, other.score)
+
+
+def test_layers_by_pattern(detector):
+    layers = QuantizableGraph(detector).layers
+    assert matching_layers(detector, ["student.*"]) == [name for name in layers if name.startswith("student.")]
+    assert matching_layers(detector, [layers[2], layers[0]]) == [layers[0], layers[2]]
+    assert matching_layers(detector, []) == []
+    with pytest.raises(UadtoolError, match=r"no layer is named 'blocks\.9'; the model has"):
+        matching_layers(detector, ["student.*", "blocks.9"])
+
+
+# Bias correction, sensitivity
+
+
+def test_bias_correction_keeps_the_mean_of_every_channel(detector, ranges):
+    pixels = images(8)
+    plain, corrected = quantize(detector, ranges, TARGETS["openvino"]), quantize(detector, ranges, TARGETS["openvino"],
+                                                                                  images=pixels)
+
+    def means(model):
+        found = {}
+
+        class Means(fx.Interpreter):
+            def call_module(self, target, args, kwargs):
+                result = super().call_module(target, args, kwargs)
+                if isinstance(self.module.get_submodule(target), (nn.Conv2d, QuantizedConv2d)):
+                    found[target] = result.mean((0, 2, 3))
+                return result
+
+        with torch.inference_mode():
+            Means(model).run(pixels)
+        return found
+
+    expected, before, after = means(QuantizableGraph(detector).module), means(plain), means(corrected)
+    assert expected.keys() == before.keys() == after.keys()
+    off = [sum((found[name] - mean).abs().sum() for name, mean in expected.items()) for found in (before, after)]
+    assert off[0] > 0.1
+    assert off[1] < 0.05 * off[0]  # sums that lie between two codes may be rounded either way
+
+
+def test_corrected_biases_are_whole_numbers_of_their_unit(detector, ranges):
+    quantized = quantize(detector, ranges, images=images(4))
+    for node in nodes(quantized, QuantizedConv2d):
+        conv, point = module(quantized, node), module(quantized, node.args[0])
+        codes = conv.bias.double() / (point.scale.double() * conv.weight_scale.double())
+        torch.testing.assert_close(codes, codes.round(), rtol=1e-6, atol=1e-3)
+
+
+def test_sensitivity_finds_the_layer_that_is_bad_at_int8(detector, ranges):
+    layers = QuantizableGraph(detector).layers
+    chosen = [layers[0], layers[-1]]
+    pixels = [images(4)]
+    before = dict(layer_sensitivity(detector, ranges, TARGETS["openvino"], pixels, chosen))
+    assert list(before) == chosen
+    narrow = copy.deepcopy(detector)
+    with torch.no_grad():  # one large weight per channel leaves few codes to the others; the input there is 0
+        conv = narrow.get_submodule(layers[0])
+        conv.weight.view(len(conv.weight), -1)[:, 0] = 20 * conv.weight.abs().max()
+    after = dict(layer_sensitivity(narrow, calibrate(narrow, pixels), TARGETS["openvino"], pixels, chosen))
+    assert after[layers[0]] > 2 * before[layers[0]]
+
+
+def test_map_distance_is_the_root_mean_square():
+    one, other = torch.zeros(2, 3, 3), torch.full((2, 3, 3), 2.0)
+    assert map_distance(one, other) == 2
+    assert map_distance(one, one) == 0
 
 
 def test_int8_files_are_a_fifth_to_a_third_of_the_float_ones(trained, quantized, fp32, int8):
@@ -362,3 +526,80 @@ def test_the_quantized_file_tells_where_its_ranges_come_from(trained, calibrated
     source = json.loads(calibrated.path.read_text())["source"]
     assert step["calibration"] == {"method": "minmax", "source": source}
     assert metadata.threshold == float_metadata.threshold
+
+
+# The command
+
+
+def printed(capsys, *arguments):
+    run(*arguments)
+    record = json.loads(capsys.readouterr().out)
+    validate(record, "quantize")
+    return record
+
+
+def test_data_keeps_the_maps_closer(trained, calibrated, textures, tmp_path, capsys):
+    output = tmp_path / "int8.safetensors"
+    options = [trained.path, textures, "--ranges", calibrated.path, "-o", output]
+    corrected, plain = printed(capsys, *options), printed(capsys, *options, "--no-bias-correction")
+    assert 0 < corrected["map_distance"] < plain["map_distance"]
+    assert load_model(output)[1].provenance[-1]["bias_correction"] is False
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_files_of_every_target_and_precision_load_again(trained, calibrated, tmp_path, capsys, target):
+    float_model, metadata = load_float_model(trained.path)
+    layers = QuantizableGraph(float_model).layers
+    output = tmp_path / "quantized.safetensors"
+    options = {
+        "int8": ["--ranges", calibrated.path], "fp16": ["--precision", "fp16"],
+        "mixed": ["--ranges", calibrated.path, "--keep-float", "student.*.conv_dw", "--keep-float", layers[0]],
+    }
+    for precision, chosen in options.items():
+        record = printed(capsys, trained.path, "--target", target, "-o", output, *chosen)
+        assert (record["target"], record["precision"]) == (target, precision)
+        model, loaded = load_model(output)
+        assert (loaded.target, loaded.precision, loaded.threshold) == (target, precision, metadata.threshold)
+        if precision == "mixed":
+            expected = [name for name in layers if name == layers[0] or fnmatchcase(name, "student.*.conv_dw")]
+            assert record["float_layers"] == loaded.quantization.float_layers == expected
+        with torch.inference_mode():
+            one, other = float_model(images(2)), model(images(2))
+        assert (one.score - other.score).abs().max() < 0.3 * one.score.abs().max()
+
+
+def test_the_most_sensitive_layers_stay_float(trained, calibrated, textures, tmp_path, capsys):
+    record = printed(capsys, trained.path, textures, "--ranges", calibrated.path, "--scope", "student", "--keep-float",
+                     "auto:2", "-o", tmp_path / "mixed.safetensors")
+    distances = [entry["map_distance"] for entry in record["sensitivity"]]
+    assert distances == sorted(distances, reverse=True)
+    worst = {entry["layer"] for entry in record["sensitivity"][:2]}
+    assert worst < set(record["float_layers"])
+    assert {name for name in record["float_layers"] if name.startswith("student.")} == worst
+    quantization = load_model(tmp_path / "mixed.safetensors")[1].quantization
+    assert (quantization.scope, quantization.method, quantization.calibration) == ("student", "ptq", "minmax")
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    (["--keep-float", "auto:0"], "auto:N wants a number of layers, once"),
+    (["--keep-float", "auto:2"], "Missing argument 'DATA'"),
+    (["--sensitivity"], "Missing argument 'DATA'"),
+    (["--qat"], "Missing argument 'DATA'"),
+    (["--precision", "fp16"], "are for int8"),
+])
+def test_options_that_do_not_fit_are_wrong_usage(trained, calibrated, tmp_path, options, message):
+    with pytest.raises(click.UsageError, match=message):
+        run(trained.path, "--ranges", calibrated.path, "-o", tmp_path / "a.safetensors", *options)
+
+
+def test_int8_needs_ranges(trained, tmp_path):
+    with pytest.raises(click.UsageError, match="Missing option '--ranges'"):
+        run(trained.path, "-o", tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize("pattern", ["teacher.nothing", "*.conv_9"])
+def test_an_unknown_layer_pattern_is_refused(trained, calibrated, tmp_path, pattern):
+    with pytest.raises(UadtoolError, match="no layer is named"):
+        run(trained.path, "--ranges", calibrated.path, "-o", tmp_path / "a.safetensors", "--keep-float", pattern)
+    with pytest.raises(UadtoolError, match="every layer would stay float"):
+        run(trained.path, "--ranges", calibrated.path, "-o", tmp_path / "a.safetensors", "--keep-float", "*")

@@ -16,7 +16,6 @@ from PIL import Image
 
 import uadtool
 from uadtool.dataset import Sample, scoring_samples
-from uadtool.errors import MissingPackage, UadtoolError
 from uadtool.images import read_image
 from uadtool.metrics import auroc
 from uadtool.runtimes import open_model
@@ -200,41 +199,13 @@ try:
     main()
 except SystemExit as end:
     assert not end.code
-print(*{"torch", "onnx", "scipy", "sklearn", "uadtool.metrics", "uadtool.reports.heatmap"} & set(sys.modules),
-      file=sys.stderr, end="")
+print(*{"torch", "onnx", "openvino", "scipy", "sklearn", "uadtool.metrics", "uadtool.reports.heatmap"}
+      & set(sys.modules), file=sys.stderr, end="")
 """
     path = mvtec / "red/train/good/000.png"  # given by itself, it has no label
     done = subprocess.run([sys.executable, "-c", program, "score", str(detector), str(path)], capture_output=True,
                           timeout=60)
     assert (done.returncode, done.stderr) == (0, b"")
-
-
-@pytest.mark.parametrize(("name", "message"), [
-    ("missing.onnx", "no such model file"),
-    ("model.safetensors", "export it first: uadtool export .*model.safetensors -o model.onnx"),
-    ("model.engine", "its name must end in .onnx"),
-    ("model.onnx", "cannot be loaded by onnxruntime"),
-])
-def test_files_that_are_no_exported_detector(tmp_path, name, message):
-    if not name.startswith("missing"):
-        (tmp_path / name).write_bytes(b"\x08\x08 not a model")
-    with pytest.raises(UadtoolError, match=message) as error:
-        open_model(str(tmp_path / name))
-    assert "\n" not in str(error.value)
-
-
-def test_graphs_that_are_no_exported_detector(detector, make_detector, tmp_path):
-    onnx = pytest.importorskip("onnx")
-    fixed = make_detector(tmp_path / "fixed.onnx", batch=1)
-    other_size = make_detector(tmp_path / "size.onnx", METADATA.replace(image_size=(64, 64)))
-    for path in (fixed, other_size):
-        with pytest.raises(UadtoolError, match=r"not a complete detector: it has image: tensor\(uint8\) "):
-            open_model(str(path))
-    model = onnx.load(str(detector))
-    del model.metadata_props[:]
-    onnx.save(model, str(tmp_path / "foreign.onnx"))
-    with pytest.raises(UadtoolError, match="not made by uadtool"):
-        open_model(str(tmp_path / "foreign.onnx"))
 
 
 def test_a_corrupt_model_is_one_line(uadtool, detector, tmp_path):
@@ -244,13 +215,6 @@ def test_a_corrupt_model_is_one_line(uadtool, detector, tmp_path):
     done = uadtool("score", tmp_path / "model.onnx", "x.png")
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.count("\n") == 1
-
-
-def test_a_missing_runtime_is_named(detector, monkeypatch):
-    monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(MissingPackage, match=r"pip install 'uadtool\[onnxruntime\]'") as error:
-        open_model(str(detector))
-    assert error.value.exit_code == 3
 
 
 # Evaluation

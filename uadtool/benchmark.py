@@ -20,8 +20,8 @@ import sys
 import numpy
 from uadtool.host import peak_memory
 from uadtool.runtimes import open_model
-runtime = open_model(sys.argv[1], int(sys.argv[2]))
-runtime.run(numpy.zeros((1, *runtime.metadata.image_size, 3), numpy.uint8))
+model = open_model(sys.argv[1], int(sys.argv[2]), sys.argv[3])
+model.run(numpy.zeros((1, *model.metadata.image_size, 3), numpy.uint8))
 print(peak_memory(), flush=True)
 """
 """The program of a cold start; it answers with its peak memory once it has a score."""
@@ -39,7 +39,7 @@ class _Measured:
 
 
 def bench(paths: Sequence[str], repetitions: int = 5, duration: float = 3.0, warmup: int = 3,
-          batch_sizes: Sequence[int] = (1, 8), threads: Optional[int] = None) -> Dict[str, Any]:
+          batch_sizes: Sequence[int] = (1, 8), threads: Optional[int] = None, runtime: str = "auto") -> Dict[str, Any]:
     """Measure the detectors in the files ``paths`` and return the record (schemas/bench.json).
 
     In each of ``repetitions`` rounds every detector in turn is started in a fresh process, and then runs for
@@ -50,7 +50,7 @@ def bench(paths: Sequence[str], repetitions: int = 5, duration: float = 3.0, war
         UadtoolError: a file cannot be opened, or not in a fresh process.
     """
     sizes = sorted({1, *batch_sizes})
-    models = [_Measured(open_model(path, threads), batch_sizes) for path in paths]
+    models = [_Measured(open_model(path, threads, runtime), batch_sizes) for path in paths]
     record = {
         "schema": SCHEMA,
         **host.opening(),
@@ -83,7 +83,7 @@ def bench(paths: Sequence[str], repetitions: int = 5, duration: float = 3.0, war
 
 def _cold_start(runtime: Runtime) -> Tuple[float, int]:
     """Seconds from starting Python to the first score, and the peak memory in bytes of that process."""
-    command = [sys.executable, "-c", FIRST_SCORE, runtime.path, str(runtime.threads)]
+    command = [sys.executable, "-c", FIRST_SCORE, runtime.path, str(runtime.threads), runtime.name]
     began = time.perf_counter()
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout

@@ -73,6 +73,7 @@ def compare(files: Sequence[str]) -> Dict[str, Any]:
         "tool": f"uadtool {__version__}",
         "models": [
             {"label": label, "path": model.path, "digest": model.digest, "precision": model.precision,
+             **({"quantization": model.quantization} if model.quantization else {}),
              "files": {kind: result.file for kind, result in column.items()}}
             for label, model, column in zip(_labels([model.path for model in models]), models, columns)
         ],

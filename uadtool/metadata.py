@@ -14,6 +14,21 @@ SCHEMA = "uadtool.model/1"
 
 
 @dataclass(frozen=True)
+class Quantization:
+    """How a model was quantized.
+
+    ``method`` is ``ptq`` or ``qat``, ``calibration`` and ``source`` are those of the ranges file, ``scope`` tells which
+    networks (``all`` or ``student``), and ``float_layers`` names the convolutions that are not in int8.
+    """
+
+    method: str
+    calibration: str
+    source: str
+    scope: str
+    float_layers: List[str]
+
+
+@dataclass(frozen=True)
 class Metadata:
     """Everything about a detector that is not a weight.
 
@@ -21,6 +36,7 @@ class Metadata:
     (standard deviations above the mean of good images); held-out good images exceed it at ``false_positive_rate``.
     ``provenance`` lists the steps that made the file, oldest first, each with the digests of what went in.
     ``parameters`` counts weights and biases of both networks and ``macs`` the multiply-accumulates for one image.
+    ``precision`` is fp32, fp16, int8, or mixed: int8 with layers that stay float.
     """
 
     method: str
@@ -35,6 +51,7 @@ class Metadata:
     options: Dict[str, Any] = field(default_factory=dict)
     precision: str = "fp32"
     target: Optional[str] = None
+    quantization: Optional[Quantization] = None
     provenance: List[Dict[str, Any]] = field(default_factory=list)
     tool_version: str = ""
 
@@ -56,6 +73,8 @@ class Metadata:
                 raise ValueError(f"its schema is not {SCHEMA}")
             fields["image_size"] = tuple(fields["image_size"])
             fields["map_size"] = tuple(fields["map_size"])
+            if fields.get("quantization"):
+                fields["quantization"] = Quantization(**fields["quantization"])
             return cls(**fields)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise UadtoolError(f"{source} has metadata that this version cannot read: {error}") from error

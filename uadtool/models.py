@@ -11,7 +11,7 @@ from uadtool.artifacts import atomic_write
 from uadtool.detectors import Detector, build_detector
 from uadtool.errors import UadtoolError
 from uadtool.metadata import KEY, Metadata
-from uadtool.quantization import empty_quantized
+from uadtool.quantization import TARGETS, empty_quantized
 
 
 def save_model(model: nn.Module, metadata: Metadata, path: Union[str, Path]) -> None:
@@ -37,13 +37,20 @@ def load_model(path: Union[str, Path]) -> tuple[nn.Module, Metadata]:
         raise UadtoolError(f"{path} is not a safetensors file: {error}") from error
     metadata = Metadata.from_json(header.get(KEY), str(path))
     detector = build_detector(metadata)
-    model = detector if metadata.precision == "fp32" else empty_quantized(detector)
+    model = detector if metadata.precision == "fp32" else _quantized_graph(detector, metadata, str(path))
     try:
         model.load_state_dict(tensors)
     except RuntimeError as error:
         first = str(error).splitlines()[-1].strip()
         raise UadtoolError(f"the tensors of {path} do not fit its metadata: {first}") from error
     return model.eval(), metadata
+
+
+def _quantized_graph(detector: Detector, metadata: Metadata, path: str) -> nn.Module:
+    if metadata.target not in TARGETS:
+        raise UadtoolError(f"{path} is made for {metadata.target}; this version knows {', '.join(TARGETS)}")
+    float_layers = metadata.quantization.float_layers if metadata.quantization else []
+    return empty_quantized(detector, metadata.precision, TARGETS[metadata.target], float_layers)
 
 
 def load_float_model(path: Union[str, Path]) -> tuple[Detector, Metadata]:

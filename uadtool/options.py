@@ -2,6 +2,7 @@
 
 ``--device``      where torch computes: cpu, cuda, or auto (cuda when there is one)
 ``--seed``        all randomness of the command comes from it
+``--runtime``     what runs an exported model, or auto
 ``--threads``     how many cores to use
 ``--output/-o``   the file to write; it appears whole or not at all
 ``-q`` / ``-v``   warnings only / debug messages and tracebacks, on stderr
@@ -41,5 +42,7 @@ device = click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), de
                       help="Where torch computes.")
 seed = click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True,
                     help="Source of all randomness.")
+runtime = click.option("--runtime", type=click.Choice(["auto", "onnxruntime", "openvino"]), default="auto",
+                       show_default=True, help="What runs the model; auto takes what suits it best.")
 threads = click.option("--threads", type=click.IntRange(1), metavar="N",
                        help="Cores to use  [default: all]")

@@ -15,7 +15,8 @@ from uadtool.errors import UadtoolError
 class Result:
     """What one file says about one model.
 
-    ``kind`` is ``scores`` or ``bench``. ``values`` are by metric name, in the units of ``uadtool.comparison.METRICS``.
+    ``kind`` is ``scores`` or ``bench``. ``quantization`` is as in the record, empty for a float model. ``values`` are
+    by metric name, in the units of ``uadtool.comparison.METRICS``.
     For each image with a label, by path, ``truth`` is (anomalous, class) and ``image_scores`` its score.
     """
 
@@ -24,6 +25,7 @@ class Result:
     path: str
     digest: str
     precision: str
+    quantization: Dict[str, Any]
     values: Dict[str, float]
     truth: Dict[str, Tuple[bool, Optional[str]]] = field(default_factory=dict)
     image_scores: Dict[str, float] = field(default_factory=dict)
@@ -95,7 +97,8 @@ _CONTENT = re.compile(r"\S")
 
 
 def _result(kind: str, file: str, model: Dict[str, Any], values: Dict[str, float]) -> Result:
-    return Result(kind, file, str(model["path"]), str(model["digest"]), str(model["precision"]), values)
+    return Result(kind, file, str(model["path"]), str(model["digest"]), str(model["precision"]),
+                  dict(model.get("quantization", {})), values)
 
 
 def _score_values(metrics: Dict[str, Any]) -> Dict[str, float]:

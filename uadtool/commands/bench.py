@@ -25,10 +25,11 @@ def _sizes(ctx: click.Context, param: click.Parameter, value: str) -> List[int]:
               help="Runs before each turn, not timed.")
 @click.option("--batch-sizes", metavar="N,N", default="1,8", show_default=True, callback=_sizes,
               help="Measure throughput at these; latency is always that of one image.")
+@options.runtime
 @options.threads
 @options.verbosity
 def bench(models: Tuple[str, ...], repetitions: int, duration: float, warmup: int, batch_sizes: List[int],
-          threads: Optional[int]) -> None:
+          runtime: str, threads: Optional[int]) -> None:
     """Time exported MODELs: latency, throughput, cold start, peak memory, as one JSON object.
 
     Models take turns, round by round, so that a machine that slows down slows all of them. Every figure carries its
@@ -43,4 +44,4 @@ def bench(models: Tuple[str, ...], repetitions: int, duration: float, warmup: in
     from uadtool.artifacts import write_json
     from uadtool.benchmark import bench as measure
 
-    write_json(measure(models, repetitions, duration, warmup, batch_sizes, threads))
+    write_json(measure(models, repetitions, duration, warmup, batch_sizes, threads, runtime))

@@ -1,4 +1,5 @@
-from typing import TYPE_CHECKING, Iterator, Optional
+import re
+from typing import TYPE_CHECKING, Iterator, Optional, Tuple
 
 import click
 
@@ -8,54 +9,82 @@ from uadtool.errors import require_lab
 if TYPE_CHECKING:
     from torch import Tensor
 
+FROM_DATA = ("good", "synthetic-anomalies")
+
+
+def _sources(ctx: click.Context, param: click.Parameter, value: Tuple[str, ...]) -> Tuple[str, ...]:
+    for source in value:
+        if not (source in FROM_DATA or re.fullmatch("random-normal|images:.+", source)):
+            raise click.BadParameter(f"{source!r} is none of {', '.join(FROM_DATA)}, random-normal and images:PATH")
+    if len(set(value)) < len(value):
+        raise click.BadParameter("the same source is given twice")
+    return value
+
 
 @click.command()
 @click.argument("model", metavar="MODEL", type=click.Path(exists=True, dir_okay=False))
-@click.argument("data", metavar="DATA")
+@click.argument("data", metavar="[DATA]", required=False)
 @options.output("The ranges to write (.json; - is stdout, in place of the result).")
-@click.option("--method", type=click.Choice(["minmax"]), default="minmax", show_default=True,
-              help="How a range comes from the activations.")
+@click.option("--method", type=click.Choice(["minmax", "moving-average", "percentile", "entropy", "mse"]),
+              default="minmax", show_default=True, help="How a range comes from the activations.")
+@click.option("--percentile", type=click.FloatRange(50, 100, min_open=True, max_open=True), metavar="P",
+              help="For --method percentile: share of the activations to keep, in percent  [default: 99.99]")
+@click.option("--source", "sources", metavar="KIND", multiple=True, default=["good"], show_default=True,
+              callback=_sources, help="good, synthetic-anomalies, random-normal or images:PATH. Several --source "
+                                      "share the count evenly.")
 @click.option("--count", type=click.IntRange(1), default=64, show_default=True,
               help="Images to calibrate on, the same number of each class.")
-@click.option("--classes", metavar="A,B,...", help="Calibrate on these classes only.")
+@click.option("--classes", metavar="A,B,...", help="Of DATA, use these classes only.")
 @options.seed
 @options.verbosity
-def calibrate(model: str, data: str, output: str, method: str, count: int, classes: Optional[str], seed: int) -> None:
-    """Record the activation ranges of a float MODEL on good training images of DATA.
+def calibrate(model: str, data: Optional[str], output: str, method: str, percentile: Optional[float],
+              sources: Tuple[str, ...], count: int, classes: Optional[str], seed: int) -> None:
+    """Record the activation ranges of a float MODEL.
+
+    It sees good training images of DATA, the same with synthetic anomalies, standard normal values in place of
+    normalised pixels, the images of any folder or data set (test split), or a mixture. Only the first two need DATA.
 
     \b
-    Example:
-      uadtool calibrate unified.safetensors mvtec/ -o ranges.json --count 128
+    Examples:
+      uadtool calibrate fp32.safetensors mvtec/ -o ranges.json --count 128
+      uadtool calibrate fp32.safetensors mvtec/ -o r.json --source good --source synthetic-anomalies
+      uadtool calibrate fp32.safetensors -o r.json --source random-normal --method percentile
     """
+    if not data and set(FROM_DATA) & set(sources):
+        raise click.UsageError(f"Missing argument 'DATA': --source {' or '.join(FROM_DATA)} takes its images there.")
+    if percentile and method != "percentile":
+        raise click.UsageError("--percentile is for --method percentile.")
+    if count < len(sources):
+        raise click.UsageError(f"--count {count} is too few for {len(sources)} sources.")
     require_lab()
     from uadtool import __version__
-    from uadtool.artifacts import check_writable, file_digest, list_digest, write_json
-    from uadtool.dataset import balanced, training_samples
-    from uadtool.host import available_cores
+    from uadtool.artifacts import check_writable, file_digest, write_json
+    from uadtool.dataset import training_samples
     from uadtool.models import load_float_model
     from uadtool.progress import Progress
     from uadtool.quantization import RangesFile
     from uadtool.quantization import calibrate as run
-    from uadtool.training.data import image_batches
+    from uadtool.quantization.sources import calibration_batches
 
     if output != "-":
         check_writable(output)
     detector, metadata = load_float_model(model)
-    samples = balanced(training_samples(data, classes.split(",") if classes else None), count, seed)
-    with Progress("calibrate", len(samples)) as progress:
+    good = training_samples(data, classes.split(",") if classes else None) if data else []
+    chosen, source = calibration_batches(sources, good, count, seed, detector, metadata.image_size)
+    percentile = percentile or 99.99
+    with Progress("calibrate", source["count"]) as progress:
         def batches() -> "Iterator[Tensor]":
-            for part, images in image_batches(samples, metadata.image_size, available_cores()):
+            for images in chosen:
                 yield images
-                progress.update(len(part))
+                progress.update(len(images))
 
-        ranges = run(detector, batches(), method)
+        ranges = run(detector, batches(), method, percentile)
     file = RangesFile(
-        model_digest=file_digest(model), method=method, ranges=ranges, tool=f"uadtool {__version__}",
-        source={"kind": "good-training-images", "count": len(samples), "seed": seed,
-                "images": list_digest(sample.path for sample in samples)},
+        model_digest=file_digest(model), ranges=ranges, source=source, tool=f"uadtool {__version__}",
+        method=f"{method}-{percentile:.10g}" if method == "percentile" else method,
     )
     file.write(output)
     if output != "-":
         write_json({"schema": "uadtool.calibrate/1", "output": output, "digest": file_digest(output),
-                    "model_digest": file.model_digest, "method": method, "images": len(samples),
-                    "points": len(ranges)})
+                    "model_digest": file.model_digest, "method": file.method, "source": source["kind"],
+                    "images": source["count"], "points": len(ranges)})

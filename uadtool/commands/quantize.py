@@ -1,53 +1,76 @@
-from typing import Optional
+import re
+from typing import Optional, Tuple
 
 import click
 
 from uadtool import options
-from uadtool.errors import UadtoolError, require_lab
+from uadtool.errors import require_lab
 
 
 @click.command()
 @click.argument("model", metavar="MODEL", type=click.Path(exists=True, dir_okay=False))
-@click.option("--ranges", "ranges_file", required=True, metavar="FILE",
+@click.argument("data", metavar="[DATA]", required=False)
+@click.option("--ranges", "ranges_file", metavar="FILE",
               help="Activation ranges that `uadtool calibrate` recorded with this model (- is stdin).")
 @options.output("The quantized model to write (.safetensors).")
-@click.option("--target", type=click.Choice(["onnxruntime"]), default="onnxruntime", show_default=True,
-              help="Runtime whose integer kernels the model is made for.")
-@click.option("--data", metavar="DATA", help="Take score statistics and threshold anew, with the quantized model, from "
-                                            "the good images of DATA that training held out.")
+@click.option("--precision", type=click.Choice(["int8", "fp16"]), default="int8", show_default=True,
+              help="Of the networks; fp16 needs no ranges.")
+@click.option("--target", type=click.Choice(["onnxruntime", "openvino", "tensorrt"]), default="onnxruntime",
+              show_default=True, help="Runtime whose integer kernels the model is made for.")
+@click.option("--scope", type=click.Choice(["all", "student"]), default="all", show_default=True,
+              help="Networks to quantize.")
+@click.option("--keep-float", "kept", metavar="PATTERN", multiple=True,
+              help="Layers that stay float, by name (teacher.conv_stem, *.conv_dw), or auto:N, the N most sensitive.")
+@click.option("--sensitivity", is_flag=True, help="Also tell how far each layer alone, quantized, moves the maps.")
+@click.option("--bias-correction/--no-bias-correction", default=True, show_default=True,
+              help="With DATA: shift biases so that each channel keeps its mean.")
+@click.option("--qat", is_flag=True, help="Fine-tune the student with its quantizers (quantization-aware training).")
+@click.option("--steps", type=click.IntRange(1), default=200, show_default=True, help="Of --qat: batches of 16 images.")
+@click.option("--resume", is_flag=True, help="Of --qat: go on from OUTPUT.checkpoint, if an interrupted run left one.")
+@options.seed
 @options.verbosity
-def quantize(model: str, ranges_file: str, output: str, target: str, data: Optional[str]) -> None:
-    """Quantize a float MODEL to int8 after training: weights per channel, activations per tensor, the score in float.
+def quantize(model: str, data: Optional[str], ranges_file: Optional[str], output: str, precision: str, target: str,
+             scope: str, kept: Tuple[str, ...], sensitivity: bool, bias_correction: bool, qat: bool, steps: int,
+             resume: bool, seed: int) -> None:
+    """Quantize a float MODEL to int8: weights per channel, activations per tensor, the score head in float.
 
-    Rounding shifts the raw scores of each class a little, and the classes apart. With --data they are put level again.
+    With DATA, the data set that MODEL was trained on, its good images serve to correct the biases and, held-out ones
+    too, to take score statistics and threshold anew, since rounding shifts the scores of the classes apart. No label is
+    used. Layers that stay float are fp16 for tensorrt.
 
     \b
     Examples:
-      uadtool quantize fp32.safetensors --ranges ranges.json -o int8.safetensors
-      uadtool quantize fp32.safetensors --ranges r.json --data mvtec/ -o int8.safetensors
+      uadtool quantize fp32.safetensors mvtec/ --ranges ranges.json -o int8.safetensors
+      uadtool quantize fp32.safetensors mvtec/ --ranges r.json --keep-float auto:4 -o mixed.safetensors
+      uadtool quantize fp32.safetensors mvtec/ --ranges r.json --qat -o int8.safetensors
+      uadtool quantize fp32.safetensors --precision fp16 --target tensorrt -o fp16.safetensors
     """
+    numbers = [int(match[1]) for match in (re.fullmatch("auto:([1-9][0-9]*)", one) for one in kept) if match]
+    patterns = [one for one in kept if not one.startswith("auto:")]
+    if len(numbers) + len(patterns) < len(kept) or len(numbers) > 1:
+        raise click.UsageError("--keep-float auto:N wants a number of layers, once.")
+    if precision == "int8" and not ranges_file:
+        raise click.UsageError("Missing option '--ranges': int8 needs activation ranges from `uadtool calibrate`.")
+    if precision == "fp16" and (ranges_file or kept or sensitivity or qat or scope != "all"):
+        raise click.UsageError("--ranges, --scope, --keep-float, --sensitivity and --qat are for int8.")
+    if not data and (numbers or sensitivity or qat):
+        raise click.UsageError("Missing argument 'DATA': auto:N, --sensitivity and --qat take good images from there.")
     require_lab()
-    from uadtool import __version__
     from uadtool.artifacts import check_writable, file_digest, write_json
     from uadtool.models import load_float_model, save_model
     from uadtool.quantization import RangesFile
-    from uadtool.quantization import quantize as run
-    from uadtool.training import refit_statistics
+    from uadtool.quantization.recipe import Recipe, apply_recipe
 
     check_writable(output)
-    ranges = RangesFile.read(ranges_file)
+    ranges = RangesFile.read(ranges_file) if ranges_file else None
     digest = file_digest(model)
-    if ranges.model_digest != digest:
-        raise UadtoolError(f"{ranges_file} was recorded with model {ranges.model_digest}, but {model} is {digest}; "
-                           "run calibrate with this model")
+    if ranges:
+        ranges.check_model(digest, model)
     detector, metadata = load_float_model(model)
-    quantized = run(detector, ranges.ranges)
-    step = {"command": "quantize", "tool_version": __version__, "model_digest": digest,
-            "calibration": {"method": ranges.method, "source": ranges.source}}
-    metadata = metadata.replace(precision="int8", target=target, provenance=[*metadata.provenance, step])
-    if data:
-        metadata = refit_statistics(quantized, metadata, data)
-    save_model(quantized, metadata, output)
+    recipe = Recipe(precision=precision, target=target, scope=scope, keep_float=patterns,
+                    keep_sensitive=numbers[0] if numbers else 0, bias_correction=bias_correction,
+                    sensitivity=sensitivity, qat_steps=steps if qat else 0, seed=seed)
+    result = apply_recipe(detector, metadata, digest, ranges, data, recipe, f"{output}.checkpoint", resume)
+    save_model(result.model, result.metadata, output)
     write_json({"schema": "uadtool.quantize/1", "output": output, "digest": file_digest(output),
-                "model_digest": digest, "target": target, "precision": "int8", "method": "ptq",
-                "points": len(ranges.ranges)})
+                "model_digest": digest, "target": target, "precision": result.metadata.precision, **result.report})

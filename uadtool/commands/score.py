@@ -27,13 +27,14 @@ def _finite(ctx: click.Context, param: click.Parameter, value: Optional[float]) 
               help="Exit with 4 in the end if an image scores above it.")
 @click.option("--batch-size", type=click.IntRange(1), metavar="N", default=1, show_default=True,
               help="Images per inference.")
+@options.runtime
 @options.threads
 @click.option("--heatmaps", type=click.Path(file_okay=False), metavar="DIR",
               help="Draw each image and its anomaly map into this folder.")
 @click.option("-0", "--null", is_flag=True, help="Paths on stdin end with NUL (find -print0).")
 @options.verbosity
 def score(model: str, paths: Tuple[str, ...], threshold: Optional[float], fail_above: Optional[float], batch_size: int,
-          threads: Optional[int], heatmaps: Optional[str], null: bool) -> None:
+          runtime: str, threads: Optional[int], heatmaps: Optional[str], null: bool) -> None:
     """Score images with an exported MODEL: one JSON line per image, as soon as it is known.
 
     PATH is an image, a folder, a dataset in MVTec layout or a manifest (CSV, JSONL). With `-`, or no PATH, paths come
@@ -61,7 +62,7 @@ def score(model: str, paths: Tuple[str, ...], threshold: Optional[float], fail_a
     from uadtool.progress import Progress
     from uadtool.runtimes import open_model
 
-    runtime = open_model(model, threads)
+    detector = open_model(model, threads, runtime)
     total = None
     if paths == ("-",):
         samples = scoring_samples(_stdin_paths(b"\0" if null else b"\n"))
@@ -77,7 +78,7 @@ def score(model: str, paths: Tuple[str, ...], threshold: Optional[float], fail_a
     errors: List[str] = []
     above: List[Tuple[float, str]] = []
     with Progress("score", total) as progress, \
-            closing(scoring.score(runtime, samples, threshold, batch_size, draw)) as records:
+            closing(scoring.score(detector, samples, threshold, batch_size, draw)) as records:
         for record in records:
             print(json.dumps(record, allow_nan=False), flush=True)
             if record["type"] != "image":

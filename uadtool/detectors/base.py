@@ -71,7 +71,7 @@ class Detector(nn.Module, ABC):
 
     def normalize(self, image: Tensor) -> Tensor:
         """uint8 [N, H, W, 3] -> float32 [N, 3, H, W] as the teacher expects it."""
-        return (image.permute(0, 3, 1, 2).float() - self.pixel_mean) * self.pixel_scale
+        return (image.float().permute(0, 3, 1, 2) - self.pixel_mean) * self.pixel_scale
 
     def forward(self, image: Tensor) -> Output:
         """uint8 [N, H, W, 3], RGB -> scores and maps."""
@@ -82,17 +82,15 @@ class Detector(nn.Module, ABC):
 
     def nearest_class(self, descriptor: Tensor) -> Tensor:
         """Index [N] of the prototype at the smallest scaled Euclidean distance from the descriptor [N, D]."""
-        prototypes = self.prototypes * self.descriptor_scale
-        # |d - p|^2 = |d|^2 - 2 d.p + |p|^2, and |d|^2 is the same for every prototype
-        closeness = 2 * (descriptor * self.descriptor_scale) @ prototypes.T - prototypes.square().sum(1)
-        return closeness.argmax(1)
+        differences = (descriptor[:, None] - self.prototypes) * self.descriptor_scale
+        return differences.square().sum(2).argmin(1)
 
     def normalize_map(self, raw: Tensor, nearest: Tensor) -> Tensor:
         """Raw maps [N, h, w] of images of the classes ``nearest`` [N] -> in units of good images' scores."""
-        mean, std = self.score_mean[:, None, None], self.score_std[:, None, None]
-        # ((raw - expected) / spread - mean) / std with two grids, which an exported graph holds as constants
-        offset, scale = self.expected_map + mean * self.map_spread, self.map_spread * std
-        return (raw - self._enlarge(offset[nearest])) / self._enlarge(scale[nearest])
+        mean, std = self.score_mean[nearest][:, None, None], self.score_std[nearest][:, None, None]
+        expected, spread = self.expected_map[nearest], self.map_spread[nearest]
+        # ((raw - expected) / spread - mean) / std, in the form with the fewest operations on whole maps
+        return (raw - self._enlarge(expected + mean * spread)) / self._enlarge(spread * std)
 
     def _enlarge(self, grid: Tensor) -> Tensor:
         return F.interpolate(grid[:, None], size=self.map_size, mode="bilinear", align_corners=False)[:, 0]

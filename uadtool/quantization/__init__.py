@@ -1,24 +1,33 @@
-"""Calibration and post-training quantization of a detector whose batch norm is folded."""
+"""Calibration and quantization of a detector whose batch norm is folded."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
+from fnmatch import fnmatchcase
+from typing import Optional
 
 import torch
 from torch import Tensor, fx, nn
 
 from uadtool.detectors.base import Detector
 from uadtool.errors import UadtoolError
-from uadtool.quantization.graph import place_at_points
+from uadtool.quantization.bias_correction import correct_biases
+from uadtool.quantization.graph import QuantizableGraph
 from uadtool.quantization.modules import ActivationQuantizer, QuantizedConv2d
-from uadtool.quantization.observers import METHODS, Observer
+from uadtool.quantization.observers import METHODS, Observer, make_observer
 from uadtool.quantization.ranges import Ranges, RangesFile
+from uadtool.quantization.targets import TARGETS, Target
 
-__all__ = ["METHODS", "TARGETS", "Ranges", "RangesFile", "calibrate", "empty_quantized", "quantize"]
+__all__ = ["METHODS", "TARGETS", "Ranges", "RangesFile", "Target", "calibrate", "empty_quantized", "half",
+           "layers_outside", "matching_layers", "quantize"]
 
-TARGETS = ("onnxruntime",)
 
+def calibrate(detector: Detector, batches: Iterable[Tensor], method: str = "minmax",
+              percentile: float = 99.99) -> Ranges:
+    """Observe the activations at every point while the detector sees batches of images [N, H, W, 3].
 
-def calibrate(detector: Detector, batches: Iterable[Tensor], method: str = "minmax") -> Ranges:
-    """Observe the activations at every point while the detector sees batches of images, uint8 [N, H, W, 3].
+    Args:
+        batches: uint8 pixels, or float ones where values that no image has are wanted.
+        method: one of ``METHODS``.
+        percentile: for the method of that name, 0 to 100.
 
     Raises:
         UadtoolError: there was no batch.
@@ -26,10 +35,10 @@ def calibrate(detector: Detector, batches: Iterable[Tensor], method: str = "minm
     observers: dict[str, Observer] = {}
 
     def observer(name: str) -> Observer:
-        observers[name] = METHODS[method]()
+        observers[name] = make_observer(method, percentile)
         return observers[name]
 
-    model = place_at_points(detector, observer).eval()
+    model = QuantizableGraph(detector).observed(observer).eval()
     seen = 0
     with torch.inference_mode():
         for batch in batches:
@@ -40,35 +49,76 @@ def calibrate(detector: Detector, batches: Iterable[Tensor], method: str = "minm
     return {name: observer.range() for name, observer in observers.items()}
 
 
-def quantize(detector: Detector, ranges: Ranges) -> fx.GraphModule:
-    """Post-training quantization of all convolutions of all networks; the score head stays float.
+def quantize(detector: Detector, ranges: Ranges, target: Target = TARGETS["onnxruntime"],
+             float_layers: Collection[str] = (), images: Optional[Tensor] = None) -> fx.GraphModule:
+    """Post-training quantization of the convolutions of all networks; the score head stays float.
+
+    Args:
+        float_layers: names of convolutions that stay float, too.
+        images: good ones, uint8 [N, H, W, 3], to correct the biases with; about 32.
 
     Raises:
         UadtoolError: the ranges are not of this detector's points.
     """
-    def quantizer(name: str) -> ActivationQuantizer:
-        if name not in ranges:
-            raise UadtoolError(f"the ranges lack {name!r}: they were made from another model or by another version; "
-                               "run calibrate again")
-        return ActivationQuantizer.from_range(*ranges[name])
-
-    model = _quantized_graph(detector, quantizer)
-    modules = dict(model.named_modules())
-    for node in model.graph.nodes:
-        conv = modules.get(str(node.target))
-        if isinstance(conv, QuantizedConv2d):
-            conv.round_bias(modules[str(node.args[0].target)].scale)
+    graph = QuantizableGraph(detector)
+    names = set(graph.points.values())
+    if names != ranges.keys():
+        first = min(names ^ ranges.keys())
+        raise UadtoolError(f"the ranges {'lack' if first in names else 'have'} {first!r}: they were made from another "
+                           "model or by another version; run calibrate again")
+    model = _quantized_graph(graph, lambda name: ActivationQuantizer.from_range(*ranges[name], target.signed), target,
+                             float_layers)
+    if images is not None:
+        correct_biases(detector, model, images)
+    if target.integer_bias:
+        modules = dict(model.named_modules())
+        for node in model.graph.nodes:
+            conv = modules.get(str(node.target))
+            if isinstance(conv, QuantizedConv2d):
+                conv.round_bias(modules[str(node.args[0].target)].scale)
     return model
 
 
-def empty_quantized(detector: Detector) -> fx.GraphModule:
-    """The graph that ``quantize`` makes, to load a state dict into."""
-    return _quantized_graph(detector, lambda name: ActivationQuantizer())
+def half(detector: Detector) -> fx.GraphModule:
+    """The detector with its networks in fp16; pixels and score head stay fp32."""
+    return QuantizableGraph(detector).half().eval()
 
 
-def _quantized_graph(detector: Detector, quantizer: Callable[[str], ActivationQuantizer]) -> fx.GraphModule:
-    model = place_at_points(detector, quantizer)
-    for name, module in list(model.named_modules()):
-        if isinstance(module, nn.Conv2d):
-            model.set_submodule(name, QuantizedConv2d(module))
+def empty_quantized(detector: Detector, precision: str, target: Target,
+                    float_layers: Collection[str] = ()) -> fx.GraphModule:
+    """The graph that ``half`` (precision fp16) or ``quantize`` makes, to load a state dict into."""
+    if precision == "fp16":
+        return half(detector)
+    return _quantized_graph(QuantizableGraph(detector), lambda name: ActivationQuantizer(target.signed), target,
+                            float_layers)
+
+
+def matching_layers(detector: Detector, patterns: Sequence[str]) -> list[str]:
+    """The names of the convolutions that a pattern (``student.*``, with shell wildcards) matches.
+
+    Raises:
+        UadtoolError: a pattern matches none.
+    """
+    layers = QuantizableGraph(detector).layers
+    for pattern in patterns:
+        if not any(fnmatchcase(layer, pattern) for layer in layers):
+            raise UadtoolError(f"no layer is named {pattern!r}; the model has {layers[0]}, {layers[1]} "
+                               f"... {layers[-1]}")
+    return [layer for layer in layers if any(fnmatchcase(layer, pattern) for pattern in patterns)]
+
+
+def layers_outside(detector: Detector, scope: str) -> list[str]:
+    """The convolutions that quantization of this ``scope``, ``student`` or ``all``, leaves alone."""
+    return [] if scope == "all" else [name for name in QuantizableGraph(detector).layers
+                                      if not name.startswith(f"{scope}.")]
+
+
+def _quantized_graph(graph: QuantizableGraph, quantizer: Callable[[str], ActivationQuantizer], target: Target,
+                     float_layers: Collection[str]) -> fx.GraphModule:
+    model = graph.quantized(quantizer, target, float_layers)
+    for name in graph.layers:
+        if name not in float_layers:
+            conv = model.get_submodule(name)
+            assert isinstance(conv, nn.Conv2d)
+            model.set_submodule(name, QuantizedConv2d(conv))
     return model.eval()

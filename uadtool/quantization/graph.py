@@ -1,12 +1,13 @@
-"""Where a detector is quantized: every convolution, and every tensor that integer kernels read or write.
+"""Where a detector is quantized: at the tensors that integer kernels read or write.
 
-One graph serves observing, post-training quantization and whatever comes later: they differ only in the module that
-stands at each point. A point lies after the activation that follows a convolution or an addition, never between the
-two: a quantizer before a ReLU6 spends its codes on values that the ReLU6 cuts off, which costs more than 0.1 AUROC.
+One graph serves observing, post-training quantization and quantization-aware training: they differ only in the module
+that stands at each point. A point lies after the activation that follows a convolution or an addition, never between
+the two: a quantizer before a ReLU6 spends its codes on values that the ReLU6 cuts off, which costs more than 0.1 AUROC.
 """
 
+import copy
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 from typing import Optional
 
 import torch
@@ -15,6 +16,7 @@ from torch.nn import functional as F
 
 from uadtool.detectors.backbones import PaddedConv2d
 from uadtool.detectors.base import Detector
+from uadtool.quantization.targets import Target
 
 _ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.Hardswish, nn.SiLU, nn.GELU)
 _ACTIVATION_FUNCTIONS = {torch.relu, F.relu, F.relu6, F.leaky_relu, F.hardswish, F.silu, F.gelu}
@@ -26,50 +28,127 @@ class _Tracer(fx.Tracer):
         return isinstance(m, PaddedConv2d) or super().is_leaf_module(m, module_qualified_name)
 
 
-def place_at_points(detector: Detector, make: Callable[[str], nn.Module]) -> fx.GraphModule:
-    """Trace the detector and put ``make(name)`` at each point, as ``model.points[name]``; batch norm must be folded.
+class QuantizableGraph:
+    """A traced detector and its points; batch norm must be folded. Layers are shared with the detector.
 
-    Layers are shared with the detector. A name stands for the same tensor in every run with the same detector
-    configuration. The score head has no convolution, so it has no points and stays float.
+    ``points`` names each node whose output may be quantized, in execution order. A name stands for the same tensor in
+    every run with the same detector configuration. ``layers`` are the names of the convolutions. What follows the
+    networks, the score head, has no convolution, so it has no points and stays float.
     """
-    graph = _Tracer().trace(detector)
-    model = fx.GraphModule(detector, graph, class_name=type(detector).__name__)
-    points = _find_points(model)
-    model.points = nn.ModuleDict({name: make(name) for name in dict.fromkeys(points.values())})
-    for node, name in points.items():
-        readers = list(node.users)
-        with graph.inserting_after(node):
-            quantized = graph.call_module(f"points.{name}", (node,))
-        for reader in readers:
-            reader.replace_input_with(node, quantized)
-    model.recompile()
-    return model
 
+    def __init__(self, detector: Detector) -> None:
+        self.module = fx.GraphModule(detector, _Tracer().trace(detector), class_name=type(detector).__name__)
+        self._modules = dict(self.module.named_modules())
+        self.layers = [str(node.target) for node in self.module.graph.nodes if self._is(node, nn.Conv2d)]
+        self.points = self._find_points()
 
-def _find_points(model: fx.GraphModule) -> dict[fx.Node, str]:
-    """Nodes whose output is quantized, in execution order, with the name of each one's point."""
-    modules = dict(model.named_modules())
+    def observed(self, make: Callable[[str], nn.Module]) -> fx.GraphModule:
+        """The graph with ``make(name)``, as ``points.NAME``, at every point for all that read there."""
+        return self._insert(make, [(node, reader) for node in self.points for reader in node.users])
 
-    def module(node: fx.Node) -> Optional[nn.Module]:
-        return modules.get(str(node.target)) if node.op == "call_module" else None
+    def quantized(self, make: Callable[[str], nn.Module], target: Target,
+                  float_layers: Collection[str] = ()) -> fx.GraphModule:
+        """The graph with ``make(name)`` where integer kernels of ``target`` read or write.
 
-    def activated(node: fx.Node) -> fx.Node:
+        Args:
+            float_layers: names of convolutions that stay float.
+        """
+        integer = self._integer_operations(set(float_layers))
+        edges, rest = list(self._quantized_edges(target, integer)), self._operations() - integer
+        model = self._insert(make, edges)
+        if target.half:
+            self._compute_in_half(rest)
+        return model
+
+    def half(self) -> fx.GraphModule:
+        """The graph with the networks in fp16; pixels and score head stay fp32."""
+        self._compute_in_half(self._operations())
+        return self.module
+
+    def _insert(self, make: Callable[[str], nn.Module], edges: list[tuple[fx.Node, fx.Node]]) -> fx.GraphModule:
+        names = dict.fromkeys(self.points[node] for node, _ in edges)
+        self.module.points = nn.ModuleDict({name: make(name) for name in names})
+        for node in dict(edges):
+            with self.module.graph.inserting_after(node):
+                quantized = self.module.graph.call_module(f"points.{self.points[node]}", (node,))
+            for source, reader in edges:
+                if source is node:
+                    reader.replace_input_with(node, quantized)
+        self.module.recompile()
+        return self.module
+
+    def _operations(self) -> set[fx.Node]:
+        """What the networks consist of: convolutions, their additions and pools, and the activations after them."""
+        found = {node for node in self.module.graph.nodes if self._is(node, nn.Conv2d)
+                 or (node.target in _ADDITIONS and self._activated(node) in self.points)
+                 or (self._is(node, nn.MaxPool2d) and node in self.points)}
+        return found | {self._activated(node) for node in found}
+
+    def _integer_operations(self, float_layers: set[str]) -> set[fx.Node]:
+        """The operations that integer kernels do when these layers stay float."""
+        operations, integer = self._operations(), set[fx.Node]()
+        for node in self.module.graph.nodes:
+            if self._is(node, nn.Conv2d):
+                chosen = node.target not in float_layers
+            else:
+                chosen = node in operations and all(source in integer for source in node.all_input_nodes)
+            if chosen:
+                integer.add(node)
+        return integer
+
+    def _quantized_edges(self, target: Target, integer: set[fx.Node]) -> Iterator[tuple[fx.Node, fx.Node]]:
+        """Which reader of which point sees quantized values."""
+        for node in self.points:
+            for reader in node.users:
+                if target.quantized_outputs:
+                    wanted = node in integer or reader in integer
+                elif reader.target in _ADDITIONS:
+                    wanted = reader in integer and node is not self._fused_branch(reader)
+                else:
+                    wanted = reader in integer and self._is(reader, nn.Conv2d)
+                if wanted:
+                    yield node, reader
+
+    def _compute_in_half(self, operations: set[fx.Node]) -> None:
+        """Give these operations fp16 weights and inputs, and all others that read their results fp32."""
+        graph = self.module.graph
+        for node in [node for node in operations if self._is(node, nn.Conv2d)]:
+            self.module.set_submodule(str(node.target), copy.deepcopy(self._modules[str(node.target)]).half())
+        for node in list(graph.nodes):
+            readers = [reader for reader in node.users if (reader in operations) != (node in operations)]
+            if readers:
+                with graph.inserting_after(node):
+                    cast = graph.call_method("float" if node in operations else "half", (node,))
+                for reader in readers:
+                    reader.replace_input_with(node, cast)
+        self.module.recompile()
+
+    def _fused_branch(self, addition: fx.Node) -> Optional[fx.Node]:
+        """The input of an addition that a convolution adds to while it computes: that of the last one before it."""
+        branches = [node for node in addition.all_input_nodes if self._is(node, nn.Conv2d) and len(node.users) == 1]
+        order = list(self.module.graph.nodes)
+        return max(branches, key=order.index, default=None)
+
+    def _find_points(self) -> dict[fx.Node, str]:
+        points: dict[fx.Node, str] = {}
+        for node in self.module.graph.nodes:
+            inputs = node.all_input_nodes
+            result = self._activated(node)
+            if self._is(node, nn.Conv2d):
+                points.setdefault(inputs[0], inputs[0].name)
+                points[result] = result.name
+            elif node.target in _ADDITIONS and len(inputs) == 2 and all(n in points for n in inputs):
+                points[result] = result.name
+            elif self._is(node, nn.MaxPool2d) and inputs[0] in points:
+                points[node] = points[inputs[0]]  # the maximum of quantized values needs no range of its own
+        return points
+
+    def _is(self, node: fx.Node, kind: type[nn.Module] | tuple[type[nn.Module], ...]) -> bool:
+        return node.op == "call_module" and isinstance(self._modules.get(str(node.target)), kind)
+
+    def _activated(self, node: fx.Node) -> fx.Node:
         """The activation that is the node's only reader, or else the node itself."""
         readers = list(node.users)
-        if len(readers) == 1 and (isinstance(module(readers[0]), _ACTIVATIONS)
-                                  or readers[0].target in _ACTIVATION_FUNCTIONS):
+        if len(readers) == 1 and (self._is(readers[0], _ACTIVATIONS) or readers[0].target in _ACTIVATION_FUNCTIONS):
             return readers[0]
         return node
-
-    points: dict[fx.Node, str] = {}
-    for node in model.graph.nodes:
-        inputs = node.all_input_nodes
-        result = activated(node)
-        if isinstance(module(node), nn.Conv2d):
-            points.setdefault(inputs[0], inputs[0].name)
-            points[result] = result.name
-        elif node.target in _ADDITIONS and len(inputs) == 2 and all(n in points for n in inputs):
-            points[result] = result.name
-        elif isinstance(module(node), nn.MaxPool2d) and inputs[0] in points:
-            points[node] = points[inputs[0]]  # the maximum of quantized values needs no range of its own
-    return points

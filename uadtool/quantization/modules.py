@@ -11,37 +11,43 @@ WEIGHT_LIMIT = 127
 
 
 class ActivationQuantizer(nn.Module):
-    """Rounds activations to 8 bits: u8, one scale and zero point per tensor.
+    """Rounds activations to 8 bits, with one scale and zero point per tensor: u8, or s8 with zero point 0.
 
-    ONNX Runtime absorbs a ReLU into the quantizer after it only when the zero point is the lowest code, and a range
+    ONNX Runtime absorbs a ReLU into the quantizer after it only when the zero point is the lowest code, and a u8 range
     from 0 gives just that.
     """
 
     scale: Tensor
     zero_point: Tensor
 
-    def __init__(self) -> None:
+    def __init__(self, signed: bool = False) -> None:
         super().__init__()
         self.register_buffer("scale", torch.ones(()))
-        self.register_buffer("zero_point", torch.zeros((), dtype=torch.uint8))
+        self.register_buffer("zero_point", torch.zeros((), dtype=torch.int8 if signed else torch.uint8))
 
     @classmethod
-    def from_range(cls, minimum: float, maximum: float) -> "ActivationQuantizer":
-        """The quantizer whose 256 codes span [minimum, maximum], widened to hold 0 (padding must be exact)."""
-        quantizer = cls()
+    def from_range(cls, minimum: float, maximum: float, signed: bool = False) -> "ActivationQuantizer":
+        """The quantizer whose codes span [minimum, maximum], widened to hold 0 (padding must be exact).
+
+        With ``signed`` both sides reach as far as the longer one (Jacob et al. 2018; Wu et al. 2020, section 3.1).
+        """
+        quantizer = cls(signed)
         minimum, maximum = min(minimum, 0.0), max(maximum, 0.0)
-        scale = max((maximum - minimum) / 255, 1e-8)  # a tensor that is always 0 has no range
+        scale = max(-minimum, maximum) / 127 if signed else (maximum - minimum) / 255
+        scale = max(scale, 1e-8)  # a tensor that is always 0 has no range
         quantizer.scale.fill_(scale)
-        quantizer.zero_point.fill_(round(-minimum / scale))
+        if not signed:
+            quantizer.zero_point.fill_(round(-minimum / scale))
         return quantizer
 
     def forward(self, values: Tensor) -> Tensor:
+        codes = torch.iinfo(self.zero_point.dtype)
         if is_in_onnx_export():
-            codes = symbolic("QuantizeLinear", (values, self.scale, self.zero_point), dtype=torch.uint8,
-                             shape=values.shape, version=1)
-            return symbolic("DequantizeLinear", (codes, self.scale, self.zero_point), dtype=torch.float32,
+            quantized = symbolic("QuantizeLinear", (values, self.scale, self.zero_point), dtype=self.zero_point.dtype,
+                                 shape=values.shape, version=1)
+            return symbolic("DequantizeLinear", (quantized, self.scale, self.zero_point), dtype=torch.float32,
                             shape=values.shape, version=1)
-        return torch.fake_quantize_per_tensor_affine(values, self.scale, self.zero_point.int(), 0, 255)
+        return torch.fake_quantize_per_tensor_affine(values, self.scale, self.zero_point.int(), codes.min, codes.max)
 
 
 class QuantizedConv2d(nn.Module):

@@ -28,6 +28,16 @@ class RangesFile:
         write_json({"schema": SCHEMA, "tool": self.tool, "model_digest": self.model_digest, "method": self.method,
                     "source": self.source, "ranges": {name: list(pair) for name, pair in self.ranges.items()}}, path)
 
+    def check_model(self, digest: str, path: str) -> None:
+        """Require that the ranges are of the model file ``path``.
+
+        Raises:
+            UadtoolError: they were recorded with another one.
+        """
+        if self.model_digest != digest:
+            raise UadtoolError(f"the ranges were recorded with model {self.model_digest}, but {path} is {digest}; "
+                               "run calibrate with this model")
+
     @classmethod
     def read(cls, path: str) -> "RangesFile":
         """Read from ``path`` (``-``: stdin).

@@ -3,7 +3,7 @@
 import csv
 import io
 import re
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 from tabulate import tabulate
 
@@ -24,6 +24,9 @@ def as_table(record: Dict[str, Any], markdown: bool = False) -> str:
         label = model["label"] if markdown else _broken(model["label"])
         headers += [label, "change"] if index else [label]
     lines = []
+    for label, cells in _origins(record["models"]):
+        shown = cells if markdown else [_broken(cell) for cell in cells]
+        lines.append([label, shown[0], *(part for cell in shown[1:] for part in (cell, ""))])
     for row in record["rows"]:
         decimals = _DECIMALS[row["unit"]]
         line, below = [f"{row['label']}, {row['unit']}" if row["unit"] else row["label"]], [""]
@@ -42,9 +45,19 @@ def as_table(record: Dict[str, Any], markdown: bool = False) -> str:
     return f"{tabulate(lines, headers, tablefmt=style, disable_numparse=True, colalign=alignment)}\n"
 
 
+def _origins(models: List[Dict[str, Any]]) -> Iterator[Tuple[str, List[str]]]:
+    """What tells the models apart: rows of text, a cell per model. How they were quantized, only if some were."""
+    yield "precision", [model["precision"] for model in models]
+    quantized = [model.get("quantization", {}) for model in models]
+    for label, key in (("quantized by", "method"), ("calibration", "calibration"), ("calibrated on", "source"),
+                       ("quantized networks", "scope"), ("layers in float", "float_layers")):
+        if any(quantized):
+            yield label, [str(found.get(key, "-")) for found in quantized]
+
+
 def _broken(label: str) -> str:
     lines = [""]
-    for part in re.findall(r"[^-_/ ]*[-_/ ]|[^-_/ ]+", label):
+    for part in re.findall(r"[^-_/+ ]*[-_/+ ]|[^-_/+ ]+", label):
         if lines[-1] and len(lines[-1] + part) > _HEADER_WIDTH:
             lines.append("")
         lines[-1] += part

@@ -1,7 +1,11 @@
 """Running an exported detector: one interface, one module per runtime."""
 
+import dataclasses
+import importlib
+import logging
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Dict, NamedTuple, Optional, Protocol
+from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Protocol, Sequence, Tuple
 
 import numpy as np
 
@@ -9,6 +13,15 @@ from uadtool.artifacts import file_digest
 from uadtool.errors import UadtoolError
 from uadtool.host import available_cores
 from uadtool.metadata import Metadata
+from uadtool.runtimes.onnx_metadata import read_metadata
+
+RUNTIMES = {"onnxruntime": "OnnxRuntime", "openvino": "OpenVino"}
+"""Class of each, in the module here that has the name of the package it needs."""
+
+OPENVINO_TARGETS = ("openvino", "tensorrt")
+"""Targets of quantized graphs that OpenVINO runs in integers and ONNX Runtime mostly in float."""
+
+log = logging.getLogger("uadtool")
 
 
 class Output(NamedTuple):
@@ -38,11 +51,15 @@ class Runtime(Protocol):
         """Score ``images``, uint8 [N, H, W, 3] RGB of the size that the metadata says."""
 
 
-def open_model(path: str, threads: Optional[int] = None) -> Runtime:
-    """Open the model file ``path`` with the runtime for its kind, on ``threads`` cores (all available ones if None).
+def open_model(path: str, threads: Optional[int] = None, runtime: str = "auto") -> Runtime:
+    """Open the model file ``path`` on ``threads`` cores (all available ones if None).
+
+    Args:
+        runtime: one of ``RUNTIMES``; "auto" takes what suits the model best of those that are installed.
 
     Raises:
-        UadtoolError: there is no such file, it is not an exported detector, or its runtime is not installed.
+        UadtoolError: there is no such file, or it is damaged or not an exported detector.
+        MissingPackage: the runtime, or any, is not installed.
     """
     if not Path(path).is_file():
         raise UadtoolError(f"{path}: no such model file")
@@ -51,14 +68,61 @@ def open_model(path: str, threads: Optional[int] = None) -> Runtime:
         raise UadtoolError(f"{path} cannot be run as it is; export it first: uadtool export {path} -o model.onnx")
     if suffix != ".onnx":
         raise UadtoolError(f"{path} is not a model that can be run: its name must end in .onnx")
-    from uadtool.runtimes.onnxruntime import OnnxRuntime
+    metadata = read_metadata(path)
+    if runtime == "auto":
+        runtime = _best_installed(metadata.target)
+        if runtime != "onnxruntime":
+            log.info("%s runs on %s", path, runtime)
+    module = importlib.import_module(f"uadtool.runtimes.{runtime}")
+    try:
+        model: Runtime = getattr(module, RUNTIMES[runtime])(path, metadata, threads or available_cores())
+    except UadtoolError:
+        raise
+    except Exception as error:  # those of the runtimes have no common base
+        raise UadtoolError(f"{path} cannot be loaded by {runtime}: {' '.join(str(error).split())}") from error
+    return model
 
-    return OnnxRuntime(path, threads or available_cores())
+
+def _best_installed(target: Optional[str]) -> str:
+    """The runtime for a model of this target; ONNX Runtime if none is installed."""
+    names = ["onnxruntime", "openvino"]
+    if target in OPENVINO_TARGETS:
+        names.reverse()
+    return next(filter(find_spec, names), "onnxruntime")
+
+
+Tensor = Tuple[str, str, Sequence[Any]]
+"""Name, NumPy's name of the type, and shape; a size that is not an int is free."""
+
+
+def check_signature(model: Runtime, inputs: Iterable[Tensor], outputs: Iterable[Tensor]) -> None:
+    """Require that a graph takes and gives what a detector does.
+
+    Raises:
+        UadtoolError: naming what it has and what was expected.
+    """
+    found_inputs, found_outputs = _lines(inputs), _lines(outputs)
+    wanted_inputs = _lines([("image", "uint8", ("N", *model.metadata.image_size, 3))])
+    wanted_outputs = _lines([
+        ("score", "float32", "N"),
+        ("raw_score", "float32", "N"),
+        ("anomaly_map", "float32", ("N", *model.metadata.map_size)),
+        ("nearest_class", "int32", "N"),
+    ])
+    if found_inputs != wanted_inputs or sorted(found_outputs) != sorted(wanted_outputs):
+        raise UadtoolError(f"{model.path} is not a complete detector: it has {', '.join(found_inputs)} -> "
+                           f"{', '.join(found_outputs)}; expected {', '.join(wanted_inputs + wanted_outputs)}")
+
+
+def _lines(tensors: Iterable[Tensor]) -> List[str]:
+    shapes = [(name, kind, [size if isinstance(size, int) else "N" for size in shape]) for name, kind, shape in tensors]
+    return [f"{name}: {kind} [{', '.join(map(str, shape))}]" for name, kind, shape in shapes]
 
 
 def describe(runtime: Runtime) -> Dict[str, Any]:
     """The ``model`` and ``runtime`` objects of a record."""
     metadata = runtime.metadata
+    quantization = metadata.quantization
     return {
         "model": {
             "path": runtime.path,
@@ -69,6 +133,8 @@ def describe(runtime: Runtime) -> Dict[str, Any]:
             "target": metadata.target,
             "classes": metadata.classes,
             "image_size": list(metadata.image_size),
+            **({"quantization": {**dataclasses.asdict(quantization), "float_layers": len(quantization.float_layers)}}
+               if quantization else {}),
         },
         "runtime": {"name": runtime.name, "version": runtime.version, "threads": runtime.threads},
     }

@@ -1,0 +1,148 @@
+"""The steps from a float model and its ranges to a quantized one, in their order."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Optional
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from uadtool import __version__
+from uadtool.dataset import balanced, training_samples
+from uadtool.detectors.base import Detector
+from uadtool.errors import UadtoolError
+from uadtool.host import available_cores
+from uadtool.metadata import Metadata, Quantization
+from uadtool.progress import Progress
+from uadtool.quantization import TARGETS, RangesFile, Target, half, layers_outside, matching_layers, quantize
+from uadtool.quantization.graph import QuantizableGraph
+from uadtool.quantization.sensitivity import anomaly_maps, layer_sensitivity, map_distance
+from uadtool.training import refit_statistics
+from uadtool.training.data import read_images, split_training
+from uadtool.training.synthetic import synthetic_anomaly
+
+CORRECTION_IMAGES = 32
+SENSITIVITY_IMAGES = 16
+"""Held-out good ones; as many with synthetic anomalies are added."""
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What to do; the options of ``uadtool quantize``.
+
+    ``keep_float`` are patterns of layer names, ``keep_sensitive`` is how many of the most sensitive layers stay float,
+    ``qat_steps`` of 0 is post-training quantization.
+    """
+
+    precision: str = "int8"
+    target: str = "onnxruntime"
+    scope: str = "all"
+    keep_float: Sequence[str] = field(default_factory=list)
+    keep_sensitive: int = 0
+    bias_correction: bool = True
+    sensitivity: bool = False
+    qat_steps: int = 0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Result:
+    """The quantized graph, its metadata, and what there is to tell."""
+
+    model: nn.Module
+    metadata: Metadata
+    report: dict[str, Any]
+
+
+class _Images:
+    """Good images of the data set that a model was trained on."""
+
+    def __init__(self, data: str, metadata: Metadata, seed: int) -> None:
+        origin = metadata.provenance[0]
+        self.training, held_out = split_training(training_samples(data, metadata.classes), origin["held_out"],
+                                                 origin["seed"])
+        self.size, self.seed = metadata.image_size, seed
+        self.correction = self._read(self.training, CORRECTION_IMAGES)
+        good = self._read(held_out, SENSITIVITY_IMAGES)
+        generator = np.random.default_rng(seed)
+        donors = list(good.numpy())
+        anomalous = np.stack([synthetic_anomaly(image, donors, generator)[0] for image in donors])
+        self.sensitivity = [good, torch.from_numpy(anomalous)]
+
+    def _read(self, samples: Sequence[Any], count: int) -> Tensor:
+        return read_images(balanced(list(samples), count, self.seed), self.size, available_cores())
+
+
+def apply_recipe(detector: Detector, metadata: Metadata, digest: str, ranges: Optional[RangesFile], data: Optional[str],
+             recipe: Recipe, checkpoint: str, resume: bool = False) -> Result:
+    """Quantize a float detector as the recipe says.
+
+    Args:
+        digest: of the detector's file.
+        ranges: recorded with it; None for fp16.
+        data: the data set that it was trained on, wherever it lies now. Needed for all that looks at images; without,
+            biases, score statistics and threshold stay as they are.
+        checkpoint: file for the state of interrupted quantization-aware training.
+
+    Raises:
+        UadtoolError: the ranges are not of this detector, a pattern matches no layer, or as ``training_samples``.
+    """
+    target = TARGETS[recipe.target]
+    step: dict[str, Any] = {"command": "quantize", "tool_version": __version__, "model_digest": digest,
+                            **{k: v for k, v in asdict(recipe).items() if k not in ("precision", "target")}}
+    report: dict[str, Any] = {}
+    images = _Images(data, metadata, recipe.seed) if data else None
+    if ranges is None:
+        model: nn.Module = half(detector)
+        metadata = metadata.replace(precision="fp16", target=recipe.target)
+    else:
+        kept, sensitivity = _float_layers(detector, ranges, target, recipe, images)
+        if sensitivity:
+            report["sensitivity"] = [{"layer": name, "map_distance": distance} for name, distance in sensitivity]
+        source, found = detector, ranges.ranges
+        if recipe.qat_steps:
+            assert images is not None
+            from uadtool.quantization.qat import fine_tune
+
+            source, found = fine_tune(detector, found, target, kept, images.training, metadata.image_size,
+                                      images.sensitivity, recipe.qat_steps, recipe.seed, Path(checkpoint),
+                                      {**step, "ranges": ranges.ranges}, resume)
+        correction = images.correction if images and recipe.bias_correction else None
+        model = quantize(source, found, target, kept, correction)
+        step["calibration"] = {"method": ranges.method, "source": ranges.source}
+        metadata = metadata.replace(
+            precision="mixed" if kept else "int8", target=recipe.target,
+            quantization=Quantization("qat" if recipe.qat_steps else "ptq", ranges.method,
+                                      str(ranges.source.get("kind", "?")), recipe.scope, kept))
+        report |= {"points": len(found), "method": "qat" if recipe.qat_steps else "ptq", "float_layers": kept}
+    metadata = metadata.replace(provenance=[*metadata.provenance, step])
+    if data and images:
+        metadata = refit_statistics(model, metadata, data)
+        report["map_distance"] = map_distance(anomaly_maps(detector, images.sensitivity),
+                                              anomaly_maps(model, images.sensitivity))
+    return Result(model, metadata, report)
+
+
+def _float_layers(detector: Detector, ranges: RangesFile, target: Target, recipe: Recipe,
+                  images: Optional[_Images]) -> tuple[list[str], list[tuple[str, float]]]:
+    """The layers that stay float, in the order of the network, and the sensitivities of the others, worst first."""
+    layers = QuantizableGraph(detector).layers
+    kept = {*layers_outside(detector, recipe.scope), *matching_layers(detector, recipe.keep_float)}
+    sensitivity: list[tuple[str, float]] = []
+    if recipe.sensitivity or recipe.keep_sensitive:
+        assert images is not None
+        candidates = [layer for layer in layers if layer not in kept]
+        with Progress("sensitivity", len(candidates)) as progress:
+            for pair in layer_sensitivity(detector, ranges.ranges, target, images.sensitivity, candidates):
+                sensitivity.append(pair)
+                progress.update(note=f"{pair[0]} {pair[1]:.3f}")
+        sensitivity.sort(key=lambda pair: -pair[1])
+        kept |= {name for name, _ in sensitivity[:recipe.keep_sensitive]}
+    if len(kept) == len(layers):
+        raise UadtoolError("every layer would stay float; keep fewer, or take the float model as it is")
+    return [layer for layer in layers if layer in kept], sensitivity

@@ -1,0 +1,39 @@
+"""Which layers lose most in int8? Told without labels, from how far the anomaly maps move."""
+
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from uadtool.detectors import Output
+from uadtool.detectors.base import Detector
+from uadtool.quantization import quantize
+from uadtool.quantization.graph import QuantizableGraph
+from uadtool.quantization.ranges import Ranges
+from uadtool.quantization.targets import Target
+
+
+def layer_sensitivity(detector: Detector, ranges: Ranges, target: Target, images: Sequence[Tensor],
+                      layers: Iterable[str]) -> Iterator[tuple[str, float]]:
+    """Quantize one layer at a time: yields each one's name and its ``map_distance`` from the float detector.
+
+    Args:
+        images: batches of uint8 [N, H, W, 3], good ones and, better, synthetic anomalies, too.
+        layers: convolutions, by name.
+    """
+    everything = QuantizableGraph(detector).layers
+    expected = anomaly_maps(detector, images)
+    for layer in layers:
+        quantized = quantize(detector, ranges, target, [name for name in everything if name != layer])
+        yield layer, map_distance(expected, anomaly_maps(quantized, images))
+
+
+@torch.inference_mode()
+def anomaly_maps(model: nn.Module, images: Iterable[Tensor]) -> Tensor:
+    """float32 [N, h, w] of all images."""
+    return torch.cat([Output(*model(batch)).anomaly_map for batch in images])
+
+
+def map_distance(expected: Tensor, found: Tensor) -> float:
+    """Root mean square difference of anomaly maps [N, h, w], in their unit: deviations of good images' scores."""
+    return float((expected - found).square().mean().sqrt())

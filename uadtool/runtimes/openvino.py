@@ -1,0 +1,69 @@
+"""OpenVINO on the CPU."""
+
+import sys
+from types import ModuleType
+from typing import Any, Dict
+
+import numpy as np
+
+from uadtool.errors import require
+from uadtool.metadata import Metadata
+from uadtool.runtimes import Output, Tensor, check_signature
+
+SETTINGS = {
+    "PERFORMANCE_HINT": "LATENCY",
+    "NUM_STREAMS": 1,
+    "INFERENCE_PRECISION_HINT": "f32",  # not bf16 or f16 where the processor has it; integers remain integers
+    "ENABLE_CPU_PINNING": False,  # several processes would be pinned to the same core
+}
+
+TYPES = {"u8": "uint8", "i32": "int32", "f32": "float32"}
+"""NumPy's names of the types that a detector has."""
+
+
+class OpenVino:
+    """A detector in an ONNX file; see ``uadtool.runtimes.Runtime``."""
+
+    name = "openvino"
+
+    def __init__(self, path: str, metadata: Metadata, threads: int) -> None:
+        openvino = _import()
+        self.path = path
+        self.version = openvino.__version__.partition("-")[0]  # without commit and branch
+        self.threads = threads
+        self.metadata = metadata
+        self._core = openvino.Core()
+        self._model = self._core.read_model(path)
+        check_signature(self, map(_tensor, self._model.inputs), map(_tensor, self._model.outputs))
+        self._requests: Dict[int, Any] = {}
+        self._request(1)
+
+    def run(self, images: np.ndarray) -> Output:
+        result = self._request(len(images)).infer({"image": images})
+        return Output(*(result[name] for name in Output._fields))
+
+    def _request(self, batch_size: int) -> Any:
+        """The detector compiled for this batch size: a small one is up to a fifth faster than if compiled for any."""
+        if batch_size not in self._requests:
+            self._model.reshape([batch_size, *self.metadata.image_size, 3])
+            compiled = self._core.compile_model(self._model, "CPU", {**SETTINGS, "INFERENCE_NUM_THREADS": self.threads})
+            self._requests[batch_size] = compiled.create_infer_request()
+        return self._requests[batch_size]
+
+
+def _import() -> ModuleType:
+    """The package without its converter, which would report the import to the makers and write to the home folder."""
+    converter = "openvino.tools.ovc"
+    if converter in sys.modules:
+        return require("openvino", "openvino")
+    sys.modules[converter] = None  # type: ignore[assignment]
+    try:
+        return require("openvino", "openvino")
+    finally:
+        del sys.modules[converter]
+
+
+def _tensor(value: Any) -> Tensor:
+    kind = value.element_type.get_type_name()
+    shape = [size.get_length() if size.is_static else None for size in value.partial_shape]
+    return value.any_name, TYPES.get(kind, kind), shape
