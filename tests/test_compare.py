@@ -11,6 +11,7 @@ from typing import Any, Dict, List, Optional, Sequence
 import jsonschema
 import numpy as np
 import pytest
+from conftest import validate
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -381,6 +382,29 @@ def test_table_of_three_models_fits_into_100_columns(files):
     text = table.as_table(compare(["fp32.jsonl", "int8.jsonl", "third.jsonl", "bench.json"]))
     assert max(map(len, text.splitlines())) <= 100
     assert "entropy.onnx" in text
+
+
+def test_the_table_tells_how_models_were_quantized(files):
+    text = table.as_table(compare(["fp32.jsonl", "int8.jsonl"]))
+    assert "calibration" not in text  # nothing to tell
+    records = score_records("entropy.onnx", noise=0.5)
+    records[0]["model"] |= {"precision": "mixed", "quantization": {
+        "method": "ptq", "calibration": "entropy", "source": "good+synthetic-anomalies", "scope": "student",
+        "float_layers": 3}}
+    validate({**records[0], "model": {**records[0]["model"], "digest": "sha256:" + "0" * 64}}, "score")
+    Path("entropy.jsonl").write_text(lines(records))
+    record = compare(["fp32.jsonl", "entropy.jsonl"])
+    validate(json.loads(json.dumps(record)), "compare")
+    assert record["models"][1]["quantization"] == records[0]["model"]["quantization"]
+    cells = {line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:4]]
+             for line in table.as_table(record, markdown=True).splitlines()}
+    assert cells["precision"] == ["fp32", "mixed"]
+    assert cells["quantized by"] == ["-", "ptq"]
+    assert cells["calibration"] == ["-", "entropy"]
+    assert cells["calibrated on"] == ["-", "good+synthetic-anomalies"]
+    assert cells["quantized networks"] == ["-", "student"]
+    assert cells["layers in float"] == ["-", "3"]
+    assert max(map(len, table.as_table(record).splitlines())) <= 80
 
 
 def test_markdown_is_one_table(files):

@@ -3,13 +3,13 @@ from typing import Optional
 import click
 
 from uadtool import options
-from uadtool.errors import require_lab
+from uadtool.errors import UadtoolError, require_lab
 
 
 @click.command()
 @click.argument("model", metavar="MODEL", type=click.Path(exists=True, dir_okay=False))
 @options.output("The detector to write (.onnx).")
-@click.option("--images", metavar="PATH", help="Compare torch and ONNX Runtime on images of this folder or data set  "
+@click.option("--images", metavar="PATH", help="Compare torch and the runtime on images of this folder or data set  "
                                                "[default: on synthetic ones]")
 @options.verbosity
 def export(model: str, output: str, images: Optional[str]) -> None:
@@ -23,7 +23,7 @@ def export(model: str, output: str, images: Optional[str]) -> None:
     from uadtool import __version__
     from uadtool.artifacts import check_writable, file_digest, write_json
     from uadtool.models import load_model
-    from uadtool.onnx_export import check_parity, parity_images, save_onnx, to_onnx
+    from uadtool.onnx_export import check_parity, lint, parity_images, save_onnx, to_onnx
 
     check_writable(output)
     digest = file_digest(model)
@@ -32,7 +32,9 @@ def export(model: str, output: str, images: Optional[str]) -> None:
     step = {"command": "export", "tool_version": __version__, "model_digest": digest}
     metadata = metadata.replace(provenance=[*metadata.provenance, step])
     proto = to_onnx(detector, metadata)
-    parity = check_parity(detector, proto, pixels, metadata.precision)
+    if metadata.target == "tensorrt" and (findings := lint(proto)):
+        raise UadtoolError(f"TensorRT would not take the exported graph: {findings[0]}; nothing was written")
+    parity = check_parity(detector, proto, pixels)
     save_onnx(proto, output)
     write_json({"schema": "uadtool.export/1", "output": output, "digest": file_digest(output), "model_digest": digest,
                 "precision": metadata.precision, "target": metadata.target,

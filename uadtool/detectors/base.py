@@ -71,6 +71,7 @@ class Detector(nn.Module, ABC):
 
     def normalize(self, image: Tensor) -> Tensor:
         """uint8 [N, H, W, 3] -> float32 [N, 3, H, W] as the teacher expects it."""
+        # Not permute first: TensorRT transposes no uint8.
         return (image.float().permute(0, 3, 1, 2) - self.pixel_mean) * self.pixel_scale
 
     def forward(self, image: Tensor) -> Output:

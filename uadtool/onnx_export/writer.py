@@ -1,4 +1,4 @@
-"""From a detector in torch to a complete ONNX detector: graph, integer biases, metadata."""
+"""From a detector in torch to a complete ONNX detector: graph, integers as its target wants them, metadata."""
 
 import contextlib
 import io
@@ -6,26 +6,31 @@ import logging
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Union
+from typing import Any, Union
 
 import numpy as np
 import onnx
 import torch
-from onnx import ModelProto, numpy_helper
+from numpy.typing import NDArray
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 from torch import nn
 
 from uadtool.artifacts import atomic_write
 from uadtool.detectors import Output
 from uadtool.errors import UadtoolError
 from uadtool.metadata import KEY, Metadata
+from uadtool.quantization import TARGETS
 
-OPSET = 18
+OPSET = 17
+"""TensorRT 8.5 (JetPack 5) reads no newer one."""
+EXPORTER_OPSET = 18
+"""The exporter of torch writes no older one."""
 IR_VERSION = 8
-"""The oldest that holds opset 18: ONNX Runtime 1.14 and later read it."""
+"""The oldest that holds opset 17: ONNX Runtime 1.12 and later read it."""
 
 
 def to_onnx(model: nn.Module, metadata: Metadata) -> ModelProto:
-    """The complete detector: ``image`` uint8 [N, H, W, 3] -> ``score``, ``anomaly_map``, ``nearest_class``; any N.
+    """The complete detector: ``image`` uint8 [N, H, W, 3] -> the tensors of ``Output``; any N.
 
     Raises:
         UadtoolError: the exporter of torch made something else, which a newer or older torch may.
@@ -36,20 +41,26 @@ def to_onnx(model: nn.Module, metadata: Metadata) -> ModelProto:
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings(), _quiet("torch.onnx", "onnxscript"):
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
-            model, (example,), dynamo=True, opset_version=OPSET, external_data=False, verbose=False,
+            model, (example,), dynamo=True, opset_version=EXPORTER_OPSET, external_data=False, verbose=False,
             input_names=["image"], output_names=list(Output._fields),
             dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=4096)},),
         )
     assert program is not None
     proto = program.model_proto
     opset = next(o.version for o in proto.opset_import if o.domain == "")
-    if opset != OPSET:
-        raise UadtoolError(f"torch {torch.__version__} wrote opset {opset} instead of {OPSET}")
+    if opset != EXPORTER_OPSET:
+        raise UadtoolError(f"torch {torch.__version__} wrote opset {opset} instead of {EXPORTER_OPSET}")
+    lower_opset(proto)
     proto.ir_version = IR_VERSION
     proto.producer_name, proto.producer_version = "uadtool", metadata.tool_version
     _strip(proto)
-    if metadata.precision == "int8":
-        quantize_biases(proto)
+    if metadata.target is not None:
+        target = TARGETS[metadata.target]
+        if target.integer_bias:
+            quantize_biases(proto.graph)
+        if target.weight_quantizers:
+            add_weight_quantizers(proto.graph)
+    _remove_unused_constants(proto.graph)
     proto.metadata_props.add(key=KEY, value=metadata.to_json())
     return proto
 
@@ -68,14 +79,31 @@ def save_onnx(proto: ModelProto, path: Union[str, Path]) -> None:
         onnx.save_model(proto, temporary)
 
 
-def quantize_biases(proto: ModelProto) -> None:
+def lower_opset(proto: ModelProto) -> None:
+    """From opset 18 to 17, where a reduction has its axes as attribute and Resize does not know what 18 added.
+
+    Nothing is lost: what 18 added has its default value. Any other operator that 18 changed is left to the checker of
+    ``save_onnx``. The converters of onnx and torch fail at these two.
+    """
+    constants = _constants(proto.graph)
+    for node in proto.graph.node:
+        if node.op_type.startswith("Reduce") and node.op_type != "ReduceSum":  # which has had the input since 13
+            _remove_attributes(node, "noop_with_empty_axes")
+            if len(node.input) > 1:
+                node.attribute.append(helper.make_attribute("axes", constants[node.input.pop()].tolist()))
+        elif node.op_type == "Resize":
+            _remove_attributes(node, "antialias", "keep_aspect_ratio_policy")
+    del proto.opset_import[:]
+    proto.opset_import.append(helper.make_opsetid("", OPSET))
+
+
+def quantize_biases(graph: GraphProto) -> None:
     """Write the bias of each convolution between quantized tensors as s32, in units of input scale x weight scale.
 
     That is the form in which ONNX Runtime fuses Q/DQ and Conv to QLinearConv. Nothing is lost: quantization rounded
     the bias to these units.
     """
-    graph = proto.graph
-    constants = {t.name: t for t in graph.initializer}
+    constants = _constants(graph)
     producers = {name: node for node in graph.node for name in node.output}
     for node in list(graph.node):
         if node.op_type != "Conv" or len(node.input) < 3:
@@ -83,23 +111,52 @@ def quantize_biases(proto: ModelProto) -> None:
         values, weight = (producers.get(name, node) for name in node.input[:2])
         if {values.op_type, weight.op_type} != {"DequantizeLinear"}:
             continue
-        scale = (numpy_helper.to_array(constants[values.input[1]]).astype(np.float64)
-                 * numpy_helper.to_array(constants[weight.input[1]]).astype(np.float64))
-        name = node.input[2]
-        bias = numpy_helper.to_array(constants[name]).astype(np.float64)
+        scale = constants[values.input[1]].astype(np.float64) * constants[weight.input[1]].astype(np.float64)
         limits = np.iinfo(np.int32)
-        codes = np.clip(np.rint(bias / scale), limits.min, limits.max).astype(np.int32)
+        codes = np.clip(np.rint(constants[node.input[2]] / scale), limits.min, limits.max).astype(np.int32)
         stem = f"{node.output[0]}_bias"
         graph.initializer.extend([numpy_helper.from_array(codes, f"{stem}_quantized"),
                                   numpy_helper.from_array(scale.astype(np.float32), f"{stem}_scale"),
                                   numpy_helper.from_array(np.zeros(len(codes), np.int32), f"{stem}_zero_point")])
-        dequantize = onnx.helper.make_node(
+        dequantize = helper.make_node(
             "DequantizeLinear", [f"{stem}_quantized", f"{stem}_scale", f"{stem}_zero_point"], [f"{stem}_dequantized"],
             name=f"{stem}_dequantize", axis=0)
         graph.node.insert(list(graph.node).index(node), dequantize)
         node.input[2] = f"{stem}_dequantized"
+
+
+def add_weight_quantizers(graph: GraphProto) -> None:
+    """Store s8 weights as the floats that they stand for, before a QuantizeLinear that gives just these codes.
+
+    TensorRT 8 takes no s8 constant. Its engine holds s8 weights all the same.
+    """
+    constants = _constants(graph)
+    for node in list(graph.node):
+        if node.op_type != "DequantizeLinear" or node.input[0] not in constants:
+            continue
+        name, scale, zero_point = node.input
+        codes = constants[name]
+        values = codes.astype(np.float32) * constants[scale].reshape(-1, *[1] * (codes.ndim - 1))
+        graph.initializer.append(numpy_helper.from_array(values, f"{name}_float"))
+        quantize = helper.make_node("QuantizeLinear", [f"{name}_float", scale, zero_point], [f"{name}_quantized"],
+                                    name=f"{name}_quantize", axis=0)
+        graph.node.insert(list(graph.node).index(node), quantize)
+        node.input[0] = f"{name}_quantized"
+
+
+def _constants(graph: GraphProto) -> dict[str, NDArray[Any]]:
+    return {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
+
+
+def _remove_attributes(node: NodeProto, *names: str) -> None:
+    for attribute in [a for a in node.attribute if a.name in names]:
+        node.attribute.remove(attribute)
+
+
+def _remove_unused_constants(graph: GraphProto) -> None:
     used = {name for node in graph.node for name in node.input}
-    for tensor in [t for t in graph.initializer if t.name not in used]:
+    unused: list[TensorProto] = [tensor for tensor in graph.initializer if tensor.name not in used]
+    for tensor in unused:
         graph.initializer.remove(tensor)
 
 

@@ -32,7 +32,7 @@ class Histogram:
         while magnitude >= self.limit:
             self.limit *= 2
             self.counts = np.pad(self.counts.reshape(-1, 2).sum(1), BINS // 2)
-        for image in values:  # one by one: three temporary copies of a whole batch would be what takes most memory
+        for image in values:  # one by one, so that the temporary copies stay small
             bins = (image * (BINS / self.limit)).floor_().int().add_(BINS)
             self.counts += torch.bincount(bins.flatten(), minlength=2 * BINS).numpy()
 

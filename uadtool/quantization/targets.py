@@ -13,7 +13,6 @@ class Target:
         integer_bias: a bias is s32, in units of input scale x weight scale, else float.
         weight_quantizers: weights are stored in float before a quantizer of their own, else as s8.
         half: what stays float in the networks is fp16.
-        opset: of the ONNX file.
     """
 
     name: str
@@ -22,19 +21,18 @@ class Target:
     integer_bias: bool
     weight_quantizers: bool
     half: bool
-    opset: int
 
 
 TARGETS = {target.name: target for target in (
     # Fuses Q/DQ with a convolution to QLinearConv only when its output is quantized too, and absorbs a ReLU only when
     # the zero point is the lowest code (u8 after ReLU): onnxruntime pull request 11696.
     Target("onnxruntime", signed=False, quantized_outputs=True, integer_bias=True, weight_quantizers=False,
-           half=False, opset=18),
+           half=False),
     # Takes both of the others' flavours; so the one that rounds least.
     Target("openvino", signed=False, quantized_outputs=False, integer_bias=False, weight_quantizers=False,
-           half=False, opset=18),
+           half=False),
     # Developer guide, "Working with quantized types" (explicit quantization); TensorRT 8 wants Q before the DQ of
-    # weights, 8.5 (JetPack 5) reads opsets up to 17, 11 takes fp16 from the graph alone.
+    # weights, 11 takes fp16 from the graph alone.
     Target("tensorrt", signed=True, quantized_outputs=False, integer_bias=False, weight_quantizers=True,
-           half=True, opset=17),
+           half=True),
 )}

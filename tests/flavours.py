@@ -1,0 +1,53 @@
+"""Small detectors with random weights, exported in every flavour; each is made once."""
+
+from functools import lru_cache
+from typing import Any, NamedTuple, Tuple
+
+import torch
+
+from uadtool.detectors.stfpm import STFPM
+from uadtool.metadata import Metadata, Quantization
+from uadtool.onnx_export import parity_images, to_onnx
+from uadtool.quantization import TARGETS, calibrate, half, matching_layers, quantize
+
+SIZE = (64, 64)
+TEACHERS = ("tf_efficientnet_lite0", "resnet18")
+TENSORRT = ("fp32", "fp16", "int8", "mixed")
+"""The precisions that TensorRT is offered."""
+FLAVOURS = (*(("tensorrt", precision) for precision in TENSORRT), ("onnxruntime", "int8"), ("openvino", "int8"))
+FLOAT_LAYERS = {"tf_efficientnet_lite0": ("*.conv_stem", "student.blocks.1.*"),
+                "resnet18": ("teacher.conv1", "student.layer2.*")}
+
+
+class Flavour(NamedTuple):
+    model: torch.nn.Module
+    metadata: Metadata
+    proto: Any
+    images: Any
+
+
+@lru_cache(maxsize=None)
+def _detector(teacher: str) -> Tuple[STFPM, Any, torch.Tensor]:
+    torch.manual_seed(0)
+    detector = STFPM(teacher, SIZE, 2)
+    for module in detector.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):  # else all biases are 0
+            module.running_mean.uniform_(-0.5, 0.5)
+    detector.fold_batch_norm().score_std.fill_(0.1)
+    images = torch.from_numpy(parity_images(None, SIZE))
+    return detector, calibrate(detector, [images]), images
+
+
+@lru_cache(maxsize=None)
+def flavour(teacher: str, target: str, precision: str) -> Flavour:
+    detector, ranges, images = _detector(teacher)
+    layers = matching_layers(detector, FLOAT_LAYERS[teacher]) if precision == "mixed" else []
+    model: torch.nn.Module = detector
+    if precision == "fp16":
+        model = half(detector)
+    elif precision != "fp32":
+        model = quantize(detector, ranges, TARGETS[target], layers)
+    quantization = Quantization("ptq", "minmax", "good", "all", layers) if precision in ("int8", "mixed") else None
+    metadata = Metadata("stfpm", teacher, ["a", "b"], SIZE, (16, 16), 3.0, 0.01, 1, 1, {}, precision,
+                        None if precision == "fp32" else target, quantization, tool_version="0.1.0")
+    return Flavour(model, metadata, to_onnx(model, metadata), images.numpy())
