@@ -580,6 +580,19 @@ def test_the_most_sensitive_layers_stay_float(trained, calibrated, textures, tmp
     assert (quantization.scope, quantization.method, quantization.calibration) == ("student", "ptq", "minmax")
 
 
+def test_fine_tuning_ends_in_the_same_kind_of_file(trained, calibrated, textures, tmp_path, capsys):
+    output = tmp_path / "int8.safetensors"
+    options = [trained.path, textures, "--ranges", calibrated.path, "-o", output]
+    plain = printed(capsys, *options)
+    tuned = printed(capsys, *options, "--qat", "--steps", 8)
+    assert (plain["method"], tuned["method"]) == ("ptq", "qat")
+    assert tuned["map_distance"] < plain["map_distance"]
+    model, metadata = load_model(output)
+    assert (metadata.precision, metadata.quantization.method) == ("int8", "qat")
+    assert not [m for m in model.modules() if isinstance(m, nn.Conv2d)]
+    assert [path.name for path in tmp_path.iterdir()] == ["int8.safetensors"]  # the checkpoint is gone
+
+
 @pytest.mark.parametrize(("options", "message"), [
     (["--keep-float", "auto:0"], "auto:N wants a number of layers, once"),
     (["--keep-float", "auto:2"], "Missing argument 'DATA'"),

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from uadtool import __version__
+from uadtool.artifacts import list_digest
 from uadtool.dataset import balanced, training_samples
 from uadtool.detectors.base import Detector
 from uadtool.errors import UadtoolError
@@ -19,6 +20,7 @@ from uadtool.metadata import Metadata, Quantization
 from uadtool.progress import Progress
 from uadtool.quantization import TARGETS, RangesFile, Target, half, layers_outside, matching_layers, quantize
 from uadtool.quantization.graph import QuantizableGraph
+from uadtool.quantization.qat import fine_tune
 from uadtool.quantization.sensitivity import anomaly_maps, layer_sensitivity, map_distance
 from uadtool.training import refit_statistics
 from uadtool.training.data import read_images, split_training
@@ -104,28 +106,31 @@ def apply_recipe(detector: Detector, metadata: Metadata, digest: str, ranges: Op
         kept, sensitivity = _float_layers(detector, ranges, target, recipe, images)
         if sensitivity:
             report["sensitivity"] = [{"layer": name, "map_distance": distance} for name, distance in sensitivity]
-        source, found = detector, ranges.ranges
+        correction = images.correction if images and recipe.bias_correction else None
         if recipe.qat_steps:
             assert images is not None
-            from uadtool.quantization.qat import fine_tune
-
-            source, found = fine_tune(detector, found, target, kept, images.training, metadata.image_size,
-                                      images.sensitivity, recipe.qat_steps, recipe.seed, Path(checkpoint),
-                                      {**step, "ranges": ranges.ranges}, resume)
-        correction = images.correction if images and recipe.bias_correction else None
-        model = quantize(source, found, target, kept, correction)
+            tuned, found = fine_tune(detector, ranges.ranges, target, kept, images.training, metadata.image_size,
+                                     images.sensitivity, correction, recipe.qat_steps, recipe.seed, Path(checkpoint),
+                                     {**step, "ranges": _digest(ranges)}, resume)
+            model = quantize(tuned, found, target, kept)
+        else:
+            model = quantize(detector, ranges.ranges, target, kept, correction)
         step["calibration"] = {"method": ranges.method, "source": ranges.source}
         metadata = metadata.replace(
             precision="mixed" if kept else "int8", target=recipe.target,
             quantization=Quantization("qat" if recipe.qat_steps else "ptq", ranges.method,
                                       str(ranges.source.get("kind", "?")), recipe.scope, kept))
-        report |= {"points": len(found), "method": "qat" if recipe.qat_steps else "ptq", "float_layers": kept}
+        report |= {"points": len(ranges.ranges), "method": "qat" if recipe.qat_steps else "ptq", "float_layers": kept}
     metadata = metadata.replace(provenance=[*metadata.provenance, step])
     if data and images:
         metadata = refit_statistics(model, metadata, data)
         report["map_distance"] = map_distance(anomaly_maps(detector, images.sensitivity),
                                               anomaly_maps(model, images.sensitivity))
     return Result(model, metadata, report)
+
+
+def _digest(ranges: RangesFile) -> str:
+    return list_digest(f"{name} {low} {high}" for name, (low, high) in ranges.ranges.items())
 
 
 def _float_layers(detector: Detector, ranges: RangesFile, target: Target, recipe: Recipe,

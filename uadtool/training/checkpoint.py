@@ -15,10 +15,10 @@ from uadtool.errors import UadtoolError
 KEY = "uadtool-checkpoint"
 
 
-def save_checkpoint(path: Path, config: dict[str, Any], progress: dict[str, Any], student: nn.Module,
+def save_checkpoint(path: Path, config: dict[str, Any], progress: dict[str, Any], model: nn.Module,
                     best: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> None:
     """Write a checkpoint, whole or not at all. ``config`` is what a run that resumes must have in common."""
-    tensors = {f"student.{name}": value for name, value in student.state_dict().items()}
+    tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
     tensors |= {f"best.{name}": value for name, value in best.items()}
     for index, state in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{name}": torch.as_tensor(value) for name, value in state.items()}
@@ -28,9 +28,9 @@ def save_checkpoint(path: Path, config: dict[str, Any], progress: dict[str, Any]
                   temporary, metadata=header)
 
 
-def load_checkpoint(path: Path, config: dict[str, Any], student: nn.Module,
+def load_checkpoint(path: Path, config: dict[str, Any], model: nn.Module,
                     optimizer: torch.optim.Optimizer) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Restore student and optimizer, in place; returns (progress, best).
+    """Restore model and optimizer, in place; returns (progress, best).
 
     Raises:
         UadtoolError: the file is no checkpoint, or of a run with another ``config``.
@@ -41,6 +41,7 @@ def load_checkpoint(path: Path, config: dict[str, Any], student: nn.Module,
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - safe_open is no dict
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise UadtoolError(f"{path} is not a checkpoint of uadtool: {error}; remove it to start anew") from error
+    config = json.loads(json.dumps(config))  # so that tuples compare as the lists they became
     changed = [name for name in config if header["config"].get(name) != config[name]]
     if changed:
         name = changed[0]
@@ -50,7 +51,7 @@ def load_checkpoint(path: Path, config: dict[str, Any], student: nn.Module,
     def part(prefix: str) -> dict[str, Tensor]:
         return {name[len(prefix):]: value for name, value in tensors.items() if name.startswith(prefix)}
 
-    student.load_state_dict(part("student."))
+    model.load_state_dict(part("model."))
     state = optimizer.state_dict()
     state["state"] = {}
     for name, value in part("optimizer.").items():

@@ -1,4 +1,4 @@
-"""Distillation: the student learns the teacher's feature maps. Interruptible, resumable, reproducible."""
+"""Training that can be interrupted, resumed and repeated, and distillation: the student learns the teacher's maps."""
 
 import logging
 import math
@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a training run ended; ``held_out_loss`` is the lowest, at ``best_step``, whose weights the student has."""
+    """How a training run ended; ``held_out_loss`` is the lowest, at ``best_step``, whose state the model has."""
 
     best_step: int
     held_out_loss: float
@@ -52,8 +52,7 @@ def distill(student: nn.Module, prepare: Callable[[Tensor], Tensor], loss_functi
     """Train the student, in place; it ends with the weights of the lowest held-out loss.
 
     SGD with a warm-up and a cosine schedule. Each epoch shuffles all images of all classes with a seed of its own, so
-    a run that resumes sees the batches that an uninterrupted one would have seen. After SIGINT the step in progress
-    ends, the checkpoint is written and ``Interrupted`` raised.
+    a run that resumes sees the batches that an uninterrupted one would have seen. ``optimize`` tells the rest.
 
     Args:
         prepare: uint8 [N, H, W, 3] on the device -> the student's input.
@@ -63,16 +62,14 @@ def distill(student: nn.Module, prepare: Callable[[Tensor], Tensor], loss_functi
         resume: go on from the checkpoint, if there is one.
     """
     optimizer = torch.optim.SGD(student.parameters(), LEARNING_RATE, MOMENTUM, weight_decay=WEIGHT_DECAY)
-    start, best_step, best_loss, best = 0, 0, math.inf, dict[str, Tensor]()
-    if resume and checkpoint.exists():
-        progress_so_far, best = load_checkpoint(checkpoint, config, student, optimizer)
-        start, best_step, best_loss = (progress_so_far[k] for k in ("step", "best_step", "best_loss"))
-        log.info("resuming at step %d of %d", start, steps)
 
     def loss_of(images: Tensor, targets: Sequence[Tensor]) -> Tensor:
         with autocast(device, dtype):
             features = student(prepare(images.to(device)))
         return loss_function([t.to(device) for t in targets], features)
+
+    def training_loss(step: int) -> Tensor:
+        return loss_of(*training.batch(batch_indices(len(training), step, seed)))
 
     def held_out_loss() -> float:
         student.eval()
@@ -81,32 +78,62 @@ def distill(student: nn.Module, prepare: Callable[[Tensor], Tensor], loss_functi
         student.train()
         return total / len(held_out)
 
+    student.train()
+    return optimize(student, optimizer, training_loss, held_out_loss, steps, checkpoint, config, resume)
+
+
+def optimize(model: nn.Module, optimizer: torch.optim.Optimizer, training_loss: Callable[[int], Tensor],
+             held_out_loss: Callable[[], float], steps: int, checkpoint: Path, config: dict[str, Any], resume: bool,
+             keep_start: bool = False) -> Outcome:
+    """Train a model, in place; it ends with the state of the lowest held-out loss.
+
+    The learning rate warms up to the optimizer's and sinks to 0 as a cosine. After SIGINT the step in progress ends,
+    the checkpoint is written and ``Interrupted`` raised.
+
+    Args:
+        model: its state dict is what a checkpoint holds.
+        training_loss: of the batch of a step; it depends on nothing but the step and the model.
+        steps, checkpoint, config, resume: as for ``distill``.
+        keep_start: the state at the start may be the best one, too.
+    """
+    start, best_step, best_loss, best = 0, 0, math.inf, dict[str, Tensor]()
+    rates = [group["lr"] for group in optimizer.param_groups]
+    if resume and checkpoint.exists():
+        progress_so_far, best = load_checkpoint(checkpoint, config, model, optimizer)
+        start, best_step, best_loss = (progress_so_far[k] for k in ("step", "best_step", "best_loss"))
+        log.info("resuming at step %d of %d", start, steps)
+
+    def evaluate(step: int) -> None:
+        nonlocal best_step, best_loss, best
+        current = held_out_loss()
+        if current < best_loss:
+            best_loss, best_step = current, step
+            best = {name: value.clone() for name, value in model.state_dict().items()}
+
     def save(step: int) -> None:
         state = {"step": step, "best_step": best_step, "best_loss": best_loss}
-        save_checkpoint(checkpoint, config, state, student, best, optimizer)
+        save_checkpoint(checkpoint, config, state, model, best, optimizer)
 
-    student.train()
+    if keep_start and start == 0:
+        evaluate(0)
     every = max(1, steps // EVALUATIONS)
     with Progress("training", steps, start) as progress, _deferred_interrupt() as interrupted:
         for step in range(start, steps):
-            for group in optimizer.param_groups:
-                group["lr"] = LEARNING_RATE * _schedule(step, steps)
-            loss = loss_of(*training.batch(batch_indices(len(training), step, seed)))
+            for group, rate in zip(optimizer.param_groups, rates):
+                group["lr"] = rate * _schedule(step, steps)
+            loss = training_loss(step)
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             progress.update(note=f"loss {loss.item():.4f}")
             if (step + 1) % every == 0 or step + 1 == steps:
-                current = held_out_loss()
-                if current < best_loss:
-                    best_loss, best_step = current, step + 1
-                    best = {name: value.clone() for name, value in student.state_dict().items()}
+                evaluate(step + 1)
                 save(step + 1)
             if interrupted():
                 save(step + 1)
                 log.warning("interrupted at step %d; --resume goes on from %s", step + 1, checkpoint)
                 raise Interrupted
-    student.load_state_dict(best)
+    model.load_state_dict(best)
     return Outcome(best_step, best_loss)
 
 
