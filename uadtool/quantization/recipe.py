@@ -123,9 +123,9 @@ def apply_recipe(detector: Detector, metadata: Metadata, digest: str, ranges: Op
         report |= {"points": len(ranges.ranges), "method": "qat" if recipe.qat_steps else "ptq", "float_layers": kept}
     metadata = metadata.replace(provenance=[*metadata.provenance, step])
     if data and images:
-        metadata = refit_statistics(model, metadata, data)
         report["map_distance"] = map_distance(anomaly_maps(detector, images.sensitivity),
                                               anomaly_maps(model, images.sensitivity))
+        metadata = refit_statistics(model, metadata, data)
     return Result(model, metadata, report)
 
 

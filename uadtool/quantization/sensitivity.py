@@ -1,6 +1,7 @@
 """Which layers lose most in int8? Told without labels, from how far the anomaly maps move."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ def layer_sensitivity(detector: Detector, ranges: Ranges, target: Target, images
         layers: convolutions, by name.
     """
     everything = QuantizableGraph(detector).layers
+    target = replace(target, half=False)  # CPUs are slow at fp16, and the rounding to int8 is what counts
     expected = anomaly_maps(detector, images)
     for layer in layers:
         quantized = quantize(detector, ranges, target, [name for name in everything if name != layer])
