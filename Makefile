@@ -18,7 +18,7 @@ demo/solar-cells: examples/solar_cells.py | $(VENV)/.demo
 	$(BIN)/python examples/solar_cells.py $@
 
 test: $(VENV)/.dev ## run the tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 lint: $(VENV)/.dev ## ruff and mypy
 	$(BIN)/ruff check .

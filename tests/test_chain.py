@@ -8,7 +8,7 @@ import jsonschema
 import numpy as np
 import pytest
 import torch
-from conftest import validate
+from conftest import SCHEMAS, validate
 
 from uadtool.artifacts import file_digest
 from uadtool.dataset import split_held_out, training_samples
@@ -64,7 +64,9 @@ def test_schemas_are_strict(trained, calibrated, quantized, fp32):
     ranges = json.loads(calibrated.path.read_text())
     for record, name in ((trained.record, "train"), (calibrated.record, "calibrate"), (quantized.record, "quantize"),
                          (fp32.record, "export"), (ranges, "ranges")):
-        for broken in ({**record, "more": 1}, *({k: v for k, v in record.items() if k != key} for key in record)):
+        required = json.loads((SCHEMAS / f"{name}.json").read_text())["required"]
+        assert set(required) >= {"schema", "model_digest" if name != "train" else "digest"}
+        for broken in ({**record, "more": 1}, *({k: v for k, v in record.items() if k != key} for key in required)):
             with pytest.raises(jsonschema.ValidationError):
                 validate(broken, name)
 

@@ -91,7 +91,8 @@ def test_a_safetensors_file_of_another_program(broken):
     ({"schema": "uadtool.model/2"}, "its schema is not uadtool.model/1"),
     ({"teacher": "resnet18"}, "the tensors of .* do not fit its metadata"),
     ({"classes": ["one"]}, "the tensors of .* do not fit its metadata: size mismatch for score_"),
-    ({"precision": "int8"}, "the tensors of .* do not fit its metadata"),
+    ({"precision": "int8", "target": "onnxruntime"}, "the tensors of .* do not fit its metadata"),
+    ({"precision": "int8"}, "is made for None; this version knows onnxruntime"),
     ({"image_size": 3}, "has metadata that this version cannot read"),
     ({"invented": 3}, "has metadata that this version cannot read: .*invented"),
 ])

@@ -40,10 +40,10 @@ def quantize(model: str, data: Optional[str], ranges_file: Optional[str], output
 
     \b
     Examples:
-      uadtool quantize fp32.safetensors mvtec/ --ranges ranges.json -o int8.safetensors
-      uadtool quantize fp32.safetensors mvtec/ --ranges r.json --keep-float auto:4 -o mixed.safetensors
-      uadtool quantize fp32.safetensors mvtec/ --ranges r.json --qat -o int8.safetensors
-      uadtool quantize fp32.safetensors --precision fp16 --target tensorrt -o fp16.safetensors
+      uadtool quantize fp32.safetensors mvtec/ --ranges r.json -o int8.safetensors
+      uadtool quantize fp32.safetensors mvtec/ --ranges r.json -o q.safetensors --scope student
+      uadtool quantize fp32.safetensors mvtec/ --ranges r.json -o q.safetensors --qat
+      uadtool quantize fp32.safetensors -o half.safetensors --precision fp16 --target tensorrt
     """
     numbers = [int(match[1]) for match in (re.fullmatch("auto:([1-9][0-9]*)", one) for one in kept) if match]
     patterns = [one for one in kept if not one.startswith("auto:")]
