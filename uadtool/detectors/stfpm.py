@@ -65,7 +65,7 @@ def cosine_distance(teacher: Tensor, student: Tensor) -> Tensor:
     # Channels last: every runtime sums fastest over the last axis, and quantized feature maps already lie so.
     t, s = teacher.permute(0, 2, 3, 1), student.permute(0, 2, 3, 1)
     norms = (t * t).sum(-1) * (s * s).sum(-1)
-    return (1 - (t * s).sum(-1) * norms.clamp(min=1e-12).rsqrt()).unsqueeze(1)
+    return (1 - (t * s).sum(-1) * norms.clamp(min=1e-24).rsqrt()).unsqueeze(1)
 
 
 def distillation_loss(teacher: Sequence[Tensor], student: Sequence[Tensor]) -> Tensor:
