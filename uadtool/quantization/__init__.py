@@ -17,7 +17,7 @@ from uadtool.quantization.ranges import Ranges, RangesFile
 from uadtool.quantization.targets import TARGETS, Target
 
 __all__ = ["METHODS", "TARGETS", "Ranges", "RangesFile", "Target", "calibrate", "empty_quantized", "half",
-           "layers_outside", "matching_layers", "quantize"]
+           "layers_outside", "matching_layers", "quantize", "quantized_graph"]
 
 
 def calibrate(detector: Detector, batches: Iterable[Tensor], method: str = "minmax",
@@ -66,8 +66,8 @@ def quantize(detector: Detector, ranges: Ranges, target: Target = TARGETS["onnxr
         first = min(names ^ ranges.keys())
         raise UadtoolError(f"the ranges {'lack' if first in names else 'have'} {first!r}: they were made from another "
                            "model or by another version; run calibrate again")
-    model = _quantized_graph(graph, lambda name: ActivationQuantizer.from_range(*ranges[name], target.signed), target,
-                             float_layers)
+    model = quantized_graph(graph, lambda name: ActivationQuantizer.from_range(*ranges[name], target.signed), target,
+                            float_layers)
     if images is not None:
         correct_biases(detector, model, images)
     if target.integer_bias:
@@ -89,8 +89,8 @@ def empty_quantized(detector: Detector, precision: str, target: Target,
     """The graph that ``half`` (precision fp16) or ``quantize`` makes, to load a state dict into."""
     if precision == "fp16":
         return half(detector)
-    return _quantized_graph(QuantizableGraph(detector), lambda name: ActivationQuantizer(target.signed), target,
-                            float_layers)
+    return quantized_graph(QuantizableGraph(detector), lambda name: ActivationQuantizer(target.signed), target,
+                           float_layers)
 
 
 def matching_layers(detector: Detector, patterns: Sequence[str]) -> list[str]:
@@ -113,12 +113,15 @@ def layers_outside(detector: Detector, scope: str) -> list[str]:
                                       if not name.startswith(f"{scope}.")]
 
 
-def _quantized_graph(graph: QuantizableGraph, quantizer: Callable[[str], ActivationQuantizer], target: Target,
-                     float_layers: Collection[str]) -> fx.GraphModule:
+def quantized_graph(graph: QuantizableGraph, quantizer: Callable[[str], ActivationQuantizer], target: Target,
+                    float_layers: Collection[str],
+                    layer: Callable[[str, nn.Conv2d], nn.Module] = lambda name, conv: QuantizedConv2d(conv),
+                    ) -> fx.GraphModule:
+    """The graph with ``quantizer(name)`` at its points and ``layer(name, conv)`` for each convolution in int8."""
     model = graph.quantized(quantizer, target, float_layers)
     for name in graph.layers:
         if name not in float_layers:
             conv = model.get_submodule(name)
             assert isinstance(conv, nn.Conv2d)
-            model.set_submodule(name, QuantizedConv2d(conv))
+            model.set_submodule(name, layer(name, conv))
     return model.eval()

@@ -21,7 +21,7 @@ from uadtool.dataset import Sample
 from uadtool.detectors import Output
 from uadtool.detectors.base import Detector
 from uadtool.host import available_cores
-from uadtool.quantization import quantize
+from uadtool.quantization import quantize, quantized_graph
 from uadtool.quantization.graph import QuantizableGraph
 from uadtool.quantization.modules import WEIGHT_LIMIT, ActivationQuantizer, QuantizedConv2d
 from uadtool.quantization.ranges import Ranges
@@ -29,7 +29,7 @@ from uadtool.quantization.sensitivity import anomaly_maps, map_distance
 from uadtool.quantization.targets import Target
 from uadtool.training.data import read_images
 from uadtool.training.loop import batch_indices, optimize
-from uadtool.training.synthetic import synthetic_anomaly
+from uadtool.training.synthetic import synthetic_anomalies
 
 LEARNING_RATE, SCALE_LEARNING_RATE = 3e-4, 3e-3
 """Of weights and biases, and of the logarithms of scales. At one rate for both the scales hardly move in 100 steps."""
@@ -98,20 +98,19 @@ def trainable(detector: Detector, ranges: Ranges, target: Target, float_layers: 
         kind = LearnedQuantizer if name in moving else ActivationQuantizer
         return kind.from_range(*ranges[name], target.signed)
 
-    model = graph.quantized(quantizer, replace(target, half=False), float_layers)  # too coarse for gradients
-    for name in graph.layers:
-        if name not in float_layers:
-            conv = model.get_submodule(name)
-            assert isinstance(conv, nn.Conv2d)
-            model.set_submodule(name, RoundingConv2d(conv) if name.startswith(STUDENT) else QuantizedConv2d(conv))
-    return model.eval()
+    def layer(name: str, conv: nn.Conv2d) -> nn.Module:
+        return RoundingConv2d(conv) if name.startswith(STUDENT) else QuantizedConv2d(conv)
+
+    target = replace(target, half=False)  # too coarse for gradients
+    return quantized_graph(graph, quantizer, target, float_layers, layer)
 
 
 def with_anomalies(images: Tensor, generator: np.random.Generator) -> Tensor:
     """The images [N, H, W, 3], uint8, every other one with a synthetic anomaly."""
-    good = list(images.numpy())
-    return torch.from_numpy(np.stack([synthetic_anomaly(image, good, generator)[0] if place % 2 else image
-                                      for place, image in enumerate(good)]))
+    good = images.numpy()
+    mixed = good.copy()
+    mixed[1::2] = synthetic_anomalies(good[1::2], good, generator)
+    return torch.from_numpy(mixed)
 
 
 def _points_after_student(graph: QuantizableGraph) -> set[str]:

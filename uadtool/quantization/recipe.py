@@ -1,6 +1,5 @@
 """The steps from a float model and its ranges to a quantized one, in their order."""
 
-import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 
 from uadtool import __version__
 from uadtool.artifacts import list_digest
-from uadtool.dataset import balanced, training_samples
+from uadtool.dataset import Sample, balanced, training_samples
 from uadtool.detectors.base import Detector
 from uadtool.errors import UadtoolError
 from uadtool.host import available_cores
@@ -24,14 +23,11 @@ from uadtool.quantization.qat import fine_tune
 from uadtool.quantization.sensitivity import anomaly_maps, layer_sensitivity, map_distance
 from uadtool.training import refit_statistics
 from uadtool.training.data import read_images, split_training
-from uadtool.training.synthetic import synthetic_anomaly
+from uadtool.training.synthetic import synthetic_anomalies
 
 CORRECTION_IMAGES = 32
 SENSITIVITY_IMAGES = 16
 """Held-out good ones; as many with synthetic anomalies are added."""
-
-log = logging.getLogger(__name__)
-
 
 @dataclass(frozen=True)
 class Recipe:
@@ -66,17 +62,18 @@ class _Images:
 
     def __init__(self, data: str, metadata: Metadata, seed: int) -> None:
         origin = metadata.provenance[0]
-        self.training, held_out = split_training(training_samples(data, metadata.classes), origin["held_out"],
-                                                 origin["seed"])
+        self.samples = training_samples(data, metadata.classes)
+        self.training, held_out = split_training(self.samples, origin["held_out"], origin["seed"])
         self.size, self.seed = metadata.image_size, seed
-        self.correction = self._read(self.training, CORRECTION_IMAGES)
         good = self._read(held_out, SENSITIVITY_IMAGES)
-        generator = np.random.default_rng(seed)
-        donors = list(good.numpy())
-        anomalous = np.stack([synthetic_anomaly(image, donors, generator)[0] for image in donors])
+        anomalous = synthetic_anomalies(good.numpy(), good.numpy(), np.random.default_rng(seed))
         self.sensitivity = [good, torch.from_numpy(anomalous)]
 
-    def _read(self, samples: Sequence[Any], count: int) -> Tensor:
+    def correction(self) -> Tensor:
+        """Those to correct biases with."""
+        return self._read(self.training, CORRECTION_IMAGES)
+
+    def _read(self, samples: Sequence[Sample], count: int) -> Tensor:
         return read_images(balanced(list(samples), count, self.seed), self.size, available_cores())
 
 
@@ -106,7 +103,7 @@ def apply_recipe(detector: Detector, metadata: Metadata, digest: str, ranges: Op
         kept, sensitivity = _float_layers(detector, ranges, target, recipe, images)
         if sensitivity:
             report["sensitivity"] = [{"layer": name, "map_distance": distance} for name, distance in sensitivity]
-        correction = images.correction if images and recipe.bias_correction else None
+        correction = images.correction() if images and recipe.bias_correction else None
         if recipe.qat_steps:
             assert images is not None
             tuned, found = fine_tune(detector, ranges.ranges, target, kept, images.training, metadata.image_size,
@@ -115,17 +112,17 @@ def apply_recipe(detector: Detector, metadata: Metadata, digest: str, ranges: Op
             model = quantize(tuned, found, target, kept)
         else:
             model = quantize(detector, ranges.ranges, target, kept, correction)
+        method = "qat" if recipe.qat_steps else "ptq"
         step["calibration"] = {"method": ranges.method, "source": ranges.source}
         metadata = metadata.replace(
             precision="mixed" if kept else "int8", target=recipe.target,
-            quantization=Quantization("qat" if recipe.qat_steps else "ptq", ranges.method,
-                                      str(ranges.source.get("kind", "?")), recipe.scope, kept))
-        report |= {"points": len(ranges.ranges), "method": "qat" if recipe.qat_steps else "ptq", "float_layers": kept}
+            quantization=Quantization(method, ranges.method, str(ranges.source.get("kind", "?")), recipe.scope, kept))
+        report |= {"points": len(ranges.ranges), "method": method, "float_layers": kept}
     metadata = metadata.replace(provenance=[*metadata.provenance, step])
-    if data and images:
+    if images:
         report["map_distance"] = map_distance(anomaly_maps(detector, images.sensitivity),
                                               anomaly_maps(model, images.sensitivity))
-        metadata = refit_statistics(model, metadata, data)
+        metadata = refit_statistics(model, metadata, images.samples)
     return Result(model, metadata, report)
 
 

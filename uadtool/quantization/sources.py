@@ -20,7 +20,7 @@ from uadtool.detectors.base import Detector
 from uadtool.errors import UadtoolError
 from uadtool.host import available_cores
 from uadtool.training.data import CHUNK, image_batches
-from uadtool.training.synthetic import synthetic_anomaly
+from uadtool.training.synthetic import synthetic_anomalies
 
 
 def calibration_batches(sources: Sequence[str], good: Sequence[Sample], count: int, seed: int, detector: Detector,
@@ -69,8 +69,8 @@ def _with_anomalies(batches: Iterator[Tensor], seed: int) -> Iterator[Tensor]:
     """Each image with synthetic anomalies, whose donors are the images of its batch."""
     generator = np.random.default_rng(seed)
     for batch in batches:
-        images = list(batch.numpy())
-        yield torch.from_numpy(np.stack([synthetic_anomaly(image, images, generator)[0] for image in images]))
+        images = batch.numpy()
+        yield torch.from_numpy(synthetic_anomalies(images, images, generator))
 
 
 def _random_normal(detector: Detector, count: int, image_size: tuple[int, int], seed: int) -> Iterator[Tensor]:

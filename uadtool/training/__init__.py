@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from uadtool import __version__
 from uadtool.artifacts import list_digest
-from uadtool.dataset import Sample, training_samples
+from uadtool.dataset import Sample
 from uadtool.detectors import METHODS
 from uadtool.detectors.backbones import DEFAULT_TEACHER, load_teacher_weights
 from uadtool.detectors.complexity import count_macs, count_parameters
@@ -129,21 +129,18 @@ def train(samples: Sequence[Sample], options: TrainingOptions, checkpoint: Path,
     return TrainingResult(detector, metadata, report)
 
 
-
-
-def refit_statistics(model: nn.Module, metadata: Metadata, data: str) -> Metadata:
+def refit_statistics(model: nn.Module, metadata: Metadata, samples: Sequence[Sample]) -> Metadata:
     """Take map and score statistics anew with a changed model, from the images that trained it.
 
     Returns the metadata with the new threshold and, in the last step of the provenance, what it is from.
 
     Args:
         model: a detector or its quantized graph, changed in place.
-        data: the data set that the model was trained on, wherever it lies now.
+        samples: what the model was trained on, as ``dataset.training_samples`` gives it, wherever it lies now.
 
     Raises:
-        UadtoolError: as ``dataset.training_samples``, or an image cannot be read.
+        ImageError: an image cannot be read.
     """
-    samples = training_samples(data, metadata.classes)
     step = metadata.provenance[0]
     rest, held_out = split_training(samples, step["held_out"], step["seed"])
     threshold = _fit_statistics(model, metadata.classes, rest, held_out, metadata.image_size,

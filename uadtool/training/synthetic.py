@@ -50,6 +50,15 @@ def synthetic_anomaly(image: NDArray[np.uint8], others: Sequence[NDArray[np.uint
             return np.where(mask[..., None], anomalous, original).astype(np.uint8), mask
 
 
+def synthetic_anomalies(
+    images: NDArray[np.uint8], donors: NDArray[np.uint8], generator: Generator
+) -> NDArray[np.uint8]:
+    """``synthetic_anomaly`` for each of the images [N, H, W, 3], without the masks."""
+    others = list(donors)
+    anomalous = [synthetic_anomaly(image, others, generator)[0] for image in images]
+    return np.array(anomalous, np.uint8).reshape(images.shape)  # of no image, too
+
+
 def cut_paste(image: Floats, donor: Floats, generator: Generator) -> Floats:
     """A rectangle from elsewhere (CutPaste, Li et al., CVPR 2021)."""
     return _blend(image, _elsewhere(donor, generator), _rectangle(image, generator))
