@@ -37,14 +37,18 @@ def _size(ctx: click.Context, param: click.Parameter, value: str) -> Tuple[int, 
               help="Share of the good images that chooses the checkpoint and sets the threshold.")
 @click.option("--false-positive-rate", type=click.FloatRange(0, 0.5), default=0.01, show_default=True, metavar="SHARE",
               help="Share of held-out good images above the threshold.")
+@click.option("--teacher-int8", "teacher_ranges", metavar="RANGES", type=click.Path(exists=True, dir_okay=False),
+              help="Quantize first: the student learns the teacher in int8, with ranges of a model that has it, too.")
+@click.option("--target", type=click.Choice(["onnxruntime", "openvino", "tensorrt"]), default="onnxruntime",
+              show_default=True, help="Of --teacher-int8: the runtime that rounds.")
 @options.device
 @options.seed
 @click.option("--resume", is_flag=True, help="Go on from OUTPUT.checkpoint, if an interrupted run left one.")
 @options.verbosity
 def train(data: str, output: str, method: str, teacher: str, teacher_weights: Optional[str],
           image_size: Tuple[int, int], classes: Optional[str], fusion: str, epochs: Optional[int],
-          steps: Optional[int], held_out: float, false_positive_rate: float, device: str, seed: int,
-          resume: bool) -> None:
+          steps: Optional[int], held_out: float, false_positive_rate: float,
+          teacher_ranges: Optional[str], target: str, device: str, seed: int, resume: bool) -> None:
     """Train one detector for all classes of DATA, from good images alone.
 
     DATA is a folder in MVTec layout (CLASS/train/good), one such class folder, or a manifest (CSV, JSONL). Ctrl-C
@@ -55,6 +59,7 @@ def train(data: str, output: str, method: str, teacher: str, teacher_weights: Op
       uadtool train mvtec/ -o unified.safetensors
       uadtool train mvtec/ -o unified.safetensors --resume
       uadtool train parts.csv -o r18.safetensors --teacher resnet18 --teacher-weights resnet18.pth
+      uadtool train mvtec/ -o first.safetensors --teacher-int8 ranges.json
     """
     if epochs and steps:
         raise click.UsageError("--epochs and --steps exclude each other.")
@@ -62,15 +67,18 @@ def train(data: str, output: str, method: str, teacher: str, teacher_weights: Op
     from uadtool.artifacts import check_writable, file_digest, write_json
     from uadtool.dataset import training_samples
     from uadtool.models import save_model
+    from uadtool.quantization import RangesFile
     from uadtool.training import TrainingOptions
     from uadtool.training import train as run
 
     check_writable(output)
+    ranges = RangesFile.read(teacher_ranges).ranges if teacher_ranges else None
     samples = training_samples(data, classes.split(",") if classes else None)
     length = {"length": steps, "unit": "steps"} if steps else {"length": epochs} if epochs else {}
     result = run(samples, TrainingOptions(
         method=method, teacher=teacher, teacher_weights=teacher_weights, image_size=image_size, fusion=fusion,
-        held_out=held_out, false_positive_rate=false_positive_rate, device=device, seed=seed, **length,
+        held_out=held_out, false_positive_rate=false_positive_rate, device=device, seed=seed,
+        teacher_ranges=ranges, target=target, **length,
     ), Path(f"{output}.checkpoint"), resume)
     save_model(result.detector, result.metadata, output)
     write_json({

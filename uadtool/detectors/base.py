@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 SCORE_SHARE = 0.01
@@ -42,6 +42,8 @@ class Detector(nn.Module, ABC):
         mean, std: of pixel values in 0..1, per RGB channel, as the teacher expects them.
     """
 
+    teacher: fx.GraphModule
+    """The pretrained network; frozen."""
     pixel_mean: Tensor
     pixel_scale: Tensor
     prototypes: Tensor

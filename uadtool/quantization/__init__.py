@@ -49,7 +49,7 @@ def calibrate(detector: Detector, batches: Iterable[Tensor], method: str = "minm
     return {name: observer.range() for name, observer in observers.items()}
 
 
-def quantize(detector: Detector, ranges: Ranges, target: Target = TARGETS["onnxruntime"],
+def quantize(detector: nn.Module, ranges: Ranges, target: Target = TARGETS["onnxruntime"],
              float_layers: Collection[str] = (), images: Optional[Tensor] = None) -> fx.GraphModule:
     """Post-training quantization of the convolutions of all networks; the score head stays float.
 

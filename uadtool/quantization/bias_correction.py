@@ -8,15 +8,16 @@ such filters in its first blocks.
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
-from uadtool.detectors.base import Detector
 from uadtool.quantization.graph import QuantizableGraph
 from uadtool.quantization.modules import QuantizedConv2d
 
+CORRECTION_IMAGES = 32
+
 
 @torch.inference_mode()
-def correct_biases(detector: Detector, quantized: fx.GraphModule, images: Tensor) -> None:
+def correct_biases(detector: nn.Module, quantized: fx.GraphModule, images: Tensor) -> None:
     """Shift the bias of each quantized convolution, in place, so that the mean of each channel is the float one's.
 
     Empirical bias correction (Nagel et al., ICCV 2019, arXiv 1906.04721, appendix D), layer by layer: each sees what

@@ -15,7 +15,6 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 from uadtool.detectors.backbones import PaddedConv2d
-from uadtool.detectors.base import Detector
 from uadtool.quantization.targets import Target
 
 _ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.Hardswish, nn.SiLU, nn.GELU)
@@ -36,7 +35,7 @@ class QuantizableGraph:
     networks, the score head, has no convolution, so it has no points and stays float.
     """
 
-    def __init__(self, detector: Detector) -> None:
+    def __init__(self, detector: nn.Module) -> None:
         self.module = fx.GraphModule(detector, _Tracer().trace(detector), class_name=type(detector).__name__)
         self._modules = dict(self.module.named_modules())
         self.layers = [str(node.target) for node in self.module.graph.nodes if self._is(node, nn.Conv2d)]

@@ -18,6 +18,7 @@ from uadtool.host import available_cores
 from uadtool.metadata import Metadata, Quantization
 from uadtool.progress import Progress
 from uadtool.quantization import TARGETS, RangesFile, Target, half, layers_outside, matching_layers, quantize
+from uadtool.quantization.bias_correction import CORRECTION_IMAGES
 from uadtool.quantization.graph import QuantizableGraph
 from uadtool.quantization.qat import fine_tune
 from uadtool.quantization.sensitivity import anomaly_maps, layer_sensitivity, map_distance
@@ -25,7 +26,6 @@ from uadtool.training import refit_statistics
 from uadtool.training.data import read_images, split_training
 from uadtool.training.synthetic import synthetic_anomalies
 
-CORRECTION_IMAGES = 32
 SENSITIVITY_IMAGES = 16
 """Held-out good ones; as many with synthetic anomalies are added."""
 

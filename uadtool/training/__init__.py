@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from uadtool import __version__
 from uadtool.artifacts import list_digest
-from uadtool.dataset import Sample
+from uadtool.dataset import Sample, balanced
 from uadtool.detectors import METHODS
 from uadtool.detectors.backbones import DEFAULT_TEACHER, load_teacher_weights
 from uadtool.detectors.complexity import count_macs, count_parameters
@@ -21,7 +21,10 @@ from uadtool.detectors.stfpm import STFPM, distillation_loss
 from uadtool.host import available_cores
 from uadtool.metadata import Metadata
 from uadtool.progress import Progress
-from uadtool.training.data import TeacherFeatures, image_batches, split_training
+from uadtool.quantization import TARGETS, Ranges
+from uadtool.quantization.bias_correction import CORRECTION_IMAGES
+from uadtool.quantization.teacher import quantized_teacher
+from uadtool.training.data import Teacher, TeacherFeatures, image_batches, read_images, split_training
 from uadtool.training.loop import distill, steps_per_epoch
 from uadtool.training.precision import autocast, autocast_dtype, choose_device, large_depthwise_float
 from uadtool.training.statistics import fit_prototypes, fit_statistics
@@ -35,7 +38,8 @@ class TrainingOptions:
 
     ``length`` counts ``unit``s, epochs or steps (batches of 16). ``held_out`` is the share of good images of each class
     that is not trained on but chooses the checkpoint and sets the score statistics and the threshold, which held-out
-    images exceed at ``false_positive_rate``. ``image_size`` is (height, width).
+    images exceed at ``false_positive_rate``. ``image_size`` is (height, width). With ``teacher_ranges`` the student
+    learns the features of the teacher in int8, as ``target`` rounds it.
     """
 
     method: str = "stfpm"
@@ -49,6 +53,8 @@ class TrainingOptions:
     false_positive_rate: float = 0.01
     device: str = "auto"
     seed: int = 0
+    teacher_ranges: Optional[Ranges] = None
+    target: str = "onnxruntime"
 
 
 @dataclass(frozen=True)
@@ -89,12 +95,13 @@ def train(samples: Sequence[Sample], options: TrainingOptions, checkpoint: Path,
     def prepare(images: Tensor) -> Tensor:
         return detector.normalize(images).contiguous(memory_format=torch.channels_last)
 
-    def teacher(images: Tensor) -> Sequence[Tensor]:
+    def float_teacher(images: Tensor) -> Sequence[Tensor]:
         with torch.no_grad(), autocast(device, dtype):
             features: Sequence[Tensor] = detector.teacher(prepare(images.to(device)))
             return features
 
     rest, held_out_samples = split_training(samples, options.held_out, options.seed)
+    teacher = _int8_teacher(detector, options, rest, device) if options.teacher_ranges else float_teacher
     training = TeacherFeatures(rest, options.image_size, teacher, threads)
     held_out = TeacherFeatures(held_out_samples, options.image_size, teacher, threads)
     steps = options.length * (steps_per_epoch(len(training)) if options.unit == "epochs" else 1)
@@ -123,10 +130,26 @@ def train(samples: Sequence[Sample], options: TrainingOptions, checkpoint: Path,
         options={"fusion": options.fusion}, tool_version=__version__,
         provenance=[{"command": "train", "tool_version": __version__, "images": images_digest,
                      "teacher_weights": weights, "steps": steps, "seed": options.seed,
-                     "held_out": options.held_out, "dtype": report["dtype"]}],
+                     "held_out": options.held_out, "dtype": report["dtype"],
+                     "teacher_int8": options.target if options.teacher_ranges else None}],
     )
     checkpoint.unlink(missing_ok=True)
     return TrainingResult(detector, metadata, report)
+
+
+def _int8_teacher(detector: STFPM, options: TrainingOptions, samples: Sequence[Sample],
+                  device: torch.device) -> Teacher:
+    """``quantized_teacher``, its biases corrected with images of the samples."""
+    assert options.teacher_ranges is not None
+    images = read_images(balanced(list(samples), CORRECTION_IMAGES, options.seed), options.image_size, available_cores())
+    model = quantized_teacher(detector, options.teacher_ranges, TARGETS[options.target], images.to(device))
+
+    def teacher(images: Tensor) -> Sequence[Tensor]:
+        with torch.no_grad():
+            features: Sequence[Tensor] = model(images.to(device))
+            return features
+
+    return teacher
 
 
 def refit_statistics(model: nn.Module, metadata: Metadata, samples: Sequence[Sample]) -> Metadata:

@@ -1,0 +1,99 @@
+"""A student that learns the features of the int8 teacher."""
+
+import pytest
+import timm
+import torch
+
+from uadtool.dataset import balanced, training_samples
+from uadtool.errors import UadtoolError
+from uadtool.quantization import TARGETS, calibrate, quantize
+from uadtool.quantization.bias_correction import CORRECTION_IMAGES
+from uadtool.quantization.teacher import quantized_teacher
+from uadtool.training import TrainingOptions, train
+from uadtool.training.data import read_images, split_training
+
+TEACHER = "mobilenetv2_035"
+SIZE = (64, 64)
+
+
+@pytest.fixture(scope="module")
+def samples(textures):
+    return training_samples(str(textures))
+
+
+@pytest.fixture(scope="module")
+def images(samples):
+    rest, _ = split_training(samples, 0.2, 0)
+    return read_images(balanced(rest, CORRECTION_IMAGES, 0), SIZE, 1)
+
+
+@pytest.fixture(scope="module")
+def run(samples, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("weights")
+    torch.manual_seed(0)
+    torch.save(timm.create_model(TEACHER).state_dict(), folder / "teacher.pth")
+
+    def run(**options):
+        chosen = TrainingOptions(teacher=TEACHER, teacher_weights=str(folder / "teacher.pth"), image_size=SIZE,
+                                 length=4, unit="steps", **options)
+        return train(samples, chosen, folder / "checkpoint")
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def detector(run):
+    return run().detector
+
+
+@pytest.fixture(scope="module")
+def ranges(detector, images):
+    return calibrate(detector, [images])
+
+
+@pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
+def test_the_teacher_is_rounded_as_in_the_quantized_detector(detector, ranges, images, target):
+    teacher = quantized_teacher(detector, ranges, target, images).state_dict()
+    whole = quantize(detector, ranges, target, images=images).state_dict()
+    assert sum(name.endswith("weight_scale") for name in teacher) == len(
+        [m for m in detector.teacher.modules() if isinstance(m, torch.nn.Conv2d)])
+    for name, value in teacher.items():
+        if name not in ("pixel_mean", "pixel_scale"):
+            torch.testing.assert_close(value, whole[name])
+
+
+def test_ranges_of_another_teacher_are_refused(detector, ranges, images):
+    other = {name: pair for name, pair in ranges.items() if not name.startswith("teacher_blocks_1")}
+    with pytest.raises(UadtoolError, match="lack 'teacher_blocks_1"):
+        quantized_teacher(detector, other, TARGETS["onnxruntime"], images)
+
+
+def test_the_student_learns_the_rounded_features(run, ranges):
+    """Ranges that cut off nearly everything change the features, and what is learned, but not the file's teacher."""
+    narrow = {name: (low / 8, high / 8) for name, (low, high) in ranges.items()}
+    float_run, rounded, clipped = run(), run(teacher_ranges=ranges), run(teacher_ranges=narrow)
+    expected = float_run.detector.prototypes.abs().mean().item()
+    assert rounded.detector.prototypes.abs().mean().item() == pytest.approx(expected, rel=0.05)
+    assert clipped.detector.prototypes.abs().mean() < 0.5 * expected
+    for other in (rounded, clipped):
+        assert all(torch.equal(value, other.detector.teacher.state_dict()[name])
+                   for name, value in float_run.detector.teacher.state_dict().items())
+        assert any(not torch.equal(value, other.detector.student.state_dict()[name])
+                   for name, value in float_run.detector.student.state_dict().items())
+    assert float_run.metadata.provenance[0]["teacher_int8"] is None
+    assert rounded.metadata.provenance[0]["teacher_int8"] == "onnxruntime"
+
+
+def test_the_command_line_takes_ranges(step, textures, calibrated):
+    done = step("train", textures, "--image-size", 64, "--steps", 2, "--teacher-int8", calibrated.path,
+                output="first.safetensors")
+    assert done.record["steps"] == 2
+
+
+def test_the_command_line_refuses_ranges_of_another_teacher(uadtool, textures, calibrated, tmp_path, run):
+    torch.save(timm.create_model("resnet18").state_dict(), tmp_path / "resnet18.pth")
+    done = uadtool("train", textures, "--image-size", 64, "--teacher", "resnet18", "--teacher-weights",
+                   tmp_path / "resnet18.pth", "--teacher-int8", calibrated.path, "-o", tmp_path / "m.safetensors")
+    assert done.returncode == 1
+    assert "run calibrate again" in done.stderr and done.stderr.count("\n") <= 2
+    assert not list(tmp_path.glob("m.*"))

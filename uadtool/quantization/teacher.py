@@ -1,0 +1,41 @@
+"""Quantize first, distil second: a student that learns the rounded features of the teacher takes them for normal."""
+
+import copy
+
+from torch import Tensor, fx, nn
+
+from uadtool.detectors.backbones import fold_batch_norm
+from uadtool.detectors.base import Detector
+from uadtool.quantization import Ranges, Target, quantize
+from uadtool.quantization.graph import QuantizableGraph
+
+
+class _Teacher(nn.Module):
+    """Images -> the teacher's feature maps. Its points have the names that they have in the detector's graph."""
+
+    pixel_mean: Tensor
+    pixel_scale: Tensor
+
+    def __init__(self, detector: Detector) -> None:
+        super().__init__()
+        self.teacher = fold_batch_norm(copy.deepcopy(detector.teacher).eval())
+        self.register_buffer("pixel_mean", detector.pixel_mean)
+        self.register_buffer("pixel_scale", detector.pixel_scale)
+
+    def forward(self, image: Tensor) -> tuple[Tensor, ...]:
+        return tuple(self.teacher(Detector.normalize(self, image)))  # type: ignore[arg-type]
+
+
+def quantized_teacher(detector: Detector, ranges: Ranges, target: Target, images: Tensor) -> fx.GraphModule:
+    """The detector's teacher as ``quantize`` rounds it: uint8 [N, H, W, 3] -> its feature maps [N, C, h, w].
+
+    Args:
+        ranges: of a detector with the same teacher; those of its student are not used.
+        images: good ones, uint8 [N, H, W, 3], to correct the biases with.
+
+    Raises:
+        UadtoolError: the ranges are of another teacher.
+    """
+    network = _Teacher(detector)
+    names = QuantizableGraph(network).points.values()
+    return quantize(network, {name: ranges[name] for name in names if name in ranges}, target, images=images)
