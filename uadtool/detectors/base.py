@@ -11,6 +11,8 @@ SCORE_SHARE = 0.01
 """The image score is the mean of this share of the anomaly map, its highest values (as in Dinomaly, CVPR 2025)."""
 PATCH = 2
 """What good images of a class show at a position is known for patches of this many map pixels, squared."""
+STATISTICS = {"expected_map": 0, "map_spread": 1, "score_mean": 0, "score_std": 1}
+"""The buffers that normalise maps and scores, and the values with which they change nothing."""
 
 
 class Output(NamedTuple):
@@ -78,10 +80,14 @@ class Detector(nn.Module, ABC):
 
     def forward(self, image: Tensor) -> Output:
         """uint8 [N, H, W, 3], RGB -> scores and maps."""
-        raw, descriptor = self.raw_map_and_descriptor(self.normalize(image))
-        nearest = self.nearest_class(descriptor)
+        raw, nearest = self.raw_map_and_class(image)
         anomaly_map = self.normalize_map(raw, nearest)
         return Output(self.image_score(anomaly_map), self.image_score(raw), anomaly_map, nearest.int())
+
+    def raw_map_and_class(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """From uint8 [N, H, W, 3]: the raw anomaly map [N, h, w] and the index of the nearest class, int64 [N]."""
+        raw, descriptor = self.raw_map_and_descriptor(self.normalize(image))
+        return raw, self.nearest_class(descriptor)
 
     def nearest_class(self, descriptor: Tensor) -> Tensor:
         """Index [N] of the prototype at the smallest scaled Euclidean distance from the descriptor [N, D]."""
@@ -97,6 +103,11 @@ class Detector(nn.Module, ABC):
 
     def _enlarge(self, grid: Tensor) -> Tensor:
         return F.interpolate(grid[:, None], size=self.map_size, mode="bilinear", align_corners=False)[:, 0]
+
+    def reset_statistics(self) -> None:
+        """Neutral statistics, with which anomaly maps and scores are the raw ones."""
+        for name, neutral in STATISTICS.items():
+            self.get_buffer(name).fill_(neutral)
 
     def image_score(self, anomaly_map: Tensor) -> Tensor:
         """Mean of the highest hundredth of each map: [N, h, w] -> [N]."""

@@ -2,12 +2,9 @@
 
 from importlib.util import find_spec
 from itertools import islice
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, Optional
 
 import numpy as np
-import onnx
 import torch
 from numpy.typing import NDArray
 from onnx import ModelProto
@@ -19,7 +16,7 @@ from uadtool.detectors import Output
 from uadtool.errors import UadtoolError
 from uadtool.images import read_image
 from uadtool.metadata import KEY, Metadata
-from uadtool.runtimes import open_model
+from uadtool.onnx_export.deployed import open_proto
 
 IMAGES = 16
 TOLERANCE = {"fp32": 0.01, "fp16": 0.05, "int8": 0.25, "mixed": 0.25}
@@ -51,11 +48,8 @@ def check_parity(model: nn.Module, proto: ModelProto, images: NDArray[np.uint8])
     """
     with torch.inference_mode():
         expected = Output(*model(torch.from_numpy(images)))
-    with TemporaryDirectory() as folder:
-        path = Path(folder, "model.onnx")
-        onnx.save_model(proto, path)
-        runtime = open_model(str(path), runtime=_runtime(proto))
-        found = runtime.run(images)
+    runtime = open_proto(proto, _runtime(proto))
+    found = runtime.run(images)
     name, precision = f"{runtime.name} {runtime.version}", runtime.metadata.precision
     same = found.nearest_class == expected.nearest_class.numpy()
     if same.mean() < CLASS_AGREEMENT[precision]:

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from uadtool import __version__
 from uadtool.artifacts import list_digest
 from uadtool.dataset import Sample, balanced, training_samples
-from uadtool.detectors.base import Detector
+from uadtool.detectors.base import STATISTICS, Detector
 from uadtool.errors import UadtoolError
 from uadtool.host import available_cores
 from uadtool.metadata import Metadata, Quantization
+from uadtool.onnx_export.deployed import deployed_maps
 from uadtool.progress import Progress
 from uadtool.quantization import TARGETS, RangesFile, Target, half, layers_outside, matching_layers, quantize
 from uadtool.quantization.bias_correction import CORRECTION_IMAGES
@@ -122,7 +123,9 @@ def apply_recipe(detector: Detector, metadata: Metadata, digest: str, ranges: Op
     if images:
         report["map_distance"] = map_distance(anomaly_maps(detector, images.sensitivity),
                                               anomaly_maps(model, images.sensitivity))
-        metadata = refit_statistics(model, metadata, images.samples)
+        metadata = refit_statistics(detector, deployed_maps(model, metadata), metadata, images.samples)
+        for name in STATISTICS:
+            model.get_buffer(name).copy_(detector.get_buffer(name))
     return Result(model, metadata, report)
 
 

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any, Optional
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from uadtool import __version__
 from uadtool.artifacts import list_digest
 from uadtool.dataset import Sample, balanced
-from uadtool.detectors import METHODS
+from uadtool.detectors import METHODS, Detector
 from uadtool.detectors.backbones import DEFAULT_TEACHER, load_teacher_weights
 from uadtool.detectors.complexity import count_macs, count_parameters
 from uadtool.detectors.stfpm import STFPM, distillation_loss
@@ -27,7 +27,7 @@ from uadtool.quantization.teacher import quantized_teacher
 from uadtool.training.data import Teacher, TeacherFeatures, image_batches, read_images, split_training
 from uadtool.training.loop import distill, steps_per_epoch
 from uadtool.training.precision import autocast, autocast_dtype, choose_device, large_depthwise_float
-from uadtool.training.statistics import fit_prototypes, fit_statistics
+from uadtool.training.statistics import RawMaps, fit_prototypes, fit_statistics
 
 log = logging.getLogger(__name__)
 
@@ -113,8 +113,8 @@ def train(samples: Sequence[Sample], options: TrainingOptions, checkpoint: Path,
                           dtype, checkpoint, config, resume)
     detector.fold_batch_norm()
     fit_prototypes(detector, classes, training)
-    threshold = _fit_statistics(detector, classes, rest, held_out_samples, options.image_size,
-                                options.false_positive_rate, device)
+    threshold = _fit_statistics(detector, detector.raw_map_and_class, classes, rest, held_out_samples,
+                                options.image_size, options.false_positive_rate, device)
     detector.to(device="cpu", memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     report = {
         "classes": {name: {"training": sum(s.class_name == name for s in rest),
@@ -141,7 +141,8 @@ def _int8_teacher(detector: STFPM, options: TrainingOptions, samples: Sequence[S
                   device: torch.device) -> Teacher:
     """``quantized_teacher``, its biases corrected with images of the samples."""
     assert options.teacher_ranges is not None
-    images = read_images(balanced(list(samples), CORRECTION_IMAGES, options.seed), options.image_size, available_cores())
+    chosen = balanced(list(samples), CORRECTION_IMAGES, options.seed)
+    images = read_images(chosen, options.image_size, available_cores())
     model = quantized_teacher(detector, options.teacher_ranges, TARGETS[options.target], images.to(device))
 
     def teacher(images: Tensor) -> Sequence[Tensor]:
@@ -152,29 +153,30 @@ def _int8_teacher(detector: STFPM, options: TrainingOptions, samples: Sequence[S
     return teacher
 
 
-def refit_statistics(model: nn.Module, metadata: Metadata, samples: Sequence[Sample]) -> Metadata:
-    """Take map and score statistics anew with a changed model, from the images that trained it.
+def refit_statistics(detector: Detector, raw_maps: RawMaps, metadata: Metadata, samples: Sequence[Sample]) -> Metadata:
+    """Take map and score statistics of a detector anew, in place, from the images that trained it.
 
     Returns the metadata with the new threshold and, in the last step of the provenance, what it is from.
 
     Args:
-        model: a detector or its quantized graph, changed in place.
-        samples: what the model was trained on, as ``dataset.training_samples`` gives it, wherever it lies now.
+        raw_maps: of what was made from the detector.
+        samples: what it was trained on, as ``dataset.training_samples`` gives it, wherever it lies now.
 
     Raises:
         ImageError: an image cannot be read.
     """
     step = metadata.provenance[0]
     rest, held_out = split_training(samples, step["held_out"], step["seed"])
-    threshold = _fit_statistics(model, metadata.classes, rest, held_out, metadata.image_size,
+    threshold = _fit_statistics(detector, raw_maps, metadata.classes, rest, held_out, metadata.image_size,
                                 metadata.false_positive_rate, torch.device("cpu"))
     *before, last = metadata.provenance
     return metadata.replace(threshold=threshold, provenance=[*before, {
         **last, "statistics": {"images": list_digest(sample.path for sample in samples), "count": len(samples)}}])
 
 
-def _fit_statistics(model: nn.Module, classes: Sequence[str], training: Sequence[Sample], held_out: Sequence[Sample],
-                    image_size: tuple[int, int], false_positive_rate: float, device: torch.device) -> float:
+def _fit_statistics(detector: Detector, raw_maps: RawMaps, classes: Sequence[str], training: Sequence[Sample],
+                    held_out: Sequence[Sample], image_size: tuple[int, int], false_positive_rate: float,
+                    device: torch.device) -> float:
     """``fit_statistics`` with images read from files, and progress."""
     with Progress("score statistics", len(training) + len(held_out)) as progress:
         def batches(samples: Sequence[Sample]) -> Iterator[tuple[Sequence[Sample], Tensor]]:
@@ -182,4 +184,4 @@ def _fit_statistics(model: nn.Module, classes: Sequence[str], training: Sequence
                 yield part, images.to(device)
                 progress.update(len(part))
 
-        return fit_statistics(model, classes, batches(training), batches(held_out), false_positive_rate)
+        return fit_statistics(detector, raw_maps, classes, batches(training), batches(held_out), false_positive_rate)

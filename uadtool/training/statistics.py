@@ -1,15 +1,15 @@
 """What makes scores comparable across classes, and the threshold: all from good images, no label at run time."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from uadtool.dataset import Sample
-from uadtool.detectors.base import PATCH
+from uadtool.detectors.base import PATCH, Detector
 from uadtool.detectors.stfpm import STFPM, describe
 from uadtool.training.data import TeacherFeatures
 
@@ -20,6 +20,8 @@ LEAST_SPREAD = 0.01
 
 Batches = Iterable[tuple[Sequence[Sample], Tensor]]
 """Samples with their images, uint8 [N, H, W, 3] on the model's device."""
+RawMaps = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""Images, uint8 [N, H, W, 3] -> raw anomaly maps [N, h, w] and indices of the nearest classes, int64 [N]."""
 
 
 class ScoreStatistics(NamedTuple):
@@ -69,28 +71,27 @@ def fit_prototypes(detector: STFPM, classes: Sequence[str], training: TeacherFea
 
 
 @torch.inference_mode()
-def fit_statistics(model: nn.Module, classes: Sequence[str], training: Batches, held_out: Batches,
+def fit_statistics(detector: Detector, raw_maps: RawMaps, classes: Sequence[str], training: Batches, held_out: Batches,
                    false_positive_rate: float) -> float:
-    """Set map and score statistics of a detector, float or quantized, in place; returns the threshold.
+    """Set map and score statistics of a detector, in place; returns the threshold.
 
     Args:
-        model: a ``Detector`` with prototypes, or the quantized graph of one.
+        detector: one with prototypes.
+        raw_maps: the detector's own ``raw_map_and_class``, or that of what was made from it.
         classes: their names, in the order of the prototypes.
         training: good images of every class that tell what a map shows where.
         held_out: others, whose scores tell how far good ones go, and of which the ``false_positive_rate`` may exceed
             the threshold.
     """
-    buffers = {name: model.get_buffer(name) for name in ("expected_map", "map_spread", "score_mean", "score_std")}
-    for name, neutral in zip(buffers, (0, 1, 0, 1)):
-        buffers[name].fill_(neutral)
-    expected, spread = _map_statistics(model, classes, training)
-    buffers["expected_map"].copy_(expected)
-    buffers["map_spread"].copy_(spread)
+    detector.reset_statistics()
+    expected, spread = _map_statistics(raw_maps, classes, training)
+    detector.expected_map.copy_(expected)
+    detector.map_spread.copy_(spread)
     names, results = [], []
     for samples, images in held_out:
         names += [sample.class_name for sample in samples]
-        output = model(images)
-        results.append((output[0], output[-1]))
+        raw, nearest = raw_maps(images)
+        results.append((detector.image_score(detector.normalize_map(raw, nearest)), nearest))
     scores, nearest = (torch.cat(parts) for parts in zip(*results))
     # An image that is taken for another class's tells nothing of what is usual in its own.
     found = [classes[index] for index in nearest.tolist()]
@@ -98,12 +99,12 @@ def fit_statistics(model: nn.Module, classes: Sequence[str], training: Batches, 
                 or [score for score, n in zip(scores.tolist(), names) if n == name] for name in classes}
     statistics = class_statistics(by_class)
     mean, std = (scores.new_tensor(values) for values in zip(*(statistics[name] for name in classes)))
-    buffers["score_mean"].copy_(mean)
-    buffers["score_std"].copy_(std)
+    detector.score_mean.copy_(mean)
+    detector.score_std.copy_(std)
     return threshold_at(((scores - mean[nearest]) / std[nearest]).tolist(), false_positive_rate)
 
 
-def _map_statistics(model: nn.Module, classes: Sequence[str], batches: Batches) -> tuple[Tensor, Tensor]:
+def _map_statistics(raw_maps: RawMaps, classes: Sequence[str], batches: Batches) -> tuple[Tensor, Tensor]:
     """Mean and spread of each class's maps per patch: two of [classes, h, w].
 
     Positions with few images lean on the mean over all positions, and half of a position's variance is that of the
@@ -112,7 +113,7 @@ def _map_statistics(model: nn.Module, classes: Sequence[str], batches: Batches) 
     sums: dict[str, Tensor] = {}
     counts = dict.fromkeys(classes, 0)
     for samples, images in batches:
-        maps = model(images)[2]
+        maps, _ = raw_maps(images)
         moments = F.avg_pool2d(torch.stack([maps, maps.square()], dim=1), PATCH).double()
         for sample, moment in zip(samples, moments):
             name = str(sample.class_name)
