@@ -228,7 +228,7 @@ def test_the_percentile_decides_the_ranges(calibrate):
     (["data", "--source", "good", "--source", "good"], "the same source is given twice"),
     (["data", "--source", "good", "--source", "random-normal", "--count", 1], "--count 1 is too few for 2 sources"),
     (["data", "--percentile", 99], "--percentile is for --method percentile"),
-    (["data", "--method", "percentile", "--percentile", 100], "100.0 is not in the range 50<x<100"),
+    (["data", "--method", "percentile", "--percentile", 0], "0.0 is not in the range 0<x<=100"),
 ])
 def test_wrong_usage(calibrate, tmp_path, arguments, message):
     with pytest.raises(click.UsageError) as error:
