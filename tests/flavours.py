@@ -5,18 +5,21 @@ from typing import Any, NamedTuple, Tuple
 
 import torch
 
+from uadtool.detectors import Detector
+from uadtool.detectors.duet import Duet
 from uadtool.detectors.stfpm import STFPM
 from uadtool.metadata import Metadata, Quantization
 from uadtool.onnx_export import parity_images, to_onnx
 from uadtool.quantization import TARGETS, calibrate, half, matching_layers, quantize
 
 SIZE = (64, 64)
-TEACHERS = ("tf_efficientnet_lite0", "resnet18")
+DETECTORS = ("tf_efficientnet_lite0", "resnet18", "duet")
+"""STFPM with this teacher, or the method."""
 TENSORRT = ("fp32", "fp16", "int8", "mixed")
 """The precisions that TensorRT is offered."""
 FLAVOURS = (*(("tensorrt", precision) for precision in TENSORRT), ("onnxruntime", "int8"), ("openvino", "int8"))
 FLOAT_LAYERS = {"tf_efficientnet_lite0": ("*.conv_stem", "student.blocks.1.*"),
-                "resnet18": ("teacher.conv1", "student.layer2.*")}
+                "resnet18": ("teacher.conv1", "student.layer2.*"), "duet": ("teacher.conv_stem", "project_*")}
 
 
 class Flavour(NamedTuple):
@@ -27,27 +30,35 @@ class Flavour(NamedTuple):
 
 
 @lru_cache(maxsize=None)
-def _detector(teacher: str) -> Tuple[STFPM, Any, torch.Tensor]:
+def _detector(name: str) -> Tuple[Detector, Any, torch.Tensor]:
     torch.manual_seed(0)
-    detector = STFPM(teacher, SIZE, 2)
+    detector = _duet() if name == "duet" else STFPM(name, SIZE, 2)
     for module in detector.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):  # else all biases are 0
+        if isinstance(module, torch.nn.BatchNorm2d) and module.affine:  # else all biases are 0
             module.running_mean.uniform_(-0.5, 0.5)
     detector.fold_batch_norm().score_std.fill_(0.1)
     images = torch.from_numpy(parity_images(None, SIZE))
     return detector, calibrate(detector, [images]), images
 
 
+def _duet() -> Duet:
+    duet = Duet("tf_efficientnet_lite0", SIZE, 2, entries=600)
+    components = duet.project_fine.out_channels
+    duet.memory.fill(torch.randn(600, components), torch.rand(600) + 1)
+    return duet
+
+
 @lru_cache(maxsize=None)
-def flavour(teacher: str, target: str, precision: str) -> Flavour:
-    detector, ranges, images = _detector(teacher)
-    layers = matching_layers(detector, FLOAT_LAYERS[teacher]) if precision == "mixed" else []
+def flavour(name: str, target: str, precision: str) -> Flavour:
+    detector, ranges, images = _detector(name)
+    layers = matching_layers(detector, FLOAT_LAYERS[name]) if precision == "mixed" else []
     model: torch.nn.Module = detector
     if precision == "fp16":
         model = half(detector)
     elif precision != "fp32":
         model = quantize(detector, ranges, TARGETS[target], layers)
     quantization = Quantization("ptq", "minmax", "good", "all", layers) if precision in ("int8", "mixed") else None
-    metadata = Metadata("stfpm", teacher, ["a", "b"], SIZE, (16, 16), 3.0, 0.01, 1, 1, {}, precision,
+    method, teacher = ("duet", DETECTORS[0]) if name == "duet" else ("stfpm", name)
+    metadata = Metadata(method, teacher, ["a", "b"], SIZE, detector.map_size, 3.0, 0.01, 1, 1, {}, precision,
                         None if precision == "fp32" else target, quantization, tool_version="0.1.0")
     return Flavour(model, metadata, to_onnx(model, metadata), images.numpy())

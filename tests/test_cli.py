@@ -237,7 +237,7 @@ def test_completion_script(uadtool, monkeypatch):
 
 @pytest.mark.parametrize(("words", "completed"), [
     ("uadtool ca", ["calibrate"]), ("uadtool train --hel", ["--held-out", "--help"]),
-    ("uadtool train --fusion p", ["product"]),
+    ("uadtool train --target op", ["openvino"]),
 ])
 def test_completion(uadtool, monkeypatch, words, completed):
     monkeypatch.setenv("_UADTOOL_COMPLETE", "bash_complete")

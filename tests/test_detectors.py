@@ -9,8 +9,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from uadtool.detectors import Detector, Output, build_detector
+from uadtool.detectors.base import describe
 from uadtool.detectors.complexity import count_macs, count_parameters
-from uadtool.detectors.stfpm import FUSIONS, STFPM, cosine_distance, describe, distillation_loss
+from uadtool.detectors.stfpm import FUSIONS, STFPM, cosine_distance, distillation_loss
 from uadtool.errors import UadtoolError
 
 SIZE = (64, 96)
@@ -39,6 +40,9 @@ def stfpm(request):
 
 class Head(Detector):
     """What all methods share, without networks."""
+
+    def fit(self, run):
+        raise NotImplementedError
 
     def raw_map_and_descriptor(self, pixels):
         raise NotImplementedError
@@ -220,7 +224,7 @@ def test_complexity_counts_what_there_is():
 
 
 @pytest.mark.parametrize(("changes", "message"), [
-    ({"method": "oracle"}, "unknown method 'oracle'; this version knows stfpm"),
+    ({"method": "oracle"}, "unknown method 'oracle'; there are stfpm, duet"),
     ({"teacher": "none"}, "timm .* has no model 'none'"),
 ])
 def test_what_this_version_cannot_build(changes, message):

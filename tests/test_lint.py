@@ -3,7 +3,7 @@ import json
 import numpy as np
 import onnx
 import pytest
-from flavours import FLAVOURS, TEACHERS, TENSORRT, flavour
+from flavours import DETECTORS, FLAVOURS, TENSORRT, flavour
 from onnx import TensorProto, helper, numpy_helper
 
 from uadtool import onnx_export
@@ -59,7 +59,7 @@ def insert_quantizer(proto, node, place):
     node.input[place] = "dq"
 
 
-@pytest.mark.parametrize("teacher", TEACHERS)
+@pytest.mark.parametrize("teacher", DETECTORS)
 @pytest.mark.parametrize("precision", TENSORRT)
 def test_what_is_exported_for_tensorrt_passes(teacher, precision):
     assert lint(flavour(teacher, "tensorrt", precision).proto) == []

@@ -9,7 +9,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from flavours import FLAVOURS, TEACHERS, flavour
+from flavours import DETECTORS, FLAVOURS, flavour
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as stn
@@ -215,7 +215,7 @@ def test_float_layers_of_a_mixed_graph_are_in_half_precision():
     assert floats > 2
 
 
-@pytest.mark.parametrize("teacher", TEACHERS)
+@pytest.mark.parametrize("teacher", DETECTORS)
 def test_weight_quantizers_give_the_codes_of_the_model(teacher):
     made = flavour(teacher, "tensorrt", "int8")
     values, producers = constants(made.proto), {name: node for node in made.proto.graph.node for name in node.output}

@@ -2,7 +2,7 @@
 
 import onnx
 import pytest
-from flavours import TEACHERS, TENSORRT, flavour
+from flavours import DETECTORS, TENSORRT, flavour
 
 trt = pytest.importorskip("tensorrt_rtx")
 
@@ -62,7 +62,7 @@ def with_batch_size(proto, size):
 
 @pytest.mark.parametrize("batch", [None, 1])
 @pytest.mark.parametrize("precision", TENSORRT)
-@pytest.mark.parametrize("teacher", TEACHERS)
+@pytest.mark.parametrize("teacher", DETECTORS)
 def test_tensorrt_builds_an_engine(builder, log, teacher, precision, batch):
     proto = flavour(teacher, "tensorrt", precision).proto
     network, errors = parse(builder, log, with_batch_size(proto, batch) if batch else proto)

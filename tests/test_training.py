@@ -20,7 +20,8 @@ from uadtool import training
 from uadtool.artifacts import file_digest
 from uadtool.dataset import Sample, split_held_out, training_samples
 from uadtool.detectors.backbones import build_backbone, fold_batch_norm, load_teacher_weights
-from uadtool.detectors.stfpm import describe, distillation_loss
+from uadtool.detectors.base import describe
+from uadtool.detectors.stfpm import distillation_loss
 from uadtool.errors import UadtoolError
 from uadtool.images import ImageError
 from uadtool.models import load_model, save_model
@@ -90,7 +91,7 @@ def test_a_seed_decides_the_file(run, samples, tmp_path):
 
 
 def test_the_file_tells_how_it_was_made(run, samples):
-    result = run(samples, held_out=0.5, seed=3, fusion="product", false_positive_rate=0.25)
+    result = run(samples, held_out=0.5, seed=3, method_options={"fusion": "product"}, false_positive_rate=0.25)
     metadata = result.metadata
     assert (metadata.classes, metadata.image_size, metadata.map_size) == (["dots", "stripes"], (64, 64), (16, 16))
     assert (metadata.precision, metadata.target, metadata.options) == ("fp32", None, {"fusion": "product"})
@@ -253,7 +254,7 @@ def test_an_interrupted_run_goes_on_to_the_same_result(interrupted, uadtool, tex
 
 @pytest.mark.parametrize(("changes", "message"), [
     ({"seed": 1}, "is of a run with seed 0, this one has 1; use the same, or start anew without --resume"),
-    ({"fusion": "product"}, "is of a run with fusion 'sum', this one has 'product'"),
+    ({"method_options": {"fusion": "product"}}, "is of a run with option fusion 'sum', this one has 'product'"),
     ({"length": 61}, "is of a run with length 60, this one has 61"),
     ({"images": 39}, "is of a run with images 'sha256:.*', this one has 'sha256:"),
 ])

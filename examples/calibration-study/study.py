@@ -67,7 +67,7 @@ def cells(with_first: bool) -> Iterator[Cell]:
         yield Cell("corrected", source, method)
     if with_first:
         yield from (Cell("first", "good", method) for method in METHODS)
-    for source, method, scope in itertools.product(SOURCES, ("minmax", "entropy", "mse"), ("student", "all")):
+    for source, method, scope in itertools.product(SOURCES, ("minmax", "mse"), ("student", "all")):
         yield Cell("ptq", source, method, scope, "before")
     for source in SOURCES:
         yield Cell("ptq", source, "mse", "student", "before, per tensor")

@@ -1,5 +1,5 @@
 from pathlib import Path
-from typing import Optional, Tuple
+from typing import Dict, Optional, Tuple
 
 import click
 
@@ -18,10 +18,20 @@ def _size(ctx: click.Context, param: click.Parameter, value: str) -> Tuple[int, 
     return numbers[0], numbers[-1]
 
 
+def _pairs(ctx: click.Context, param: click.Parameter, value: Tuple[str, ...]) -> Dict[str, str]:
+    for text in value:
+        if "=" not in text.strip("="):
+            raise click.BadParameter(f"{text!r} is not NAME=VALUE")
+    return dict(text.split("=", 1) for text in value)
+
+
 @click.command()
 @click.argument("data", metavar="DATA")
 @options.output("The model to write (.safetensors).")
-@click.option("--method", type=click.Choice(["stfpm"]), default="stfpm", show_default=True, help="Detection method.")
+@click.option("--method", default="stfpm", show_default=True, metavar="NAME",
+              help="Detection method: stfpm, or one that an installed package adds.")
+@click.option("--option", "method_options", metavar="NAME=VALUE", multiple=True, callback=_pairs,
+              help="Of the method; of stfpm: fusion=sum or product, how the maps of the three stages become one.")
 @click.option("--teacher", default="tf_efficientnet_lite0", show_default=True, metavar="NAME",
               help="A CNN of timm, by name; the student is its untrained copy.")
 @click.option("--teacher-weights", metavar="FILE", type=click.Path(exists=True, dir_okay=False),
@@ -29,15 +39,13 @@ def _size(ctx: click.Context, param: click.Parameter, value: str) -> Tuple[int, 
 @click.option("--image-size", default="256", show_default=True, metavar="SIZE", callback=_size,
               help="Pixels that images are resized to: SIZE or HEIGHTxWIDTH.")
 @click.option("--classes", metavar="A,B,...", help="Train on these classes only.")
-@click.option("--fusion", type=click.Choice(["sum", "product"]), default="sum", show_default=True,
-              help="How the maps of the three stages become one.")
 @click.option("--epochs", type=click.IntRange(1), help="Passes over the images  [default: 40]")
 @click.option("--steps", type=click.IntRange(1), help="Instead of epochs: batches of 16 images.")
 @click.option("--held-out", type=click.FloatRange(0.01, 0.9), default=0.2, show_default=True, metavar="SHARE",
               help="Share of the good images that chooses the checkpoint and sets the threshold.")
 @click.option("--false-positive-rate", type=click.FloatRange(0, 0.5), default=0.01, show_default=True, metavar="SHARE",
               help="Share of held-out good images above the threshold.")
-@click.option("--teacher-int8", "teacher_ranges", metavar="RANGES", type=click.Path(exists=True, dir_okay=False),
+@click.option("--teacher-int8", "teacher_ranges", metavar="RANGES",
               help="Quantize first: the student learns the teacher in int8, with ranges of a model that has it, too.")
 @click.option("--target", type=click.Choice(["onnxruntime", "openvino", "tensorrt"]), default="onnxruntime",
               show_default=True, help="Of --teacher-int8: the runtime that rounds.")
@@ -45,8 +53,8 @@ def _size(ctx: click.Context, param: click.Parameter, value: str) -> Tuple[int, 
 @options.seed
 @click.option("--resume", is_flag=True, help="Go on from OUTPUT.checkpoint, if an interrupted run left one.")
 @options.verbosity
-def train(data: str, output: str, method: str, teacher: str, teacher_weights: Optional[str],
-          image_size: Tuple[int, int], classes: Optional[str], fusion: str, epochs: Optional[int],
+def train(data: str, output: str, method: str, method_options: Dict[str, str], teacher: str,
+          teacher_weights: Optional[str], image_size: Tuple[int, int], classes: Optional[str], epochs: Optional[int],
           steps: Optional[int], held_out: float, false_positive_rate: float,
           teacher_ranges: Optional[str], target: str, device: str, seed: int, resume: bool) -> None:
     """Train one detector for all classes of DATA, from good images alone.
@@ -76,8 +84,8 @@ def train(data: str, output: str, method: str, teacher: str, teacher_weights: Op
     samples = training_samples(data, classes.split(",") if classes else None)
     length = {"length": steps, "unit": "steps"} if steps else {"length": epochs} if epochs else {}
     result = run(samples, TrainingOptions(
-        method=method, teacher=teacher, teacher_weights=teacher_weights, image_size=image_size, fusion=fusion,
-        held_out=held_out, false_positive_rate=false_positive_rate, device=device, seed=seed,
+        method=method, method_options=method_options, teacher=teacher, teacher_weights=teacher_weights,
+        image_size=image_size, held_out=held_out, false_positive_rate=false_positive_rate, device=device, seed=seed,
         teacher_ranges=ranges, target=target, **length,
     ), Path(f"{output}.checkpoint"), resume)
     save_model(result.detector, result.metadata, output)

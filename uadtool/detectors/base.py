@@ -1,11 +1,17 @@
 """The contract of every detector: uint8 images in, normalised scores and anomaly maps out, all of it in the graph."""
 
 from abc import ABC, abstractmethod
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+    from uadtool.training.loop import Outcome, Run
 
 SCORE_SHARE = 0.01
 """The image score is the mean of this share of the anomaly map, its highest values (as in Dinomaly, CVPR 2025)."""
@@ -44,6 +50,10 @@ class Detector(nn.Module, ABC):
         mean, std: of pixel values in 0..1, per RGB channel, as the teacher expects them.
     """
 
+    trained: ClassVar[str] = "student"
+    """Name of the network that is trained: what int8 of scope ``student`` and quantization-aware training change."""
+    float_teacher: ClassVar[bool] = False
+    """Training needs the teacher's features in fp32, also where bfloat16 would be faster."""
     teacher: fx.GraphModule
     """The pretrained network; frozen."""
     pixel_mean: Tensor
@@ -70,6 +80,18 @@ class Detector(nn.Module, ABC):
         self.register_buffer("score_std", torch.ones(classes))
 
     @abstractmethod
+    def fit(self, run: "Run") -> "Outcome":
+        """Train all that is not the teacher, in place."""
+
+    def fold_batch_norm(self: "Self") -> "Self":
+        """Turn the trained networks into their deployed form, in place."""
+        return self.eval()
+
+    def pretrained(self) -> fx.GraphModule:
+        """The network whose features training uses; it is given ImageNet weights."""
+        return self.teacher
+
+    @abstractmethod
     def raw_map_and_descriptor(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """From normalised pixels [N, 3, H, W]: the raw anomaly map [N, h, w], >= 0, and the descriptor [N, D]."""
 
@@ -77,6 +99,10 @@ class Detector(nn.Module, ABC):
         """uint8 [N, H, W, 3] -> float32 [N, 3, H, W] as the teacher expects it."""
         # Not permute first: TensorRT transposes no uint8.
         return (image.float().permute(0, 3, 1, 2) - self.pixel_mean) * self.pixel_scale
+
+    def prepare(self, image: Tensor) -> Tensor:
+        """``normalize`` in the memory layout in which training is fastest."""
+        return self.normalize(image).contiguous(memory_format=torch.channels_last)
 
     def forward(self, image: Tensor) -> Output:
         """uint8 [N, H, W, 3], RGB -> scores and maps."""
@@ -113,6 +139,11 @@ class Detector(nn.Module, ABC):
         """Mean of the highest hundredth of each map: [N, h, w] -> [N]."""
         count = max(1, round(SCORE_SHARE * self.map_size[0] * self.map_size[1]))
         return anomaly_map.flatten(1).topk(count, dim=1).values.mean(1)
+
+
+def describe(features: Sequence[Tensor]) -> Tensor:
+    """Spatial mean of each channel of each feature map, concatenated: [N, D]."""
+    return torch.cat([f.mean((2, 3)) for f in features], dim=1)
 
 
 def _per_channel(values: list[float]) -> Tensor:

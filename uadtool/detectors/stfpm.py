@@ -5,15 +5,26 @@ fails, there is an anomaly.
 """
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from uadtool.detectors.backbones import build_backbone, fold_batch_norm, normalization
-from uadtool.detectors.base import Detector
+from uadtool.detectors.base import Detector, describe
+from uadtool.errors import UadtoolError
+
+if TYPE_CHECKING:
+    from uadtool.training.loop import Outcome, Run
 
 FUSIONS = ("sum", "product")
+LEARNING_RATE, MOMENTUM, WEIGHT_DECAY = 0.4, 0.9, 1e-4
+"""As in arXiv 2407.02968 (table 1), there with batches of 32 and a constant rate. Smaller batches and higher rates
+bring the loss down faster, but not for good: at a held-out loss of 0.22 instead of 0.34 the student follows the teacher
+on defects, too, and on our seven classes the mean image AUROC fell from 0.70 to 0.67, the pixel AUROC from 0.90 to
+0.86.
+"""
 
 
 class STFPM(Detector):
@@ -24,9 +35,14 @@ class STFPM(Detector):
         image_size: (height, width) of the input in pixels.
         classes: number of classes.
         fusion: how the three maps become one, ``product`` as in the paper or ``sum``.
+
+    Raises:
+        UadtoolError: there is no such teacher or fusion.
     """
 
     def __init__(self, teacher: str, image_size: tuple[int, int], classes: int, fusion: str = "sum") -> None:
+        if fusion not in FUSIONS:
+            raise UadtoolError(f"stfpm has no fusion {fusion!r}; take {' or '.join(FUSIONS)}")
         networks = build_backbone(teacher, image_size), build_backbone(teacher, image_size)
         with torch.no_grad():
             features = networks[0].eval()(torch.zeros(1, 3, *image_size))
@@ -35,8 +51,15 @@ class STFPM(Detector):
         self.teacher, self.student = networks
         self.fusion = fusion
 
+    def fit(self, run: "Run") -> "Outcome":
+        optimizer = torch.optim.SGD(self.student.parameters(), LEARNING_RATE, MOMENTUM, weight_decay=WEIGHT_DECAY)
+
+        def loss(images: Tensor, teacher: Sequence[Tensor]) -> Tensor:
+            return distillation_loss(teacher, self.student(self.prepare(images)))
+
+        return run.distill(self.student, optimizer, loss)
+
     def fold_batch_norm(self) -> "STFPM":
-        """Turn trained networks into their deployed form, in place."""
         self.eval()
         fold_batch_norm(self.teacher)
         fold_batch_norm(self.student)
@@ -50,11 +73,6 @@ class STFPM(Detector):
             one = F.interpolate(one, size=self.map_size, mode="bilinear", align_corners=False)
             fused = fused + one if self.fusion == "sum" else fused * one
         return fused.squeeze(1), describe(teacher)
-
-
-def describe(features: Sequence[Tensor]) -> Tensor:
-    """Spatial mean of each channel of each feature map, concatenated: [N, D]."""
-    return torch.cat([f.mean((2, 3)) for f in features], dim=1)
 
 
 def cosine_distance(teacher: Tensor, student: Tensor) -> Tensor:

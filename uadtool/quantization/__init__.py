@@ -110,7 +110,7 @@ def matching_layers(detector: Detector, patterns: Sequence[str]) -> list[str]:
 def layers_outside(detector: Detector, scope: str) -> list[str]:
     """The convolutions that quantization of this ``scope``, ``student`` or ``all``, leaves alone."""
     return [] if scope == "all" else [name for name in QuantizableGraph(detector).layers
-                                      if not name.startswith(f"{scope}.")]
+                                      if not name.startswith(f"{detector.trained}.")]
 
 
 def quantized_graph(graph: QuantizableGraph, quantizer: Callable[[str], ActivationQuantizer], target: Target,

@@ -33,7 +33,6 @@ from uadtool.training.synthetic import synthetic_anomalies
 
 LEARNING_RATE, SCALE_LEARNING_RATE = 3e-4, 3e-3
 """Of weights and biases, and of the logarithms of scales. At one rate for both the scales hardly move in 100 steps."""
-STUDENT = "student."
 
 
 def fine_tune(detector: Detector, ranges: Ranges, target: Target, float_layers: Sequence[str],
@@ -67,9 +66,9 @@ def fine_tune(detector: Detector, ranges: Ranges, target: Target, float_layers: 
     for name, module in start.named_modules():
         if isinstance(module, QuantizedConv2d):
             tuned.get_submodule(name).bias = nn.Parameter(module.bias.clone(), requires_grad=False)
-    tuned.get_submodule("student").requires_grad_(True)
+    tuned.get_submodule(detector.trained).requires_grad_(True)
     model = trainable(tuned, ranges, target, float_layers)
-    student, points = tuned.get_submodule("student"), model.get_submodule("points")
+    student, points = tuned.get_submodule(detector.trained), model.get_submodule("points")
     optimizer = torch.optim.Adam([{"params": list(student.parameters()), "lr": LEARNING_RATE},
                                   {"params": list(points.parameters()), "lr": SCALE_LEARNING_RATE}])
     expected = anomaly_maps(detector, held_out)
@@ -92,14 +91,15 @@ def fine_tune(detector: Detector, ranges: Ranges, target: Target, float_layers: 
 def trainable(detector: Detector, ranges: Ranges, target: Target, float_layers: Sequence[str]) -> fx.GraphModule:
     """The quantized graph whose student has float weights, shared with the detector, and learned scales."""
     graph = QuantizableGraph(detector)
-    moving = _points_after_student(graph)
+    trained = f"{detector.trained}."
+    moving = _points_after(graph, trained)
 
     def quantizer(name: str) -> ActivationQuantizer:
         kind = LearnedQuantizer if name in moving else ActivationQuantizer
         return kind.from_range(*ranges[name], target.signed)
 
     def layer(name: str, conv: nn.Conv2d) -> nn.Module:
-        return RoundingConv2d(conv) if name.startswith(STUDENT) else QuantizedConv2d(conv)
+        return RoundingConv2d(conv) if name.startswith(trained) else QuantizedConv2d(conv)
 
     target = replace(target, half=False)  # too coarse for gradients
     return quantized_graph(graph, quantizer, target, float_layers, layer)
@@ -113,9 +113,9 @@ def with_anomalies(images: Tensor, generator: np.random.Generator) -> Tensor:
     return torch.from_numpy(mixed)
 
 
-def _points_after_student(graph: QuantizableGraph) -> set[str]:
-    """The names of the points whose values depend on weights of the student."""
-    layers, after = {name for name in graph.layers if name.startswith(STUDENT)}, set[fx.Node]()
+def _points_after(graph: QuantizableGraph, trained: str) -> set[str]:
+    """The names of the points whose values depend on weights of the trained network."""
+    layers, after = {name for name in graph.layers if name.startswith(trained)}, set[fx.Node]()
     for node in graph.module.graph.nodes:
         if node.target in layers or after.intersection(node.all_input_nodes):
             after.add(node)

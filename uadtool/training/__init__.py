@@ -2,9 +2,8 @@
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Optional
 
@@ -14,10 +13,9 @@ from torch import Tensor
 from uadtool import __version__
 from uadtool.artifacts import list_digest
 from uadtool.dataset import Sample, balanced
-from uadtool.detectors import METHODS, Detector
+from uadtool.detectors import Detector, find_method, method_options
 from uadtool.detectors.backbones import DEFAULT_TEACHER, load_teacher_weights
 from uadtool.detectors.complexity import count_macs, count_parameters
-from uadtool.detectors.stfpm import STFPM, distillation_loss
 from uadtool.host import available_cores
 from uadtool.metadata import Metadata
 from uadtool.progress import Progress
@@ -25,8 +23,8 @@ from uadtool.quantization import TARGETS, Ranges
 from uadtool.quantization.bias_correction import CORRECTION_IMAGES
 from uadtool.quantization.teacher import quantized_teacher
 from uadtool.training.data import Teacher, TeacherFeatures, image_batches, read_images, split_training
-from uadtool.training.loop import distill, steps_per_epoch
-from uadtool.training.precision import autocast, autocast_dtype, choose_device, large_depthwise_float
+from uadtool.training.loop import Run, steps_per_epoch
+from uadtool.training.precision import autocast, autocast_dtype, choose_device
 from uadtool.training.statistics import RawMaps, fit_prototypes, fit_statistics
 
 log = logging.getLogger(__name__)
@@ -46,7 +44,7 @@ class TrainingOptions:
     teacher: str = DEFAULT_TEACHER
     teacher_weights: Optional[str] = None
     image_size: tuple[int, int] = (256, 256)
-    fusion: str = "sum"
+    method_options: Mapping[str, str] = field(default_factory=dict)
     length: int = 40
     unit: str = "epochs"
     held_out: float = 0.2
@@ -61,7 +59,7 @@ class TrainingOptions:
 class TrainingResult:
     """The deployed detector (batch norm folded, on the CPU), its metadata, and how training went."""
 
-    detector: STFPM
+    detector: Detector
     metadata: Metadata
     report: dict[str, Any]
 
@@ -86,18 +84,17 @@ def train(samples: Sequence[Sample], options: TrainingOptions, checkpoint: Path,
     threads = available_cores()
     torch.manual_seed(options.seed)
     classes = sorted({str(sample.class_name) for sample in samples})
-    detector = METHODS[options.method](options.teacher, options.image_size, len(classes), options.fusion)
-    weights = load_teacher_weights(detector.teacher, options.teacher, options.teacher_weights)
+    chosen = method_options(options.method, options.method_options)
+    detector = find_method(options.method)(options.teacher, options.image_size, len(classes), **chosen)
+    pretrained = detector.pretrained()
+    weights = load_teacher_weights(pretrained, options.teacher, options.teacher_weights)
     log.info("teacher %s with weights of %s", options.teacher, weights)
     detector.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    detector.teacher.eval().requires_grad_(False)
-
-    def prepare(images: Tensor) -> Tensor:
-        return detector.normalize(images).contiguous(memory_format=torch.channels_last)
+    pretrained.to(device).eval().requires_grad_(False)
 
     def float_teacher(images: Tensor) -> Sequence[Tensor]:
-        with torch.no_grad(), autocast(device, dtype):
-            features: Sequence[Tensor] = detector.teacher(prepare(images.to(device)))
+        with torch.no_grad(), autocast(device, torch.float32 if detector.float_teacher else dtype):
+            features: Sequence[Tensor] = pretrained(detector.prepare(images.to(device)))
             return features
 
     rest, held_out_samples = split_training(samples, options.held_out, options.seed)
@@ -106,11 +103,11 @@ def train(samples: Sequence[Sample], options: TrainingOptions, checkpoint: Path,
     held_out = TeacherFeatures(held_out_samples, options.image_size, teacher, threads)
     steps = options.length * (steps_per_epoch(len(training)) if options.unit == "epochs" else 1)
     images_digest = list_digest(sample.path for sample in samples)
-    config = {**asdict(options), "image_size": list(options.image_size), "device": device.type, "dtype": str(dtype),
+    config = {**asdict(replace(options, method_options={})), **{f"option {k}": v for k, v in chosen.items()},
+              "image_size": list(options.image_size),
+              "device": device.type, "dtype": str(dtype),
               "images": images_digest}
-    with large_depthwise_float(detector.student) if device.type == "cpu" else nullcontext():
-        outcome = distill(detector.student, prepare, distillation_loss, training, held_out, steps, options.seed, device,
-                          dtype, checkpoint, config, resume)
+    outcome = detector.fit(Run(training, held_out, steps, options.seed, device, dtype, checkpoint, config, resume))
     detector.fold_batch_norm()
     fit_prototypes(detector, classes, training)
     threshold = _fit_statistics(detector, detector.raw_map_and_class, classes, rest, held_out_samples,
@@ -127,7 +124,7 @@ def train(samples: Sequence[Sample], options: TrainingOptions, checkpoint: Path,
         method=options.method, teacher=options.teacher, classes=classes, image_size=options.image_size,
         map_size=detector.map_size, threshold=threshold, false_positive_rate=options.false_positive_rate,
         parameters=count_parameters(detector), macs=count_macs(detector, options.image_size),
-        options={"fusion": options.fusion}, tool_version=__version__,
+        options=chosen, tool_version=__version__,
         provenance=[{"command": "train", "tool_version": __version__, "images": images_digest,
                      "teacher_weights": weights, "steps": steps, "seed": options.seed,
                      "held_out": options.held_out, "dtype": report["dtype"],
@@ -137,7 +134,7 @@ def train(samples: Sequence[Sample], options: TrainingOptions, checkpoint: Path,
     return TrainingResult(detector, metadata, report)
 
 
-def _int8_teacher(detector: STFPM, options: TrainingOptions, samples: Sequence[Sample],
+def _int8_teacher(detector: Detector, options: TrainingOptions, samples: Sequence[Sample],
                   device: torch.device) -> Teacher:
     """``quantized_teacher``, its biases corrected with images of the samples."""
     assert options.teacher_ranges is not None

@@ -1,11 +1,11 @@
-"""Training that can be interrupted, resumed and repeated, and distillation: the student learns the teacher's maps."""
+"""Training that can be interrupted, resumed and repeated."""
 
 import logging
 import math
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -17,19 +17,14 @@ from torch import Tensor, nn
 from uadtool.progress import Progress
 from uadtool.training.checkpoint import load_checkpoint, save_checkpoint
 from uadtool.training.data import TeacherFeatures
-from uadtool.training.precision import autocast
+from uadtool.training.precision import autocast, large_depthwise_float
 
 BATCH_SIZE = 16
-LEARNING_RATE, MOMENTUM, WEIGHT_DECAY = 0.4, 0.9, 1e-4
-"""As in the paper (table 1), there with batches of 32 and a constant rate. Smaller batches and higher rates bring the
-loss down faster, but not for good: at a held-out loss of 0.22 instead of 0.34 the student follows the teacher on
-defects, too, and on our seven classes the mean image AUROC fell from 0.70 to 0.67, the pixel AUROC from 0.90 to 0.86.
-"""
 WARM_UP = 50
 EVALUATIONS = 20
 """How often in a run the held-out loss is taken, to choose the best checkpoint."""
 
-Loss = Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor]
+Loss = Callable[[Tensor, Sequence[Tensor]], Tensor]
 
 log = logging.getLogger(__name__)
 
@@ -46,40 +41,51 @@ class Interrupted(KeyboardInterrupt):
     """SIGINT came; the checkpoint is written."""
 
 
-def distill(student: nn.Module, prepare: Callable[[Tensor], Tensor], loss_function: Loss, training: TeacherFeatures,
-            held_out: TeacherFeatures, steps: int, seed: int, device: torch.device, dtype: torch.dtype,
-            checkpoint: Path, config: dict[str, Any], resume: bool) -> Outcome:
-    """Train the student, in place; it ends with the weights of the lowest held-out loss.
+@dataclass(frozen=True)
+class Run:
+    """What a detector trains on, how long, and where the state of the run lies while it lasts.
 
-    SGD with a warm-up and a cosine schedule. Each epoch shuffles all images of all classes with a seed of its own, so
-    a run that resumes sees the batches that an uninterrupted one would have seen. ``optimize`` tells the rest.
-
-    Args:
-        prepare: uint8 [N, H, W, 3] on the device -> the student's input.
-        steps: number of batches of 16.
-        checkpoint: file for the state of an interrupted run.
-        config: what the checkpoint must agree in with this run.
-        resume: go on from the checkpoint, if there is one.
+    ``steps`` counts batches of 16. ``config`` is what a checkpoint must agree in with this run, and with ``resume`` the
+    run goes on from it, if there is one.
     """
-    optimizer = torch.optim.SGD(student.parameters(), LEARNING_RATE, MOMENTUM, weight_decay=WEIGHT_DECAY)
 
-    def loss_of(images: Tensor, targets: Sequence[Tensor]) -> Tensor:
-        with autocast(device, dtype):
-            features = student(prepare(images.to(device)))
-        return loss_function([t.to(device) for t in targets], features)
+    training: TeacherFeatures
+    held_out: TeacherFeatures
+    steps: int
+    seed: int
+    device: torch.device
+    dtype: torch.dtype
+    checkpoint: Path
+    config: dict[str, Any]
+    resume: bool
 
-    def training_loss(step: int) -> Tensor:
-        return loss_of(*training.batch(batch_indices(len(training), step, seed)))
+    def distill(self, student: nn.Module, optimizer: torch.optim.Optimizer, loss: Loss) -> Outcome:
+        """Train the student, in place; it ends with the weights of the lowest held-out loss.
 
-    def held_out_loss() -> float:
-        student.eval()
-        with torch.inference_mode():
-            total = sum(loss_of(*batch).item() * len(batch[0]) for batch in held_out.batches())
+        Each epoch shuffles all images of all classes with a seed of its own, so a run that resumes sees the batches
+        that an uninterrupted one would have seen. ``optimize`` tells the rest.
+
+        Args:
+            loss: of images, uint8 [N, H, W, 3], and the teacher's feature maps of them, all on the device.
+        """
+        def loss_of(images: Tensor, features: Sequence[Tensor]) -> Tensor:
+            with autocast(self.device, self.dtype):
+                return loss(images.to(self.device), [f.to(self.device) for f in features])
+
+        def training_loss(step: int) -> Tensor:
+            return loss_of(*self.training.batch(batch_indices(len(self.training), step, self.seed)))
+
+        def held_out_loss() -> float:
+            student.eval()
+            with torch.inference_mode():
+                total = sum(loss_of(*batch).item() * len(batch[0]) for batch in self.held_out.batches())
+            student.train()
+            return total / len(self.held_out)
+
         student.train()
-        return total / len(held_out)
-
-    student.train()
-    return optimize(student, optimizer, training_loss, held_out_loss, steps, checkpoint, config, resume)
+        with large_depthwise_float(student) if self.device.type == "cpu" else nullcontext():
+            return optimize(student, optimizer, training_loss, held_out_loss, self.steps, self.checkpoint, self.config,
+                            self.resume)
 
 
 def optimize(model: nn.Module, optimizer: torch.optim.Optimizer, training_loss: Callable[[int], Tensor],
@@ -93,7 +99,7 @@ def optimize(model: nn.Module, optimizer: torch.optim.Optimizer, training_loss: 
     Args:
         model: its state dict is what a checkpoint holds.
         training_loss: of the batch of a step; it depends on nothing but the step and the model.
-        steps, checkpoint, config, resume: as for ``distill``.
+        steps, checkpoint, config, resume: as in ``Run``.
         keep_start: the state at the start may be the best one, too.
     """
     start, best_step, best_loss, best = 0, 0, math.inf, dict[str, Tensor]()

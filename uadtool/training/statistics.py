@@ -9,8 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from uadtool.dataset import Sample
-from uadtool.detectors.base import PATCH, Detector
-from uadtool.detectors.stfpm import STFPM, describe
+from uadtool.detectors.base import PATCH, Detector, describe
 from uadtool.training.data import TeacherFeatures
 
 PSEUDO_COUNT = 4
@@ -56,7 +55,7 @@ def threshold_at(scores: Iterable[float], false_positive_rate: float) -> float:
 
 
 @torch.inference_mode()
-def fit_prototypes(detector: STFPM, classes: Sequence[str], training: TeacherFeatures) -> None:
+def fit_prototypes(detector: Detector, classes: Sequence[str], training: TeacherFeatures) -> None:
     """Set the detector's prototypes, in place: the mean descriptor of each class's training images.
 
     Args:

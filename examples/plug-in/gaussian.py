@@ -1,0 +1,38 @@
+"""A detection method in 30 lines: how unusual are the teacher's features at stride 8, channel by channel?"""
+
+import torch
+from torch import Tensor
+
+from uadtool.detectors import Detector
+from uadtool.detectors.backbones import build_backbone, fold_batch_norm, normalization
+from uadtool.detectors.base import describe
+from uadtool.training.loop import Outcome, Run
+
+
+class Gaussian(Detector):
+    """Mean squared deviation of each channel from the training images, in units of its variance (floor: ``least``)."""
+
+    mean: Tensor
+    weight: Tensor
+
+    def __init__(self, teacher: str, image_size: tuple[int, int], classes: int, least: float = 1e-3) -> None:
+        backbone = build_backbone(teacher, image_size).eval()
+        shapes = [f.shape for f in backbone(torch.zeros(1, 3, *image_size))]
+        super().__init__(classes, sum(s[1] for s in shapes), (shapes[1][2], shapes[1][3]), *normalization(teacher))
+        self.teacher, self.least = backbone, least
+        self.register_buffer("mean", torch.zeros(1, shapes[1][1], 1, 1))
+        self.register_buffer("weight", torch.ones(1, shapes[1][1], 1, 1))
+
+    def fit(self, run: Run) -> Outcome:
+        values = torch.cat([features[1].float() for _, features in run.training.batches()])
+        self.mean.copy_(values.mean((0, 2, 3), keepdim=True))
+        self.weight.copy_(1 / values.var((0, 2, 3), keepdim=True).clamp(min=self.least))
+        return Outcome(best_step=run.steps, held_out_loss=0.0)
+
+    def fold_batch_norm(self) -> "Gaussian":
+        fold_batch_norm(self.teacher.eval())
+        return self.eval()
+
+    def raw_map_and_descriptor(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        features = self.teacher(pixels)
+        return ((features[1] - self.mean).square() * self.weight).mean(1), describe(features)

@@ -1,0 +1,90 @@
+"""A method that another package adds: examples/plug-in, installed, through the whole chain."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+from uadtool.detectors import find_method, method_options
+from uadtool.errors import UadtoolError
+
+PLUG_IN = Path(__file__).parents[1] / "examples/plug-in"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """The command line in an environment with the plug-in."""
+    folder, source = tmp_path_factory.mktemp("site"), tmp_path_factory.mktemp("source") / "plug-in"
+    shutil.copytree(PLUG_IN, source)  # a build leaves files in its source folder
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", folder, source]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+    def run(*arguments):
+        done = subprocess.run([sys.executable, "-m", "uadtool", *map(str, arguments)], capture_output=True, text=True,
+                              env={**os.environ, "PYTHONPATH": str(folder)}, timeout=300)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return run
+
+
+def test_the_chain(run, textures, tmp_path):
+    model, ranges, int8 = (tmp_path / name for name in ("m.safetensors", "r.json", "int8.safetensors"))
+    run("train", textures, "--method", "gaussian", "--option", "least=0.01", "--image-size", 64, "-o", model)
+    run("calibrate", model, textures, "--count", 16, "-o", ranges)
+    run("quantize", model, textures, "--ranges", ranges, "-o", int8)
+    run("export", int8, "-o", tmp_path / "int8.onnx")
+    last = json.loads(run("score", tmp_path / "int8.onnx", textures).splitlines()[-1])
+    assert last["type"] == "summary"
+    assert last["metrics"]["image_auroc"]["pooled"] > 0.9
+
+
+class Point(metadata.EntryPoint):
+    """One that is there without being installed."""
+
+
+@pytest.fixture
+def points(monkeypatch):
+    def set_points(*found):
+        monkeypatch.setattr("uadtool.detectors.entry_points", lambda group: [
+            Point(name, value, group) for name, value in found])
+
+    return set_points
+
+
+def test_unknown_methods_are_refused_with_those_there_are(points):
+    points(("gaussian", "gaussian:Gaussian"))
+    with pytest.raises(UadtoolError, match="unknown method 'x'; there are stfpm, duet, gaussian"):
+        find_method("x")
+
+
+def test_a_broken_plug_in_is_named(points):
+    points(("broken", "no_such_module_at_all:Detector"))
+    with pytest.raises(UadtoolError, match="method 'broken' cannot be loaded from no_such_module_at_all:Detector"):
+        find_method("broken")
+
+
+def test_a_built_in_method_cannot_be_replaced(points):
+    points(("stfpm", "no_such_module_at_all:Detector"))
+    assert find_method("stfpm").__name__ == "STFPM"
+
+
+def test_options_have_the_types_of_their_defaults():
+    assert method_options("stfpm", {}) == {"fusion": "sum"}
+    options = method_options("duet", {"entries": "12"})
+    assert options == {"entries": 12, "memory_stride": 8, "components": 64, "width": 96}
+
+
+@pytest.mark.parametrize(("given", "message"), [
+    ({"fusions": "sum"}, "stfpm has no option 'fusions'; it has fusion"),
+    ({"entries": "many"}, "option entries of duet is no int: 'many'"),
+])
+def test_wrong_options_are_refused(given, message):
+    with pytest.raises(UadtoolError, match=message):
+        method_options("duet" if "entries" in given else "stfpm", given)
