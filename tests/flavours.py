@@ -1,25 +1,27 @@
 """Small detectors with random weights, exported in every flavour; each is made once."""
 
 from functools import lru_cache
-from typing import Any, NamedTuple, Tuple
+from typing import Any, Callable, Dict, NamedTuple, Tuple
 
 import torch
 
 from uadtool.detectors import Detector
 from uadtool.detectors.duet import Duet
+from uadtool.detectors.reverse_distillation import ReverseDistillation
 from uadtool.detectors.stfpm import STFPM
 from uadtool.metadata import Metadata, Quantization
 from uadtool.onnx_export import parity_images, to_onnx
 from uadtool.quantization import TARGETS, calibrate, half, matching_layers, quantize
 
 SIZE = (64, 64)
-DETECTORS = ("tf_efficientnet_lite0", "resnet18", "duet")
+DETECTORS = ("tf_efficientnet_lite0", "resnet18", "rd", "duet")
 """STFPM with this teacher, or the method."""
 TENSORRT = ("fp32", "fp16", "int8", "mixed")
 """The precisions that TensorRT is offered."""
 FLAVOURS = (*(("tensorrt", precision) for precision in TENSORRT), ("onnxruntime", "int8"), ("openvino", "int8"))
 FLOAT_LAYERS = {"tf_efficientnet_lite0": ("*.conv_stem", "student.blocks.1.*"),
-                "resnet18": ("teacher.conv1", "student.layer2.*"), "duet": ("teacher.conv_stem", "project_*")}
+                "resnet18": ("teacher.conv1", "student.layer2.*"), "rd": ("teacher.conv_stem", "student.fuse.*"),
+                "duet": ("teacher.conv_stem", "project_*")}
 
 
 class Flavour(NamedTuple):
@@ -32,7 +34,7 @@ class Flavour(NamedTuple):
 @lru_cache(maxsize=None)
 def _detector(name: str) -> Tuple[Detector, Any, torch.Tensor]:
     torch.manual_seed(0)
-    detector = _duet() if name == "duet" else STFPM(name, SIZE, 2)
+    detector = METHODS[name]() if name in METHODS else STFPM(name, SIZE, 2)
     for module in detector.modules():
         if isinstance(module, torch.nn.BatchNorm2d) and module.affine:  # else all biases are 0
             module.running_mean.uniform_(-0.5, 0.5)
@@ -48,6 +50,10 @@ def _duet() -> Duet:
     return duet
 
 
+METHODS: Dict[str, Callable[[], Detector]] = {
+    "rd": lambda: ReverseDistillation("tf_efficientnet_lite0", SIZE, 2), "duet": _duet}
+
+
 @lru_cache(maxsize=None)
 def flavour(name: str, target: str, precision: str) -> Flavour:
     detector, ranges, images = _detector(name)
@@ -58,7 +64,7 @@ def flavour(name: str, target: str, precision: str) -> Flavour:
     elif precision != "fp32":
         model = quantize(detector, ranges, TARGETS[target], layers)
     quantization = Quantization("ptq", "minmax", "good", "all", layers) if precision in ("int8", "mixed") else None
-    method, teacher = ("duet", DETECTORS[0]) if name == "duet" else ("stfpm", name)
+    method, teacher = (name, DETECTORS[0]) if name in METHODS else ("stfpm", name)
     metadata = Metadata(method, teacher, ["a", "b"], SIZE, detector.map_size, 3.0, 0.01, 1, 1, {}, precision,
                         None if precision == "fp32" else target, quantization, tool_version="0.1.0")
     return Flavour(model, metadata, to_onnx(model, metadata), images.numpy())

@@ -221,6 +221,9 @@ def test_weight_quantizers_give_the_codes_of_the_model(teacher):
     values, producers = constants(made.proto), {name: node for node in made.proto.graph.node for name in node.output}
     found = []
     for dequantize in convolution_weights(made.proto):
+        if isinstance(dequantize, np.ndarray):
+            assert dequantize.shape[:2] == (1, 1)  # the filter that smooths a map
+            continue
         weight, scale, zero_point = (values[name] for name in producers[dequantize.input[0]].input)
         assert (weight.dtype, zero_point.dtype, zero_point.any()) == (np.float32, np.int8, False)
         found.append(np.rint(weight / scale.reshape(-1, 1, 1, 1)).astype(np.int8).tobytes())

@@ -147,14 +147,14 @@ class Recorder(fx.Interpreter):
 
 def test_calibration_sees_every_batch(detector, marked):
     batches = [images(3, seed) for seed in range(3)]
-    ranges = calibrate(detector, batches)
+    ranges = calibrate(detector, batches, "minmax")
     recorder = Recorder(marked)
     with torch.inference_mode():
         for batch in batches:
             recorder.run(batch)
     assert ranges == {name: (min(values), max(values)) for name, values in recorder.seen.items()}
     assert list(ranges) == list(marked.points)
-    one_by_one = calibrate(detector, torch.cat(batches).split(1))
+    one_by_one = calibrate(detector, torch.cat(batches).split(1), "minmax")
     np.testing.assert_allclose(list(one_by_one.values()), list(ranges.values()), rtol=1e-4, atol=1e-4)
 
 
@@ -524,7 +524,7 @@ def test_the_quantized_file_tells_where_its_ranges_come_from(trained, calibrated
     assert earlier == float_metadata.provenance
     assert (step["command"], step["model_digest"]) == ("quantize", trained.record["digest"])
     source = json.loads(calibrated.path.read_text())["source"]
-    assert step["calibration"] == {"method": "minmax", "source": source}
+    assert step["calibration"] == {"method": "entropy", "source": source}
     assert metadata.threshold == float_metadata.threshold
 
 
@@ -577,7 +577,7 @@ def test_the_most_sensitive_layers_stay_float(trained, calibrated, textures, tmp
     assert worst < set(record["float_layers"])
     assert {name for name in record["float_layers"] if name.startswith("student.")} == worst
     quantization = load_model(tmp_path / "mixed.safetensors")[1].quantization
-    assert (quantization.scope, quantization.method, quantization.calibration) == ("student", "ptq", "minmax")
+    assert (quantization.scope, quantization.method, quantization.calibration) == ("student", "ptq", "entropy")
 
 
 def test_fine_tuning_ends_in_the_same_kind_of_file(trained, calibrated, textures, tmp_path, capsys):

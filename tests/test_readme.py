@@ -30,7 +30,7 @@ def command_lines(text: str) -> List[str]:
 
 
 def in_test(line: str) -> str:
-    line = re.sub(r"^make (?=-f)", "make -n ", line)
+    line = re.sub(r"^make (?=-[fC])", "make -n ", line)
     line = re.sub(r"^make (?!-)", f"make -n -C {REPOSITORY} ", line)
     line = line.replace("pip wheel", f"{sys.executable} -m pip wheel -q")
     return re.sub(r"^pip install (.*)", rf"{sys.executable} -m pip install --dry-run --no-deps -q \1", line)

@@ -5,6 +5,7 @@ map counts in units of what it shows on held-out good images; their sum is the r
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -50,6 +51,8 @@ class Duet(Detector):
 
     trained = "head"
     float_teacher = True
+    usual: Tensor
+    spread: Tensor
 
     def __init__(self, teacher: str, image_size: tuple[int, int], classes: int, entries: int = 6000,
                  memory_stride: int = 8, components: int = 64, width: int = 96) -> None:
@@ -69,9 +72,6 @@ class Duet(Detector):
         self.head: nn.Module = Head(channels, width)
         self.register_buffer("usual", torch.zeros(2))
         self.register_buffer("spread", torch.ones(2))
-
-    usual: Tensor
-    spread: Tensor
 
     def raw_map_and_descriptor(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         features = self.teacher(pixels)
@@ -138,7 +138,7 @@ class Duet(Detector):
     def fit_head(self, run: "Run") -> "Outcome":
         """Train the head on synthetic anomalies."""
         from uadtool.training.loop import batch_indices, optimize
-        from uadtool.training.precision import autocast
+        from uadtool.training.precision import autocast, large_depthwise_float
 
         assert isinstance(self.head, Head)
         for index, branch in enumerate(self.head.branches()):
@@ -173,15 +173,16 @@ class Duet(Detector):
             return total / len(run.held_out)
 
         self.head.train()
-        return optimize(self.head, optimizer, training_loss, held_out_loss, run.steps, run.checkpoint, run.config,
-                        run.resume)
+        with large_depthwise_float(self.head) if run.device.type == "cpu" else nullcontext():
+            return optimize(self.head, optimizer, training_loss, held_out_loss, run.steps, run.checkpoint, run.config,
+                            run.resume)
 
     @torch.inference_mode()
     def fit_fusion(self, run: "Run") -> None:
         """Unit of each map: from its median on held-out good images to what one image in ten reaches."""
         features = [[f.to(run.device).float() for f in part] for _, part in run.held_out.batches()]
-        for index, name in enumerate((self.memory_map, self.head_map)):
-            maps = torch.cat([name(part) for part in features])
+        for index, raw_map in enumerate((self.memory_map, self.head_map)):
+            maps = torch.cat([raw_map(part) for part in features])
             median, high = maps.median(), maps.flatten(1).amax(1).quantile(0.9)
             self.usual[index] = median
             self.spread[index] = (high - median).clamp(min=1e-6)

@@ -80,7 +80,7 @@ class QuantizableGraph:
         """What the networks consist of: convolutions, their additions and pools, and the activations after them."""
         found = {node for node in self.module.graph.nodes if self._is(node, nn.Conv2d)
                  or (node.target in _ADDITIONS and self._activated(node) in self.points)
-                 or (self._is(node, nn.MaxPool2d) and node in self.points)}
+                 or (self._chooses(node) and node in self.points)}
         return found | {self._activated(node) for node in found}
 
     def _integer_operations(self, float_layers: set[str]) -> set[fx.Node]:
@@ -138,9 +138,15 @@ class QuantizableGraph:
                 points[result] = result.name
             elif node.target in _ADDITIONS and len(inputs) == 2 and all(n in points for n in inputs):
                 points[result] = result.name
-            elif self._is(node, nn.MaxPool2d) and inputs[0] in points:
-                points[node] = points[inputs[0]]  # the maximum of quantized values needs no range of its own
+            elif self._chooses(node) and inputs[0] in points:
+                points[node] = points[inputs[0]]
         return points
+
+    def _chooses(self, node: fx.Node) -> bool:
+        """Are its results values of its input, which need no range of their own?"""
+        if node.target is F.interpolate:
+            return bool(node.kwargs.get("mode", "nearest") == "nearest")
+        return self._is(node, nn.MaxPool2d)
 
     def _is(self, node: fx.Node, kind: type[nn.Module] | tuple[type[nn.Module], ...]) -> bool:
         return node.op == "call_module" and isinstance(self._modules.get(str(node.target)), kind)
