@@ -12,7 +12,9 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib import pyplot
+from matplotlib.artist import Artist
 from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 from study import METHODS, SOURCES
 from tabulate import tabulate
 
@@ -84,8 +86,9 @@ def plot(records: list[Record], path: Path) -> None:
             axes.set_title(f"{detector}: int8 in {networks}", fontsize=10)
             axes.spines[["top", "right"]].set_visible(False)
         row[0].set_ylabel("mean image AUROC, int8 - float")
-    handles = [Line2D([], [], color=colour, marker="s", linestyle="", label=f"quantizer {place} the activation")
-               for place, colour in COLOURS.items()]
+    labels = ("after the activation", "before the activation", "before it, weights per tensor")
+    handles: list[Artist] = [Patch(color=colour, label=f"quantizer {label}")
+                             for colour, label in zip(COLOURS.values(), labels)]
     handles += [Line2D([], [], color="0.3", marker=marker, linestyle="", label=method)
                 for method, marker in MARKERS.items()]
     figure.legend(handles=handles, loc="lower center", ncol=4, frameon=False, fontsize=9)

@@ -145,9 +145,7 @@ class Duet(Detector):
             branch.learn_standard([features[index] for _, features in run.training.batches()])
         optimizer = torch.optim.AdamW(self.head.parameters(), LEARNING_RATE, weight_decay=WEIGHT_DECAY)
 
-        def features_of(images: Tensor) -> list[Tensor]:
-            with torch.no_grad(), autocast(run.device, run.dtype):
-                return list(self.teacher(self.prepare(images.to(run.device))))
+        teacher = run.training.teacher
 
         def loss_of(features: Sequence[Tensor], masks: Tensor) -> Tensor:
             with autocast(run.device, run.dtype):
@@ -158,12 +156,12 @@ class Duet(Detector):
             generator = np.random.default_rng((run.seed, step))
             images, _ = run.training.batch(batch_indices(len(run.training), step, run.seed))
             changed, masks = vary(images, self.map_size, generator)
-            return loss_of(*_crop(features_of(changed), masks, generator))
+            return loss_of(*_crop(teacher(changed), masks, generator))
 
-        held_out = []
+        held_out: list[tuple[Sequence[Tensor], Tensor]] = []
         for number, (images, _) in enumerate(run.held_out.batches()):
             changed, masks = vary(images, self.map_size, np.random.default_rng((run.seed, number)))
-            held_out.append((features_of(changed), masks))
+            held_out.append((teacher(changed), masks))
 
         def held_out_loss() -> float:
             self.head.eval()
