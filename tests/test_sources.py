@@ -217,7 +217,7 @@ def test_the_percentile_decides_the_ranges(calibrate):
         return sum(high - low for low, high in ranges["ranges"].values())
 
     widths = [width("--method", "percentile", "--percentile", value) for value in (90, 99.9)]
-    assert widths[0] < widths[1] < width()
+    assert widths[0] < widths[1] < width("--method", "minmax")
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
