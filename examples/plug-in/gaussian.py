@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from uadtool.detectors import Detector
-from uadtool.detectors.backbones import build_backbone, fold_batch_norm, normalization
+from uadtool.detectors.backbones import build_backbone, feature_shapes, fold_batch_norm, normalization
 from uadtool.detectors.base import describe
 from uadtool.training.loop import Outcome, Run
 
@@ -16,12 +16,13 @@ class Gaussian(Detector):
     weight: Tensor
 
     def __init__(self, teacher: str, image_size: tuple[int, int], classes: int, least: float = 1e-3) -> None:
-        backbone = build_backbone(teacher, image_size).eval()
-        shapes = [f.shape for f in backbone(torch.zeros(1, 3, *image_size))]
-        super().__init__(classes, sum(s[1] for s in shapes), (shapes[1][2], shapes[1][3]), *normalization(teacher))
+        backbone = build_backbone(teacher, image_size)
+        shapes = feature_shapes(backbone, image_size)
+        channels, *map_size = shapes[1]
+        super().__init__(classes, sum(s[0] for s in shapes), (map_size[0], map_size[1]), *normalization(teacher))
         self.teacher, self.least = backbone, least
-        self.register_buffer("mean", torch.zeros(1, shapes[1][1], 1, 1))
-        self.register_buffer("weight", torch.ones(1, shapes[1][1], 1, 1))
+        self.register_buffer("mean", torch.zeros(1, channels, 1, 1))
+        self.register_buffer("weight", torch.ones(1, channels, 1, 1))
 
     def fit(self, run: Run) -> Outcome:
         values = torch.cat([features[1].float() for _, features in run.training.batches()])

@@ -70,9 +70,7 @@ def build_backbone(name: str, image_size: tuple[int, int]) -> fx.GraphModule:
         raise UadtoolError(f"{name!r} cannot serve as teacher, it is no CNN with feature maps at strides "
                            f"{REDUCTIONS} that torch.fx can trace: {str(error).splitlines()[0]}") from error
     backbone = fx.GraphModule(tracer.root, graph, class_name=name)
-    for node in graph.nodes:
-        if node.op == "call_module" and isinstance(backbone.get_submodule(node.target), nn.Identity):
-            node.replace_all_uses_with(node.args[0])
+    remove_identities(backbone)
     graph.eliminate_dead_code()
     backbone.delete_all_unused_submodules()
     backbone.recompile()
@@ -81,6 +79,20 @@ def build_backbone(name: str, image_size: tuple[int, int]) -> fx.GraphModule:
             setattr(module, "inplace", False)  # noqa: B010 - no field of nn.Module for the type checker
     fold_batch_norm(copy.deepcopy(backbone).eval())  # what cannot be folded is refused now, not after training
     return backbone
+
+
+def remove_identities(network: fx.GraphModule) -> None:
+    """Let the readers of each ``nn.Identity`` read its input, in place."""
+    for node in list(network.graph.nodes):
+        if node.op == "call_module" and isinstance(network.get_submodule(node.target), nn.Identity):
+            node.replace_all_uses_with(node.args[0])
+            network.graph.erase_node(node)
+
+
+@torch.no_grad()
+def feature_shapes(backbone: fx.GraphModule, image_size: tuple[int, int]) -> list[tuple[int, int, int]]:
+    """(channels, height, width) of each feature map; leaves the backbone in evaluation mode."""
+    return [(f.shape[1], f.shape[2], f.shape[3]) for f in backbone.eval()(torch.zeros(1, 3, *image_size))]
 
 
 def _make_padding_constant(model: nn.Module, image_size: tuple[int, int]) -> None:

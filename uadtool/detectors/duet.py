@@ -5,7 +5,6 @@ map counts in units of what it shows on held-out good images; their sum is the r
 """
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,7 +12,13 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from uadtool.detectors.backbones import build_backbone, fold_batch_norm, normalization
+from uadtool.detectors.backbones import (
+    build_backbone,
+    feature_shapes,
+    fold_batch_norm,
+    normalization,
+    remove_identities,
+)
 from uadtool.detectors.base import Detector, describe
 from uadtool.detectors.memory import PatchMemory, coreset, principal_components, usual_distances
 from uadtool.errors import UadtoolError
@@ -59,11 +64,9 @@ class Duet(Detector):
         if memory_stride not in (8, 16):
             raise UadtoolError(f"duet has no memory at stride {memory_stride}; take 8 or 16")
         network = build_backbone(teacher, image_size)
-        with torch.no_grad():
-            features = network.eval()(torch.zeros(1, 3, *image_size))
-        map_size = features[1].shape[2], features[1].shape[3]
-        channels = [f.shape[1] for f in features]
-        super().__init__(classes, sum(channels), map_size, *normalization(teacher))
+        shapes = feature_shapes(network, image_size)
+        channels = [shape[0] for shape in shapes]
+        super().__init__(classes, sum(channels), shapes[1][1:], *normalization(teacher))
         self.teacher = network
         self.memory_stride = memory_stride
         self.project_fine = nn.Conv2d(channels[1], components, 1)
@@ -137,8 +140,8 @@ class Duet(Detector):
 
     def fit_head(self, run: "Run") -> "Outcome":
         """Train the head on synthetic anomalies."""
-        from uadtool.training.loop import batch_indices, optimize
-        from uadtool.training.precision import autocast, large_depthwise_float
+        from uadtool.training.loop import batch_indices
+        from uadtool.training.precision import autocast
 
         assert isinstance(self.head, Head)
         for index, branch in enumerate(self.head.branches()):
@@ -163,17 +166,8 @@ class Duet(Detector):
             changed, masks = vary(images, self.map_size, np.random.default_rng((run.seed, number)))
             held_out.append((teacher(changed), masks))
 
-        def held_out_loss() -> float:
-            self.head.eval()
-            with torch.inference_mode():
-                total = sum(loss_of(features, masks).item() * len(masks) for features, masks in held_out)
-            self.head.train()
-            return total / len(run.held_out)
-
-        self.head.train()
-        with large_depthwise_float(self.head) if run.device.type == "cpu" else nullcontext():
-            return optimize(self.head, optimizer, training_loss, held_out_loss, run.steps, run.checkpoint, run.config,
-                            run.resume)
+        return run.optimize(self.head, optimizer, training_loss, lambda: (
+            (loss_of(features, masks), len(masks)) for features, masks in held_out))
 
     @torch.inference_mode()
     def fit_fusion(self, run: "Run") -> None:
@@ -223,10 +217,7 @@ class Head(nn.Module):
         for branch in self.branches():
             branch.fold()
         graph = fx.symbolic_trace(self.eval())
-        for node in list(graph.graph.nodes):
-            if node.op == "call_module" and isinstance(graph.get_submodule(node.target), nn.Identity):
-                node.replace_all_uses_with(node.args[0])
-                graph.graph.erase_node(node)
+        remove_identities(graph)
         return fold_batch_norm(graph)
 
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from uadtool.detectors.backbones import build_backbone, fold_batch_norm, normalization
+from uadtool.detectors.backbones import build_backbone, feature_shapes, fold_batch_norm, normalization
 from uadtool.detectors.base import Detector, describe
-from uadtool.detectors.stfpm import cosine_distance, distillation_loss
+from uadtool.detectors.stfpm import distillation_loss, fused_distance
 
 if TYPE_CHECKING:
     from uadtool.training.loop import Outcome, Run
@@ -39,10 +39,8 @@ class ReverseDistillation(Detector):
 
     def __init__(self, teacher: str, image_size: tuple[int, int], classes: int, width: float = 2.0) -> None:
         network = build_backbone(teacher, image_size)
-        with torch.no_grad():
-            features = network.eval()(torch.zeros(1, 3, *image_size))
-        map_size = (features[0].shape[2], features[0].shape[3])
-        channels = [f.shape[1] for f in features]
+        shapes = feature_shapes(network, image_size)
+        channels, map_size = [shape[0] for shape in shapes], shapes[0][1:]
         super().__init__(classes, sum(channels), map_size, *normalization(teacher))
         self.teacher = network
         self.student: nn.Module = Student(channels, width)
@@ -53,10 +51,7 @@ class ReverseDistillation(Detector):
     def raw_map_and_descriptor(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         features = self.teacher(pixels)
         rebuilt = self.student(features[0], features[1], features[2])
-        fused = cosine_distance(features[0], rebuilt[0])
-        for index in (1, 2):
-            one = cosine_distance(features[index], rebuilt[index])
-            fused = fused + F.interpolate(one, size=self.map_size, mode="bilinear", align_corners=False)
+        fused = fused_distance(features, rebuilt, self.map_size)
         margin = self.kernel.shape[2] // 2
         smooth = F.conv2d(F.pad(fused, (margin, margin, margin, margin), mode="replicate"), self.kernel)
         return smooth.squeeze(1), describe(features)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from uadtool.detectors.backbones import build_backbone, fold_batch_norm, normalization
+from uadtool.detectors.backbones import build_backbone, feature_shapes, fold_batch_norm, normalization
 from uadtool.detectors.base import Detector, describe
 from uadtool.errors import UadtoolError
 
@@ -44,10 +44,8 @@ class STFPM(Detector):
         if fusion not in FUSIONS:
             raise UadtoolError(f"stfpm has no fusion {fusion!r}; take {' or '.join(FUSIONS)}")
         networks = build_backbone(teacher, image_size), build_backbone(teacher, image_size)
-        with torch.no_grad():
-            features = networks[0].eval()(torch.zeros(1, 3, *image_size))
-        map_size = (features[0].shape[2], features[0].shape[3])
-        super().__init__(classes, sum(f.shape[1] for f in features), map_size, *normalization(teacher))
+        shapes = feature_shapes(networks[0], image_size)
+        super().__init__(classes, sum(shape[0] for shape in shapes), shapes[0][1:], *normalization(teacher))
         self.teacher, self.student = networks
         self.fusion = fusion
 
@@ -67,12 +65,7 @@ class STFPM(Detector):
 
     def raw_map_and_descriptor(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         teacher, student = self.teacher(pixels), self.student(pixels)
-        maps = [cosine_distance(t, s) for t, s in zip(teacher, student)]
-        fused = maps[0]
-        for one in maps[1:]:
-            one = F.interpolate(one, size=self.map_size, mode="bilinear", align_corners=False)
-            fused = fused + one if self.fusion == "sum" else fused * one
-        return fused.squeeze(1), describe(teacher)
+        return fused_distance(teacher, student, self.map_size, self.fusion).squeeze(1), describe(teacher)
 
 
 def cosine_distance(teacher: Tensor, student: Tensor) -> Tensor:
@@ -84,6 +77,17 @@ def cosine_distance(teacher: Tensor, student: Tensor) -> Tensor:
     t, s = teacher.permute(0, 2, 3, 1), student.permute(0, 2, 3, 1)
     norms = (t * t).sum(-1) * (s * s).sum(-1)
     return (1 - (t * s).sum(-1) * norms.clamp(min=1e-24).rsqrt()).unsqueeze(1)
+
+
+def fused_distance(teacher: Sequence[Tensor], student: Sequence[Tensor], size: tuple[int, int],
+                   fusion: str = "sum") -> Tensor:
+    """The cosine distances of all feature maps as one map [N, 1, *size], which the first ones have already."""
+    maps = [cosine_distance(t, s) for t, s in zip(teacher, student)]
+    fused = maps[0]
+    for one in maps[1:]:
+        one = F.interpolate(one, size=size, mode="bilinear", align_corners=False)
+        fused = fused + one if fusion == "sum" else fused * one
+    return fused
 
 
 def distillation_loss(teacher: Sequence[Tensor], student: Sequence[Tensor]) -> Tensor:

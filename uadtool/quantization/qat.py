@@ -50,7 +50,7 @@ def fine_tune(detector: Detector, ranges: Ranges, target: Target, float_layers: 
         held_out: batches of uint8 [N, H, W, 3], good ones and ones with synthetic anomalies.
         correction: images to correct the biases with at the start, as for ``quantize``.
         steps: number of batches.
-        checkpoint, config, resume: as for ``training.loop.distill``; the checkpoint is removed in the end.
+        checkpoint, config, resume: as in ``training.loop.Run``; the checkpoint is removed in the end.
 
     Returns:
         Another float detector, and its ranges. It holds the biases that suit the quantized one: ``quantize`` without

@@ -30,6 +30,7 @@ from uadtool.training.synthetic import synthetic_anomalies
 SENSITIVITY_IMAGES = 16
 """Held-out good ones; as many with synthetic anomalies are added."""
 
+
 @dataclass(frozen=True)
 class Recipe:
     """What to do; the options of ``uadtool quantize``.
@@ -79,7 +80,7 @@ class _Images:
 
 
 def apply_recipe(detector: Detector, metadata: Metadata, digest: str, ranges: Optional[RangesFile], data: Optional[str],
-             recipe: Recipe, checkpoint: str, resume: bool = False) -> Result:
+                 recipe: Recipe, checkpoint: str, resume: bool = False) -> Result:
     """Quantize a float detector as the recipe says.
 
     Args:

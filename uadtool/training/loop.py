@@ -4,7 +4,7 @@ import logging
 import math
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,16 +75,26 @@ class Run:
         def training_loss(step: int) -> Tensor:
             return loss_of(*self.training.batch(batch_indices(len(self.training), step, self.seed)))
 
+        return self.optimize(student, optimizer, training_loss, lambda: (
+            (loss_of(*batch), len(batch[0])) for batch in self.held_out.batches()))
+
+    def optimize(self, model: nn.Module, optimizer: torch.optim.Optimizer, training_loss: Callable[[int], Tensor],
+                 held_out_losses: Callable[[], Iterable[tuple[Tensor, int]]]) -> Outcome:
+        """The function ``optimize`` with the settings of this run.
+
+        Args:
+            held_out_losses: loss of each held-out batch, computed in evaluation mode, and how many images it has.
+        """
         def held_out_loss() -> float:
-            student.eval()
+            model.eval()
             with torch.inference_mode():
-                total = sum(loss_of(*batch).item() * len(batch[0]) for batch in self.held_out.batches())
-            student.train()
+                total = sum(loss.item() * count for loss, count in held_out_losses())
+            model.train()
             return total / len(self.held_out)
 
-        student.train()
-        with large_depthwise_float(student) if self.device.type == "cpu" else nullcontext():
-            return optimize(student, optimizer, training_loss, held_out_loss, self.steps, self.checkpoint, self.config,
+        model.train()
+        with large_depthwise_float(model) if self.device.type == "cpu" else nullcontext():
+            return optimize(model, optimizer, training_loss, held_out_loss, self.steps, self.checkpoint, self.config,
                             self.resume)
 
 
