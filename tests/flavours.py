@@ -21,7 +21,7 @@ TENSORRT = ("fp32", "fp16", "int8", "mixed")
 FLAVOURS = (*(("tensorrt", precision) for precision in TENSORRT), ("onnxruntime", "int8"), ("openvino", "int8"))
 FLOAT_LAYERS = {"tf_efficientnet_lite0": ("*.conv_stem", "student.blocks.1.*"),
                 "resnet18": ("teacher.conv1", "student.layer2.*"), "rd": ("teacher.conv_stem", "student.fuse.*"),
-                "duet": ("teacher.conv_stem", "project_*")}
+                "duet": ("teacher.conv_stem", "small.*")}
 
 
 class Flavour(NamedTuple):
@@ -44,9 +44,9 @@ def _detector(name: str) -> Tuple[Detector, Any, torch.Tensor]:
 
 
 def _duet() -> Duet:
-    duet = Duet("tf_efficientnet_lite0", SIZE, 2, entries=600)
-    components = duet.project_fine.out_channels
-    duet.memory.fill(torch.randn(600, components), torch.rand(600) + 1)
+    duet = Duet("tf_efficientnet_lite0", SIZE, 2, small=100, large=600)
+    for memory in (duet.small, duet.large):
+        memory.fill(torch.randn(memory.entries, memory.project.out_channels))
     return duet
 
 

@@ -26,8 +26,8 @@ def random_stfpm(teacher="mobilenetv2_035", fusion="sum"):
         descriptors = describe(detector.teacher(detector.normalize(images(3))))
     detector.prototypes.copy_(descriptors)
     detector.descriptor_scale.uniform_(0.5, 2)
-    detector.expected_map.uniform_(0, 1)
-    detector.map_spread.uniform_(0.1, 0.5)
+    detector.expected_maps.uniform_(0, 1)
+    detector.map_spreads.uniform_(0.1, 0.5)
     detector.score_mean.copy_(torch.tensor([0.5, 1.0, 2.0]))
     detector.score_std.copy_(torch.tensor([0.1, 0.2, 0.4]))
     return detector
@@ -44,7 +44,7 @@ class Head(Detector):
     def fit(self, run):
         raise NotImplementedError
 
-    def raw_map_and_descriptor(self, pixels):
+    def raw_maps_and_descriptor(self, pixels):
         raise NotImplementedError
 
 
@@ -60,9 +60,9 @@ def run(detector, pixels):
         return detector(pixels)
 
 
-def raw_map_and_descriptor(detector, pixels):
+def raw_maps_and_descriptor(detector, pixels):
     with torch.inference_mode():
-        return detector.raw_map_and_descriptor(detector.normalize(pixels))
+        return detector.raw_maps_and_descriptor(detector.normalize(pixels))
 
 
 def feature_map(shape):
@@ -106,14 +106,14 @@ def test_loss_adds_the_mean_distances_of_the_maps():
     torch.testing.assert_close(distillation_loss(teacher, student), expected)
 
 
-def test_raw_map_is_the_sum_or_the_product_of_the_three_maps(stfpm):
-    raw, _ = raw_map_and_descriptor(stfpm, images(2))
+def test_raw_maps_are_those_of_three_feature_maps_or_their_product(stfpm):
+    raw, _ = raw_maps_and_descriptor(stfpm, images(2))
     with torch.inference_mode():
         pixels = stfpm.normalize(images(2))
         maps = [F.interpolate(cosine_distance(t, s), MAP_SIZE, mode="bilinear")[:, 0].numpy()
                 for t, s in zip(stfpm.teacher(pixels), stfpm.student(pixels))]
     assert len(maps) == 3
-    expected = np.sum(maps, axis=0) if stfpm.fusion == "sum" else np.prod(maps, axis=0)
+    expected = np.stack(maps, axis=1) if stfpm.fusion == "sum" else np.prod(maps, axis=0)[:, None]
     np.testing.assert_allclose(raw.numpy(), expected, rtol=1e-4, atol=1e-5)
     assert raw.min() >= 0
 
@@ -121,7 +121,7 @@ def test_raw_map_is_the_sum_or_the_product_of_the_three_maps(stfpm):
 def test_a_student_that_equals_its_teacher_sees_no_anomaly(stfpm):
     student, teacher = stfpm.student.state_dict(), stfpm.teacher.state_dict()
     stfpm.student.load_state_dict(teacher)
-    raw, _ = raw_map_and_descriptor(stfpm, images(2))
+    raw, _ = raw_maps_and_descriptor(stfpm, images(2))
     stfpm.student.load_state_dict({name: student[name] for name in teacher})
     torch.testing.assert_close(raw, torch.zeros_like(raw), rtol=0, atol=1e-5)
 
@@ -139,12 +139,12 @@ def test_the_nearest_class_normalises_the_map_and_the_score(stfpm):
     pixels = images(3)
     output = run(stfpm, pixels)
     assert output.nearest_class.tolist() == [0, 1, 2]  # each is its own prototype
-    raw, _ = raw_map_and_descriptor(stfpm, pixels)
-    np.testing.assert_allclose(output.raw_score, highest_mean(raw.numpy()), rtol=1e-4)
+    raw, _ = raw_maps_and_descriptor(stfpm, pixels)
+    np.testing.assert_allclose(output.raw_score, highest_mean(raw.sum(1).numpy()), rtol=1e-4)
     for index, (anomaly_map, score) in enumerate(zip(output.anomaly_map, output.score)):
-        expected, spread = (F.interpolate(grid[index][None, None], MAP_SIZE, mode="bilinear")[0, 0]
-                            for grid in (stfpm.expected_map, stfpm.map_spread))
-        deviation = (raw[index] - expected) / spread
+        expected, spread = (F.interpolate(grid[index][None], MAP_SIZE, mode="bilinear")[0]
+                            for grid in (stfpm.expected_maps, stfpm.map_spreads))
+        deviation = ((raw[index] - expected) / spread).sum(0)
         normalised = (deviation - stfpm.score_mean[index]) / stfpm.score_std[index]
         torch.testing.assert_close(anomaly_map, normalised, rtol=1e-3, atol=1e-3)
         torch.testing.assert_close(score.item(), highest_mean(normalised.numpy()[None])[0], rtol=1e-3, atol=1e-3)

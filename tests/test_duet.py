@@ -1,4 +1,4 @@
-"""The memory, the head, and both together through the whole chain."""
+"""The memories, the head, and all together through the whole chain."""
 
 import json
 import signal
@@ -15,15 +15,7 @@ from torch import nn
 from uadtool.dataset import training_samples
 from uadtool.detectors import build_detector
 from uadtool.detectors.duet import Duet, Head, _crop, segmentation_loss, vary
-from uadtool.detectors.memory import (
-    NEIGHBOURS,
-    PSEUDO_COUNT,
-    PatchMemory,
-    coreset,
-    principal_components,
-    usual_distances,
-)
-from uadtool.errors import UadtoolError
+from uadtool.detectors.memory import PatchMemory, coreset, principal_components
 from uadtool.models import load_model
 from uadtool.training import TrainingOptions, train
 from uadtool.training.loop import Interrupted
@@ -36,13 +28,15 @@ def patches(seed, count, size=5):
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(1, 1200), st.integers(1, 3), st.integers(1, 4))
-def test_the_map_is_the_least_distance_in_units_of_the_usual_one(seed, entries, height, width):
+def test_the_map_is_the_least_distance(seed, entries, height, width):
     points, x = patches(seed, entries), patches(seed + 1, 2 * height * width)
-    usual = patches(seed + 2, entries)[:, 0].abs() + 0.1
-    memory = PatchMemory(entries, 5)
-    memory.fill(points, usual)
-    found = memory(x.view(2, height, width, 5).permute(0, 3, 1, 2))
-    expected = (torch.cdist(x.double(), points.double()) / usual).amin(1).view(2, height, width)
+    memory = PatchMemory(5, 5, entries, context=1)
+    memory.fill(points)
+    with torch.no_grad():
+        memory.project.weight.copy_(torch.eye(5)[:, :, None, None])
+        memory.project.bias.zero_()
+        found = memory(x.view(2, height, width, 5).permute(0, 3, 1, 2))
+    expected = torch.cdist(x.double(), points.double()).amin(1).view(2, 1, height, width)
     torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=1e-2)
 
 
@@ -61,30 +55,39 @@ def test_equal_patches_do_not_stop_the_coreset():
     assert sorted(coreset(torch.ones(7, 3), 5).tolist()) != [0] * 5
 
 
-def test_usual_distances_are_means_around_the_entries():
-    points = patches(0, 300)
-    chosen = coreset(points, 40)
-    found = usual_distances(points, chosen)
-    entries = points[chosen].numpy()
-    others = [point for index, point in enumerate(points.numpy()) if index not in set(chosen.tolist())]
-    assigned = [[] for _ in entries]
-    for point in others:
-        distances = np.linalg.norm(entries - point, axis=1)
-        assigned[distances.argmin()].append(distances.min())
-    overall = np.mean([value for values in assigned for value in values])
-    for index, entry in enumerate(entries):
-        around = np.linalg.norm(entries - entry, axis=1).argsort()[:NEIGHBOURS]
-        values = [value for place in around for value in assigned[place]]
-        expected = (sum(values) + PSEUDO_COUNT * overall) / (len(values) + PSEUDO_COUNT)
-        assert found[index].item() == pytest.approx(expected, rel=1e-4)
-
-
 def test_principal_components_are_those_of_scikit_learn():
     points = patches(0, 200) * torch.tensor([5.0, 4.0, 3.0, 2.0, 1.0])
     mean, vectors = principal_components(points, 3)
     reference = PCA(3).fit(points.numpy())
     np.testing.assert_allclose(mean, reference.mean_, atol=1e-5)
     np.testing.assert_allclose(np.abs(vectors.numpy() @ reference.components_.T), np.eye(3), atol=1e-3)
+
+
+@pytest.mark.parametrize("context", [1, 3])
+def test_a_memory_knows_what_it_has_seen(context):
+    generator = torch.Generator().manual_seed(0)
+    scales = torch.tensor([100.0, 1.0, 0.1])[:, None, None]
+    seen = [scales * torch.randn(4, 3, 6, 6, generator=generator) for _ in range(2)]
+    memory = PatchMemory(3, 64, 8 * 36, context)
+    memory.fit(iter(seen), images=8, seed=0)
+    with torch.inference_mode():
+        assert memory(seen[0]).max() < 0.1
+        strange = seen[0].clone()
+        strange[1, 2, 3, 4] += 2  # many deviations of this channel, though not of the first
+        distances = memory(strange)
+    reach = context // 2
+    raised = distances[1, 0] > 0.5
+    assert raised[3 - reach:4 + reach, 4 - reach:5 + reach].all()
+    assert raised.sum() == context**2
+    assert distances[[0, 2, 3]].max() < 0.1
+
+
+def test_a_memory_larger_than_what_there_is_to_store_has_it_all():
+    values = patches(0, 9, 4).T.view(1, 4, 3, 3)
+    memory = PatchMemory(4, 2, 20, context=1)
+    memory.fit([values], images=1, seed=0)
+    with torch.inference_mode():
+        assert memory(values).max() < 1e-2
 
 
 def test_the_deployed_head_gives_what_the_trained_one_gives():
@@ -135,57 +138,46 @@ def test_masks_show_where_a_batch_was_changed():
             assert (differs[mask > 0] >= 0.15).all()
 
 
-def test_options(tmp_path):
-    with pytest.raises(UadtoolError, match="duet has no memory at stride 4; take 8 or 16"):
-        Duet("mobilenetv2_035", SIZE, 1, memory_stride=4)
-    wide = Duet("mobilenetv2_035", SIZE, 1, entries=30, components=7, width=8)
-    assert [part.shape for part in wide.memory.parts] == [(9, 30)]
+def test_options():
+    wide = Duet("mobilenetv2_035", SIZE, 1, small=30, large=40, components=12, width=8)
+    assert [part.shape for part in wide.small.parts] == [(13, 30)]
+    assert [part.shape for part in wide.large.parts] == [(13, 40)]
+    assert wide.head.out.in_channels == 8
 
 
 @pytest.fixture(scope="module")
 def duet(step, textures):
-    """For each stride of the memory, the trained model; made when asked for."""
-    models = {}
-
-    def train(stride):
-        if stride not in models:
-            models[stride] = step("train", textures, "--method", "duet", "--image-size", 64, "--steps", 30,
-                                  "--option", "entries=200", "--option", f"memory_stride={stride}",
-                                  output=f"duet-{stride}.safetensors")
-        return models[stride]
-
-    return train
+    return step("train", textures, "--method", "duet", "--image-size", 64, "--steps", 30, "--option", "small=100",
+                "--option", "large=200", output="duet.safetensors")
 
 
 def test_training_is_recorded(duet):
-    validate(duet(16).record, "train")
-    model, metadata = load_model(duet(16).path)
+    validate(duet.record, "train")
+    model, metadata = load_model(duet.path)
     assert metadata.method == "duet"
-    assert metadata.options == {"entries": 200, "memory_stride": 16, "components": 64, "width": 96}
+    assert metadata.options == {"small": 100, "large": 200, "components": 64, "width": 96}
     assert set(build_detector(metadata).state_dict()) == set(model.state_dict())
 
 
-@pytest.mark.parametrize(("stride", "target"), [(8, "onnxruntime"), (8, "tensorrt"), (16, "onnxruntime")])
-def test_the_chain(duet, step, uadtool, textures, stride, target):
+@pytest.mark.parametrize("target", ["onnxruntime", "tensorrt"])
+def test_the_chain(duet, step, uadtool, textures, target):
     def auroc(model):
         onnx = step("export", model.path, "--images", textures, output=f"{target}-{model.path.stem}.onnx")
         done = uadtool("score", onnx.path, textures)
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout.splitlines()[-1])["metrics"]["image_auroc"]["pooled"]
 
-    model = duet(stride)
-    ranges = step("calibrate", model.path, textures, "--count", 16, output=f"duet-{stride}.json")
-    int8 = step("quantize", model.path, textures, "--ranges", ranges.path, "--target", target,
-                output=f"int8-{stride}.safetensors")
-    expected = auroc(model)
+    ranges = step("calibrate", duet.path, textures, "--count", 16, output="duet.json")
+    int8 = step("quantize", duet.path, textures, "--ranges", ranges.path, "--target", target,
+                output="duet-int8.safetensors")
+    expected = auroc(duet)
     assert expected > 0.95
     assert auroc(int8) == pytest.approx(expected, abs=0.03)
 
 
 def test_the_head_is_what_fine_tuning_moves(duet, step, textures):
-    model = duet(8)
-    ranges = step("calibrate", model.path, textures, "--count", 16, output="duet-qat.json")
-    tuned = step("quantize", model.path, textures, "--ranges", ranges.path, "--scope", "student", "--qat", "--steps", 3,
+    ranges = step("calibrate", duet.path, textures, "--count", 16, output="duet-qat.json")
+    tuned = step("quantize", duet.path, textures, "--ranges", ranges.path, "--scope", "student", "--qat", "--steps", 3,
                  output="duet-qat.safetensors")
     assert tuned.record["method"] == "qat"
     assert tuned.record["float_layers"]
@@ -193,12 +185,12 @@ def test_the_head_is_what_fine_tuning_moves(duet, step, textures):
 
 
 def test_an_interrupted_run_goes_on_to_the_same_result(textures, tmp_path, monkeypatch):
-    """The memory is chosen anew, the head goes on."""
+    """The memories are chosen anew, the head goes on."""
     samples = training_samples(str(textures))
 
     def run(name, resume=False):
-        options = TrainingOptions(method="duet", method_options={"entries": "50"}, image_size=SIZE, length=6,
-                                  unit="steps")
+        options = TrainingOptions(method="duet", method_options={"small": "50", "large": "50"}, image_size=SIZE,
+                                  length=6, unit="steps")
         return train(samples, options, tmp_path / name, resume).detector.state_dict()
 
     whole, clock = run("whole"), iter(range(100))

@@ -77,14 +77,14 @@ def test_a_built_in_method_cannot_be_replaced(points):
 
 def test_options_have_the_types_of_their_defaults():
     assert method_options("stfpm", {}) == {"fusion": "sum"}
-    options = method_options("duet", {"entries": "12"})
-    assert options == {"entries": 12, "memory_stride": 8, "components": 64, "width": 96}
+    options = method_options("duet", {"small": "12"})
+    assert options == {"small": 12, "large": 12000, "components": 64, "width": 96}
 
 
 @pytest.mark.parametrize(("given", "message"), [
     ({"fusions": "sum"}, "stfpm has no option 'fusions'; it has fusion"),
-    ({"entries": "many"}, "option entries of duet is no int: 'many'"),
+    ({"small": "many"}, "option small of duet is no int: 'many'"),
 ])
 def test_wrong_options_are_refused(given, message):
     with pytest.raises(UadtoolError, match=message):
-        method_options("duet" if "entries" in given else "stfpm", given)
+        method_options("duet" if "small" in given else "stfpm", given)

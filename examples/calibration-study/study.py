@@ -87,7 +87,7 @@ class Study:
         self.training, self.held_out = split_training(self.samples, origin["held_out"], origin["seed"])
         self.test = [sample for sample in scoring_samples([data]) if sample.class_name in self.metadata.classes]
         self.images = {name: self._read(part) for name, part in (
-            ("training", self.training), ("held_out", self.held_out), ("test", self.test),
+            ("held_out", self.held_out), ("test", self.test),
             ("correction", balanced(self.training, CORRECTION_IMAGES, seed)))}
         self.masks = [self._mask(sample) for sample in self.test]
         self.ranges: dict[tuple[bool, str, str, bool], Ranges] = {}
@@ -134,9 +134,9 @@ class Study:
 
     @torch.inference_mode()
     def _evaluate(self, detector: Detector, metadata: Metadata, raw_maps: RawMaps) -> dict[str, float]:
-        fit_statistics(detector, raw_maps, metadata.classes, self._batches("training", self.training),
-                       self._batches("held_out", self.held_out), metadata.false_positive_rate)
-        maps = [detector.normalize_map(*raw_maps(images)) for _, images in self._batches("test", self.test)]
+        fit_statistics(detector, raw_maps, metadata.classes, self._batches("held_out", self.held_out),
+                       metadata.false_positive_rate)
+        maps = [detector.normalize_maps(*raw_maps(images)) for _, images in self._batches("test", self.test)]
         scores = torch.cat([detector.image_score(part) for part in maps]).numpy()
         labels = np.array([sample.label != "good" for sample in self.test])
         names = np.array([sample.class_name for sample in self.test])

@@ -34,6 +34,6 @@ class Gaussian(Detector):
         fold_batch_norm(self.teacher.eval())
         return self.eval()
 
-    def raw_map_and_descriptor(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    def raw_maps_and_descriptor(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         features = self.teacher(pixels)
-        return ((features[1] - self.mean).square() * self.weight).mean(1), describe(features)
+        return ((features[1] - self.mean).square() * self.weight).mean(1, keepdim=True), describe(features)

@@ -60,12 +60,14 @@ def calibrate(model: str, data: Optional[str], output: str, method: str, percent
     from uadtool import __version__
     from uadtool.artifacts import check_writable, file_digest, write_json
     from uadtool.dataset import training_samples
+    from uadtool.host import keep_freed_memory
     from uadtool.models import load_float_model
     from uadtool.progress import Progress
     from uadtool.quantization import RangesFile
     from uadtool.quantization import calibrate as run
     from uadtool.quantization.sources import calibration_batches
 
+    keep_freed_memory()
     if output != "-":
         check_writable(output)
     detector, metadata = load_float_model(model)

@@ -57,10 +57,12 @@ def quantize(model: str, data: Optional[str], ranges_file: Optional[str], output
         raise click.UsageError("Missing argument 'DATA': auto:N, --sensitivity and --qat take good images from there.")
     require_lab()
     from uadtool.artifacts import check_writable, file_digest, write_json
+    from uadtool.host import keep_freed_memory
     from uadtool.models import load_float_model, save_model
     from uadtool.quantization import RangesFile
     from uadtool.quantization.recipe import Recipe, apply_recipe
 
+    keep_freed_memory()
     check_writable(output)
     ranges = RangesFile.read(ranges_file) if ranges_file else None
     digest = file_digest(model)

@@ -74,11 +74,13 @@ def train(data: str, output: str, method: str, method_options: Dict[str, str], t
     require_lab()
     from uadtool.artifacts import check_writable, file_digest, write_json
     from uadtool.dataset import training_samples
+    from uadtool.host import keep_freed_memory
     from uadtool.models import save_model
     from uadtool.quantization import RangesFile
     from uadtool.training import TrainingOptions
     from uadtool.training import train as run
 
+    keep_freed_memory()
     check_writable(output)
     ranges = RangesFile.read(teacher_ranges).ranges if teacher_ranges else None
     samples = training_samples(data, classes.split(",") if classes else None)

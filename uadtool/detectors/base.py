@@ -17,8 +17,8 @@ SCORE_SHARE = 0.01
 """The image score is the mean of this share of the anomaly map, its highest values (as in Dinomaly, CVPR 2025)."""
 PATCH = 2
 """What good images of a class show at a position is known for patches of this many map pixels, squared."""
-STATISTICS = {"expected_map": 0, "map_spread": 1, "score_mean": 0, "score_std": 1}
-"""The buffers that normalise maps and scores, and the values with which they change nothing."""
+STATISTICS = ("expected_maps", "map_spreads", "score_mean", "score_std")
+"""The buffers that normalise maps and scores."""
 
 
 class Output(NamedTuple):
@@ -37,17 +37,19 @@ class Output(NamedTuple):
 class Detector(nn.Module, ABC):
     """A method's networks plus what all methods share: pixel normalisation, class statistics, the image score.
 
+    A subclass computes raw maps, one or more, and descriptors, and trains itself.
     No class label is used at run time. The nearest class prototype (mean descriptor of the class's good training
-    images) chooses what good images of that class show: ``expected_map`` and ``map_spread``, mean and spread of the raw
-    map at each position (a student is always wrong about the rim of a part), then ``score_mean`` and ``score_std`` of
-    the score that is left. That makes positions and classes comparable.
-    A subclass computes raw maps and descriptors, and the loss that trains it.
+    images) chooses what good images of that class show: ``expected_maps`` and ``map_spreads``, mean and spread of each
+    raw map at each position (a student is always wrong about the rim of a part). What is left of the maps is summed:
+    that makes positions, and maps of different kinds, comparable. ``score_mean`` and ``score_std`` of what remains
+    make the classes comparable.
 
     Args:
         classes: how many prototypes there are.
         descriptor_size: length of the descriptor.
         map_size: (height, width) of the anomaly map.
         mean, std: of pixel values in 0..1, per RGB channel, as the teacher expects them.
+        maps: how many raw maps there are.
     """
 
     trained: ClassVar[str] = "student"
@@ -60,22 +62,22 @@ class Detector(nn.Module, ABC):
     pixel_scale: Tensor
     prototypes: Tensor
     descriptor_scale: Tensor
-    expected_map: Tensor
-    map_spread: Tensor
+    expected_maps: Tensor
+    map_spreads: Tensor
     score_mean: Tensor
     score_std: Tensor
 
     def __init__(self, classes: int, descriptor_size: int, map_size: tuple[int, int], mean: list[float],
-                 std: list[float]) -> None:
+                 std: list[float], maps: int = 1) -> None:
         super().__init__()
         self.map_size = map_size
         self.register_buffer("pixel_mean", 255 * _per_channel(mean))
         self.register_buffer("pixel_scale", 1 / (255 * _per_channel(std)))
         self.register_buffer("prototypes", torch.zeros(classes, descriptor_size))
         self.register_buffer("descriptor_scale", torch.ones(descriptor_size))
-        grid = classes, map_size[0] // PATCH, map_size[1] // PATCH
-        self.register_buffer("expected_map", torch.zeros(grid))
-        self.register_buffer("map_spread", torch.ones(grid))
+        grid = classes, maps, map_size[0] // PATCH, map_size[1] // PATCH
+        self.register_buffer("expected_maps", torch.zeros(grid))
+        self.register_buffer("map_spreads", torch.ones(grid))
         self.register_buffer("score_mean", torch.zeros(classes))
         self.register_buffer("score_std", torch.ones(classes))
 
@@ -92,8 +94,8 @@ class Detector(nn.Module, ABC):
         return self.teacher
 
     @abstractmethod
-    def raw_map_and_descriptor(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """From normalised pixels [N, 3, H, W]: the raw anomaly map [N, h, w], >= 0, and the descriptor [N, D]."""
+    def raw_maps_and_descriptor(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """From normalised pixels [N, 3, H, W]: the raw anomaly maps [N, M, h, w], >= 0, and the descriptor [N, D]."""
 
     def normalize(self, image: Tensor) -> Tensor:
         """uint8 [N, H, W, 3] -> float32 [N, 3, H, W] as the teacher expects it."""
@@ -106,13 +108,13 @@ class Detector(nn.Module, ABC):
 
     def forward(self, image: Tensor) -> Output:
         """uint8 [N, H, W, 3], RGB -> scores and maps."""
-        raw, nearest = self.raw_map_and_class(image)
-        anomaly_map = self.normalize_map(raw, nearest)
-        return Output(self.image_score(anomaly_map), self.image_score(raw), anomaly_map, nearest.int())
+        raw, nearest = self.raw_maps_and_class(image)
+        anomaly_map = self.normalize_maps(raw, nearest)
+        return Output(self.image_score(anomaly_map), self.image_score(raw.sum(1)), anomaly_map, nearest.int())
 
-    def raw_map_and_class(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        """From uint8 [N, H, W, 3]: the raw anomaly map [N, h, w] and the index of the nearest class, int64 [N]."""
-        raw, descriptor = self.raw_map_and_descriptor(self.normalize(image))
+    def raw_maps_and_class(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """From uint8 [N, H, W, 3]: the raw anomaly maps [N, M, h, w] and the index of the nearest class, int64 [N]."""
+        raw, descriptor = self.raw_maps_and_descriptor(self.normalize(image))
         return raw, self.nearest_class(descriptor)
 
     def nearest_class(self, descriptor: Tensor) -> Tensor:
@@ -120,25 +122,27 @@ class Detector(nn.Module, ABC):
         differences = (descriptor[:, None] - self.prototypes) * self.descriptor_scale
         return differences.square().sum(2).argmin(1)
 
-    def normalize_map(self, raw: Tensor, nearest: Tensor) -> Tensor:
-        """Raw maps [N, h, w] of images of the classes ``nearest`` [N] -> in units of good images' scores."""
+    def standardize_maps(self, raw: Tensor, nearest: Tensor) -> Tensor:
+        """Raw maps [N, M, h, w] of images of the classes ``nearest`` [N] -> in units of what good images show there."""
+        return standardize(raw, self.expected_maps[nearest], self.map_spreads[nearest])
+
+    def normalize_maps(self, raw: Tensor, nearest: Tensor) -> Tensor:
+        """Raw maps [N, M, h, w] of images of the classes ``nearest`` [N] -> [N, h, w], in units of good scores."""
         mean, std = self.score_mean[nearest][:, None, None], self.score_std[nearest][:, None, None]
-        expected, spread = self.expected_map[nearest], self.map_spread[nearest]
-        # ((raw - expected) / spread - mean) / std, in the form with the fewest operations on whole maps
-        return (raw - self._enlarge(expected + mean * spread)) / self._enlarge(spread * std)
-
-    def _enlarge(self, grid: Tensor) -> Tensor:
-        return F.interpolate(grid[:, None], size=self.map_size, mode="bilinear", align_corners=False)[:, 0]
-
-    def reset_statistics(self) -> None:
-        """Neutral statistics, with which anomaly maps and scores are the raw ones."""
-        for name, neutral in STATISTICS.items():
-            self.get_buffer(name).fill_(neutral)
+        return (self.standardize_maps(raw, nearest).sum(1) - mean) / std
 
     def image_score(self, anomaly_map: Tensor) -> Tensor:
         """Mean of the highest hundredth of each map: [N, h, w] -> [N]."""
         count = max(1, round(SCORE_SHARE * self.map_size[0] * self.map_size[1]))
         return anomaly_map.flatten(1).topk(count, dim=1).values.mean(1)
+
+
+@fx.wrap  # one node in every traced graph, whose input are the raw maps
+def standardize(raw: Tensor, expected: Tensor, spread: Tensor) -> Tensor:
+    """Deviation of [N, M, h, w] from what is expected, in units of the spread; both are known on a coarser grid."""
+    expected, spread = (F.interpolate(grid, size=raw.shape[2:], mode="bilinear", align_corners=False)
+                        for grid in (expected, spread))
+    return (raw - expected) / spread
 
 
 def describe(features: Sequence[Tensor]) -> Tensor:

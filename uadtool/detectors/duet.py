@@ -1,7 +1,7 @@
 """Duet: a memory of good patches and a head that has learned what defects look like, on one frozen teacher.
 
-The two see different things: the memory what never occurred, the head what is out of place though it occurs. Each
-map counts in units of what it shows on held-out good images; their sum is the raw map.
+The two see different things: the memory what never occurred, the head what is out of place though it occurs. And a
+memory of small patches sees other defects than one of large patches: two small ones find more than a big joint one.
 """
 
 from collections.abc import Sequence
@@ -20,14 +20,11 @@ from uadtool.detectors.backbones import (
     remove_identities,
 )
 from uadtool.detectors.base import Detector, describe
-from uadtool.detectors.memory import PatchMemory, coreset, principal_components, usual_distances
-from uadtool.errors import UadtoolError
+from uadtool.detectors.memory import PatchMemory
 
 if TYPE_CHECKING:
     from uadtool.training.loop import Outcome, Run
 
-PATCHES = 60_000
-"""Of all training images, the same number of each, from which the memory chooses."""
 LEARNING_RATE, WEIGHT_DECAY = 2e-3, 1e-3
 FOCAL, DICE = 5.0, 0.3
 ANOMALOUS, AUGMENTED = 0.6, 0.2
@@ -39,104 +36,51 @@ LEAST_COVERED = 0.15
 
 
 class Duet(Detector):
-    """Memory and head; they read the teacher's feature maps at strides 4, 8 and 16.
+    """Two memories, of small patches (the teacher's features at stride 8) and of large ones (stride 16), and a head.
 
     Args:
         teacher: name of a timm CNN.
         image_size: (height, width) of the input in pixels.
         classes: number of classes.
-        entries: size of the memory.
-        memory_stride: 8, or 16 for a memory of larger patches that costs a quarter.
-        components: principal components of the features that the memory stores.
+        small: size of the memory of small patches.
+        large: size of the memory of large patches, each the mean of 3 x 3 positions.
+        components: principal components of the features that a memory stores, at most.
         width: channels of the head.
 
     Raises:
-        UadtoolError: there is no such teacher or stride.
+        UadtoolError: there is no such teacher.
     """
 
     trained = "head"
     float_teacher = True
-    usual: Tensor
-    spread: Tensor
 
-    def __init__(self, teacher: str, image_size: tuple[int, int], classes: int, entries: int = 6000,
-                 memory_stride: int = 8, components: int = 64, width: int = 96) -> None:
-        if memory_stride not in (8, 16):
-            raise UadtoolError(f"duet has no memory at stride {memory_stride}; take 8 or 16")
+    def __init__(self, teacher: str, image_size: tuple[int, int], classes: int, small: int = 3000, large: int = 12000,
+                 components: int = 64, width: int = 96) -> None:
         network = build_backbone(teacher, image_size)
         shapes = feature_shapes(network, image_size)
         channels = [shape[0] for shape in shapes]
-        super().__init__(classes, sum(channels), shapes[1][1:], *normalization(teacher))
+        super().__init__(classes, sum(channels), shapes[1][1:], *normalization(teacher), maps=3)
         self.teacher = network
-        self.memory_stride = memory_stride
-        self.project_fine = nn.Conv2d(channels[1], components, 1)
-        self.project_coarse = nn.Conv2d(channels[2], components, 1, bias=False)
-        self.memory = PatchMemory(entries, components)
+        self.small = PatchMemory(channels[1], components, small, context=1)
+        self.large = PatchMemory(channels[2], components, large, context=3)
         self.head: nn.Module = Head(channels, width)
-        self.register_buffer("usual", torch.zeros(2))
-        self.register_buffer("spread", torch.ones(2))
 
-    def raw_map_and_descriptor(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    def raw_maps_and_descriptor(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         features = self.teacher(pixels)
-        maps = torch.stack([self.memory_map(features), self.head_map(features)], dim=3)
-        return ((maps - self.usual) / self.spread).sum(3), describe(features)
-
-    def memory_map(self, features: Sequence[Tensor]) -> Tensor:
-        """[N, h, w]: distance to the memory in units of the usual one."""
-        distances = self.memory(self.patches(features))
-        return distances if self.memory_stride == 8 else _double(distances[:, None]).squeeze(1)
-
-    def head_map(self, features: Sequence[Tensor]) -> Tensor:
-        """[N, h, w]: how likely a defect is, 0 to 1."""
-        likely: Tensor = self.head(features[0], features[1], features[2]).sigmoid()
-        return likely.squeeze(1)
-
-    def patches(self, features: Sequence[Tensor]) -> Tensor:
-        """What the memory stores: principal components of the features of 3 x 3 positions, [N, components, h, w]."""
-        fine, coarse = self.project_fine(features[1]), self.project_coarse(features[2])
-        if self.memory_stride == 8:
-            return _average(fine + _double(coarse))
-        return _average(F.avg_pool2d(fine, 2) + coarse)
+        # Plus 1: the least spread of a map is a share of its level, and what the head says of good images is nearly 0.
+        likely = 1 + self.head(features[0], features[1], features[2]).sigmoid()
+        return torch.cat([self.small(features[1]), _double(self.large(features[2])), likely], dim=1), describe(features)
 
     def fit(self, run: "Run") -> "Outcome":
-        self.fit_memory(run)
+        self.fit_memories(run)
         outcome = self.fit_head(run)
         self.fold_batch_norm()
-        self.fit_fusion(run)
         return outcome
 
-    @torch.inference_mode()
-    def fit_memory(self, run: "Run") -> None:
-        """Choose principal components and entries from the training images."""
-        each = max(1, PATCHES // len(run.training))
-        generator = torch.Generator().manual_seed(run.seed)
-        height, width = self.map_size
-        cells = height * width if self.memory_stride == 8 else height * width // 4
-        raw = []
-        for _, features in run.training.batches():
-            fine, coarse = features[1].float(), features[2].float()
-            joined = [fine, _double(coarse)] if self.memory_stride == 8 else [F.avg_pool2d(fine, 2), coarse]
-            grid = _average(torch.cat(joined, dim=1)).flatten(2)
-            raw.append(torch.cat([one[:, torch.randperm(cells, generator=generator)[:each]].T for one in grid]))
-        patches = torch.cat(raw)
-        projections = self.project_fine, self.project_coarse
-        sizes = [conv.in_channels for conv in projections]
-        # standardised channels, and the same weight for each feature map
-        scale = 1 / patches.std(0).clamp(min=1e-6) / torch.cat([torch.full((n,), n**0.5) for n in sizes])
-        mean, vectors = principal_components(patches * scale, self.project_fine.out_channels)
-        weight = vectors * scale
-        for conv, part in zip(projections, torch.split(weight, sizes, dim=1)):
-            conv.weight.copy_(part[:, :, None, None])
-        assert self.project_fine.bias is not None
-        self.project_fine.bias.copy_(-(vectors @ mean))
-        stored = patches @ weight.T - vectors @ mean
-        chosen = coreset(stored, self.memory.entries)
-        entries, usual = stored[chosen], usual_distances(stored, chosen)
-        missing = self.memory.entries - len(entries)
-        if missing:  # too few images: the first entry stands for those that are not there
-            entries = torch.cat([entries, entries[:1].expand(missing, -1)])
-            usual = torch.cat([usual, usual[:1].expand(missing)])
-        self.memory.fill(entries, usual)
+    def fit_memories(self, run: "Run") -> None:
+        """Fill them with patches of the training images."""
+        for index, memory in ((1, self.small), (2, self.large)):
+            memory.fit((features[index] for _, features in run.training.batches()), len(run.training), run.seed)
 
     def fit_head(self, run: "Run") -> "Outcome":
         """Train the head on synthetic anomalies."""
@@ -168,16 +112,6 @@ class Duet(Detector):
 
         return run.optimize(self.head, optimizer, training_loss, lambda: (
             (loss_of(features, masks), len(masks)) for features, masks in held_out))
-
-    @torch.inference_mode()
-    def fit_fusion(self, run: "Run") -> None:
-        """Unit of each map: from its median on held-out good images to what one image in ten reaches."""
-        features = [[f.to(run.device).float() for f in part] for _, part in run.held_out.batches()]
-        for index, raw_map in enumerate((self.memory_map, self.head_map)):
-            maps = torch.cat([raw_map(part) for part in features])
-            median, high = maps.median(), maps.flatten(1).amax(1).quantile(0.9)
-            self.usual[index] = median
-            self.spread[index] = (high - median).clamp(min=1e-6)
 
     def fold_batch_norm(self) -> "Duet":
         self.eval()
@@ -312,8 +246,3 @@ def _crop(features: Sequence[Tensor], masks: Tensor, generator: np.random.Genera
 
 def _double(values: Tensor) -> Tensor:
     return F.interpolate(values, scale_factor=2.0, mode="bilinear", align_corners=False)
-
-
-def _average(values: Tensor) -> Tensor:
-    """Mean over 3 x 3 positions; fewer at the border."""
-    return F.avg_pool2d(values, 3, 1, 1, count_include_pad=False)

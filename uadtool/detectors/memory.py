@@ -1,46 +1,74 @@
-"""A memory of good patches that is a part of the graph: PatchCore (Roth et al., CVPR 2022, arXiv 2106.08265), compact.
+"""A memory of good patches as a part of the graph: PatchCore (Roth et al., CVPR 2022, arXiv 2106.08265), compact."""
 
-The distance to an entry counts in units of what is usual around that entry, so that rims and textures that vary do not
-outshout a scratch on a plain surface (as in the local outlier factor, Breunig et al., SIGMOD 2000).
-"""
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-NEIGHBOURS, PSEUDO_COUNT = 10, 10
-"""Entries around one whose patches tell the usual distance there, and the weight, in patches, of the overall one."""
+PATCHES = 60_000
+"""Of all images, the same number of each, from which a memory chooses."""
 CHUNK = 500
 """Entries whose distances are computed at once: so they stay in the cache. Ten times faster than all at once."""
 
 
 class PatchMemory(nn.Module):
-    """Distance of each patch to the memory: [N, D, h, w] -> [N, h, w], in units of the usual distance.
+    """Distance of each patch to the nearest one in the memory: features [N, C, h, w] -> [N, 1, h, w].
 
-    min |x - c|^2 / m^2 over entries c with their usual distances m is -max of a linear function of (x, |x|^2, 1): a
-    matrix product and a maximum, which every runtime has fast. ``parts`` hold it: [D + 2, up to 500 entries] each.
+    A patch is the mean of ``context`` x ``context`` positions, in principal components of standardised channels, as
+    many as ``components`` or as there are channels.
+    min |x - c|^2 over entries c is |x|^2 - max (2 x.c - |c|^2): a matrix product and a maximum, which every runtime has
+    fast. ``parts`` hold 2 c and -|c|^2: [components + 1, up to 500 entries] each.
     """
 
-    def __init__(self, entries: int, size: int) -> None:
+    def __init__(self, channels: int, components: int, entries: int, context: int) -> None:
         super().__init__()
-        self.entries = entries
-        self.parts = nn.ParameterList(nn.Parameter(torch.zeros(size + 2, min(CHUNK, entries - start)), False)
+        size = min(channels, components)
+        self.project = nn.Conv2d(channels, size, 1)
+        self.entries, self.context = entries, context
+        self.parts = nn.ParameterList(nn.Parameter(torch.zeros(size + 1, min(CHUNK, entries - start)), False)
                                       for start in range(0, entries, CHUNK))
 
+    def forward(self, features: Tensor) -> Tensor:
+        x = self._average(self.project(features)).permute(0, 2, 3, 1)
+        extended = torch.cat([x, torch.ones_like(x[..., :1])], dim=3).flatten(1, 2)
+        nearest = torch.stack([(extended @ part).amax(2) for part in self.parts]).amax(0)
+        squared = (x * x).sum(3) - nearest.view(x.shape[0], x.shape[1], x.shape[2])
+        return squared.clamp(min=0).sqrt().unsqueeze(1)
+
     @torch.no_grad()
-    def fill(self, entries: Tensor, usual: Tensor) -> None:
-        """Set the entries [entries, D] and their usual distances [entries]."""
-        weight = usual.double().square().reciprocal()
-        points = entries.double()
-        linear = torch.cat([2 * points, -torch.ones_like(points[:, :1]), -points.square().sum(1, keepdim=True)], dim=1)
-        for part, values in zip(self.parts, torch.split(linear * weight[:, None], CHUNK)):
+    def fit(self, features: Iterable[Tensor], images: int, seed: int) -> None:
+        """Choose principal components and entries from the feature maps of so many good images, in place."""
+        each = max(1, PATCHES // images)
+        generator = torch.Generator().manual_seed(seed)
+        chosen = []
+        for part in features:
+            for one in self._average(part.float()).flatten(2):
+                chosen.append(one[:, torch.randperm(one.shape[1], generator=generator)[:each]].T)
+        patches = torch.cat(chosen)
+        scale = 1 / patches.std(0).clamp(min=1e-6)
+        mean, vectors = principal_components(patches * scale, self.project.out_channels)
+        weight, bias = vectors * scale, -(vectors @ mean)
+        self.project.weight.copy_(weight[:, :, None, None])
+        assert self.project.bias is not None
+        self.project.bias.copy_(bias)
+        stored = patches @ weight.T + bias
+        entries = stored[coreset(stored, self.entries)]
+        missing = self.entries - len(entries)  # of few images: the first entry stands for those that are not there
+        self.fill(torch.cat([entries, entries[:1].expand(missing, -1)]))
+
+    @torch.no_grad()
+    def fill(self, entries: Tensor) -> None:
+        """Set the entries [entries, components]."""
+        linear = torch.cat([2 * entries, -entries.square().sum(1, keepdim=True)], dim=1)
+        for part, values in zip(self.parts, torch.split(linear, CHUNK)):
             part.copy_(values.T)
 
-    def forward(self, patches: Tensor) -> Tensor:
-        x = patches.permute(0, 2, 3, 1)
-        extended = torch.cat([x, (x * x).sum(3, keepdim=True), torch.ones_like(x[..., :1])], dim=3).flatten(1, 2)
-        nearest = [(extended @ part).amax(2) for part in self.parts]
-        squared = -torch.stack(nearest).amax(0)
-        return squared.clamp(min=0).sqrt().view(patches.shape[0], patches.shape[2], patches.shape[3])
+    def _average(self, values: Tensor) -> Tensor:
+        """Fewer positions at the border."""
+        if self.context == 1:
+            return values
+        return F.avg_pool2d(values, self.context, 1, self.context // 2, count_include_pad=False)
 
 
 @torch.inference_mode()
@@ -61,31 +89,6 @@ def coreset(patches: Tensor, count: int) -> Tensor:
         distances = to_it if place == 0 else torch.minimum(distances, to_it)
         distances[index] = -1  # never again, even where patches are equal
     return chosen
-
-
-@torch.inference_mode()
-def usual_distances(patches: Tensor, chosen: Tensor) -> Tensor:
-    """Mean distance to the memory of the patches around each entry: [entries].
-
-    A patch counts for its nearest entry and for that one's neighbours. Those that are entries themselves tell nothing.
-
-    Args:
-        patches: of good images [N, D].
-        chosen: indices of those that are the entries.
-    """
-    entries = patches[chosen]
-    rest = torch.ones(len(patches), dtype=torch.bool)
-    rest[chosen] = False
-    sums, counts = torch.zeros(len(entries)), torch.zeros(len(entries))
-    for part in torch.split(patches[rest], 2048):
-        distances, nearest = torch.cdist(part, entries).min(1)
-        sums.index_add_(0, nearest, distances)
-        counts.index_add_(0, nearest, torch.ones_like(distances))
-    usual = sums.sum() / counts.sum().clamp(min=1)
-    around = torch.cat([torch.cdist(part, entries).topk(min(NEIGHBOURS, len(entries)), largest=False).indices
-                        for part in torch.split(entries, 2048)])
-    means = (sums[around].sum(1) + PSEUDO_COUNT * usual) / (counts[around].sum(1) + PSEUDO_COUNT)
-    return means.clamp(min=1e-6)
 
 
 @torch.inference_mode()

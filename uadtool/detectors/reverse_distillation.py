@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from uadtool.detectors.backbones import build_backbone, feature_shapes, fold_batch_norm, normalization
 from uadtool.detectors.base import Detector, describe
-from uadtool.detectors.stfpm import distillation_loss, fused_distance
+from uadtool.detectors.stfpm import distance_maps, distillation_loss
 
 if TYPE_CHECKING:
     from uadtool.training.loop import Outcome, Run
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 LEARNING_RATE, BETAS, WEIGHT_DECAY = 5e-3, (0.5, 0.999), 1e-5
 """As in arXiv 2407.02968 (table 1) and the authors' code."""
 SMOOTHING = 4.0
-"""Standard deviation of the Gaussian that smooths the map, in pixels of the input, as in the authors' code."""
+"""Standard deviation of the Gaussian that smooths the maps, in pixels of the input, as in the authors' code."""
 
 
 class ReverseDistillation(Detector):
@@ -41,20 +41,19 @@ class ReverseDistillation(Detector):
         network = build_backbone(teacher, image_size)
         shapes = feature_shapes(network, image_size)
         channels, map_size = [shape[0] for shape in shapes], shapes[0][1:]
-        super().__init__(classes, sum(channels), map_size, *normalization(teacher))
+        super().__init__(classes, sum(channels), map_size, *normalization(teacher), maps=3)
         self.teacher = network
         self.student: nn.Module = Student(channels, width)
-        self.register_buffer("kernel", _gaussian(SMOOTHING * map_size[0] / image_size[0]))
+        self.register_buffer("kernel", _gaussian(SMOOTHING * map_size[0] / image_size[0]).repeat(3, 1, 1, 1))
 
     kernel: Tensor
 
-    def raw_map_and_descriptor(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    def raw_maps_and_descriptor(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         features = self.teacher(pixels)
-        rebuilt = self.student(features[0], features[1], features[2])
-        fused = fused_distance(features, rebuilt, self.map_size)
+        maps = distance_maps(features, self.student(features[0], features[1], features[2]), self.map_size)
         margin = self.kernel.shape[2] // 2
-        smooth = F.conv2d(F.pad(fused, (margin, margin, margin, margin), mode="replicate"), self.kernel)
-        return smooth.squeeze(1), describe(features)
+        padded = F.pad(maps, (margin, margin, margin, margin), mode="replicate")
+        return F.conv2d(padded, self.kernel, groups=3), describe(features)
 
     def fit(self, run: "Run") -> "Outcome":
         optimizer = torch.optim.Adam(self.student.parameters(), LEARNING_RATE, BETAS, weight_decay=WEIGHT_DECAY)

@@ -34,7 +34,7 @@ class STFPM(Detector):
         teacher: name of a timm CNN; the student has the same architecture.
         image_size: (height, width) of the input in pixels.
         classes: number of classes.
-        fusion: how the three maps become one, ``product`` as in the paper or ``sum``.
+        fusion: ``sum`` of the three maps, each standardised, or their ``product``, as in the paper.
 
     Raises:
         UadtoolError: there is no such teacher or fusion.
@@ -45,7 +45,8 @@ class STFPM(Detector):
             raise UadtoolError(f"stfpm has no fusion {fusion!r}; take {' or '.join(FUSIONS)}")
         networks = build_backbone(teacher, image_size), build_backbone(teacher, image_size)
         shapes = feature_shapes(networks[0], image_size)
-        super().__init__(classes, sum(shape[0] for shape in shapes), shapes[0][1:], *normalization(teacher))
+        super().__init__(classes, sum(shape[0] for shape in shapes), shapes[0][1:], *normalization(teacher),
+                         maps=3 if fusion == "sum" else 1)
         self.teacher, self.student = networks
         self.fusion = fusion
 
@@ -63,9 +64,12 @@ class STFPM(Detector):
         fold_batch_norm(self.student)
         return self
 
-    def raw_map_and_descriptor(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    def raw_maps_and_descriptor(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         teacher, student = self.teacher(pixels), self.student(pixels)
-        return fused_distance(teacher, student, self.map_size, self.fusion).squeeze(1), describe(teacher)
+        maps = distance_maps(teacher, student, self.map_size)
+        if self.fusion == "product":
+            maps = maps[:, :1] * maps[:, 1:2] * maps[:, 2:]
+        return maps, describe(teacher)
 
 
 def cosine_distance(teacher: Tensor, student: Tensor) -> Tensor:
@@ -79,15 +83,11 @@ def cosine_distance(teacher: Tensor, student: Tensor) -> Tensor:
     return (1 - (t * s).sum(-1) * norms.clamp(min=1e-24).rsqrt()).unsqueeze(1)
 
 
-def fused_distance(teacher: Sequence[Tensor], student: Sequence[Tensor], size: tuple[int, int],
-                   fusion: str = "sum") -> Tensor:
-    """The cosine distances of all feature maps as one map [N, 1, *size], which the first ones have already."""
-    maps = [cosine_distance(t, s) for t, s in zip(teacher, student)]
-    fused = maps[0]
-    for one in maps[1:]:
-        one = F.interpolate(one, size=size, mode="bilinear", align_corners=False)
-        fused = fused + one if fusion == "sum" else fused * one
-    return fused
+def distance_maps(teacher: Sequence[Tensor], student: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
+    """The cosine distances of all feature maps [N, M, *size], which the first ones have already."""
+    first, *others = (cosine_distance(t, s) for t, s in zip(teacher, student))
+    enlarged = [F.interpolate(one, size=size, mode="bilinear", align_corners=False) for one in others]
+    return torch.cat([first, *enlarged], dim=1)
 
 
 def distillation_loss(teacher: Sequence[Tensor], student: Sequence[Tensor]) -> Tensor:

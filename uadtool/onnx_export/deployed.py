@@ -8,9 +8,9 @@ from tempfile import TemporaryDirectory
 import onnx
 import torch
 from onnx import ModelProto
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
-from uadtool.detectors.base import STATISTICS
+from uadtool.detectors.base import Output, standardize
 from uadtool.metadata import Metadata
 from uadtool.onnx_export.writer import to_onnx
 from uadtool.runtimes import Runtime, open_model
@@ -25,18 +25,25 @@ def open_proto(proto: ModelProto, runtime: str = "onnxruntime") -> Runtime:
 
 
 def deployed_maps(model: nn.Module, metadata: Metadata) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-    """The ``raw_map_and_class`` of a quantized graph, computed by ONNX Runtime.
+    """The ``raw_maps_and_class`` of a quantized graph, computed by ONNX Runtime.
 
     Args:
         model: a detector or what ``quantize`` or ``half`` made from one.
     """
-    neutral = copy.deepcopy(model)
-    for name, value in STATISTICS.items():
-        neutral.get_buffer(name).fill_(value)
-    runtime = open_proto(to_onnx(neutral, metadata))
+    traced = copy.deepcopy(model) if isinstance(model, fx.GraphModule) else fx.symbolic_trace(model)
+    raw = next(node.args[0] for node in traced.graph.nodes if node.target is standardize)
+    output = next(node for node in traced.graph.nodes if node.target is Output)
+    with traced.graph.inserting_before(output):
+        below_each_other = traced.graph.call_method("flatten", (raw, 1, 2))
+    output.update_arg(Output._fields.index("anomaly_map"), below_each_other)
+    traced.recompile()
+    height, width = metadata.map_size
+    count = model.get_buffer("map_spreads").shape[1]
+    runtime = open_proto(to_onnx(traced, metadata.replace(map_size=(count * height, width))))
 
-    def raw_map_and_class(images: Tensor) -> tuple[Tensor, Tensor]:
+    def raw_maps_and_class(images: Tensor) -> tuple[Tensor, Tensor]:
         found = runtime.run(images.numpy())
-        return torch.from_numpy(found.anomaly_map), torch.from_numpy(found.nearest_class).long()
+        maps = torch.from_numpy(found.anomaly_map).view(-1, count, height, width)
+        return maps, torch.from_numpy(found.nearest_class).long()
 
-    return raw_map_and_class
+    return raw_maps_and_class

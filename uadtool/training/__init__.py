@@ -110,7 +110,7 @@ def train(samples: Sequence[Sample], options: TrainingOptions, checkpoint: Path,
     outcome = detector.fit(Run(training, held_out, steps, options.seed, device, dtype, checkpoint, config, resume))
     detector.fold_batch_norm()
     fit_prototypes(detector, classes, training)
-    threshold = _fit_statistics(detector, detector.raw_map_and_class, classes, rest, held_out_samples,
+    threshold = _fit_statistics(detector, detector.raw_maps_and_class, classes, held_out_samples,
                                 options.image_size, options.false_positive_rate, device)
     detector.to(device="cpu", memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     report = {
@@ -163,22 +163,21 @@ def refit_statistics(detector: Detector, raw_maps: RawMaps, metadata: Metadata, 
         ImageError: an image cannot be read.
     """
     step = metadata.provenance[0]
-    rest, held_out = split_training(samples, step["held_out"], step["seed"])
-    threshold = _fit_statistics(detector, raw_maps, metadata.classes, rest, held_out, metadata.image_size,
+    _, held_out = split_training(samples, step["held_out"], step["seed"])
+    threshold = _fit_statistics(detector, raw_maps, metadata.classes, held_out, metadata.image_size,
                                 metadata.false_positive_rate, torch.device("cpu"))
     *before, last = metadata.provenance
     return metadata.replace(threshold=threshold, provenance=[*before, {
         **last, "statistics": {"images": list_digest(sample.path for sample in samples), "count": len(samples)}}])
 
 
-def _fit_statistics(detector: Detector, raw_maps: RawMaps, classes: Sequence[str], training: Sequence[Sample],
-                    held_out: Sequence[Sample], image_size: tuple[int, int], false_positive_rate: float,
-                    device: torch.device) -> float:
+def _fit_statistics(detector: Detector, raw_maps: RawMaps, classes: Sequence[str], held_out: Sequence[Sample],
+                    image_size: tuple[int, int], false_positive_rate: float, device: torch.device) -> float:
     """``fit_statistics`` with images read from files, and progress."""
-    with Progress("score statistics", len(training) + len(held_out)) as progress:
-        def batches(samples: Sequence[Sample]) -> Iterator[tuple[Sequence[Sample], Tensor]]:
-            for part, images in image_batches(samples, image_size, available_cores()):
+    with Progress("score statistics", len(held_out)) as progress:
+        def batches() -> Iterator[tuple[Sequence[Sample], Tensor]]:
+            for part, images in image_batches(held_out, image_size, available_cores()):
                 yield part, images.to(device)
                 progress.update(len(part))
 
-        return fit_statistics(detector, raw_maps, classes, batches(training), batches(held_out), false_positive_rate)
+        return fit_statistics(detector, raw_maps, classes, batches(), false_positive_rate)

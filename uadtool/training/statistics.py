@@ -1,6 +1,6 @@
 """What makes scores comparable across classes, and the threshold: all from good images, no label at run time."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from uadtool.dataset import Sample
-from uadtool.detectors.base import PATCH, Detector, describe
+from uadtool.detectors.base import PATCH, Detector, describe, standardize
 from uadtool.training.data import TeacherFeatures
 
 PSEUDO_COUNT = 4
@@ -20,7 +20,7 @@ LEAST_SPREAD = 0.01
 Batches = Iterable[tuple[Sequence[Sample], Tensor]]
 """Samples with their images, uint8 [N, H, W, 3] on the model's device."""
 RawMaps = Callable[[Tensor], tuple[Tensor, Tensor]]
-"""Images, uint8 [N, H, W, 3] -> raw anomaly maps [N, h, w] and indices of the nearest classes, int64 [N]."""
+"""Images, uint8 [N, H, W, 3] -> raw anomaly maps [N, M, h, w] and indices of the nearest classes, int64 [N]."""
 
 
 class ScoreStatistics(NamedTuple):
@@ -30,20 +30,18 @@ class ScoreStatistics(NamedTuple):
     std: float
 
 
-def class_statistics(scores: Mapping[str, Sequence[float]]) -> dict[str, ScoreStatistics]:
+def class_statistics(scores: Sequence[Sequence[float]]) -> list[ScoreStatistics]:
     """Mean and standard deviation of each class's scores, from few images each.
 
     A class with 5 held-out images hardly knows its own spread. So the variance that is usual among the classes joins in
     as if it had been seen in ``PSEUDO_COUNT`` images (a scaled inverse chi-squared prior).
     """
-    means = {name: float(np.mean(values)) for name, values in scores.items()}
-    squares = {name: float(np.sum(np.square(np.subtract(values, means[name])))) for name, values in scores.items()}
-    degrees = {name: len(values) - 1 for name, values in scores.items()}
-    total = sum(degrees.values())
-    usual = sum(squares.values()) / total if total else 1.0
-    return {name: ScoreStatistics(means[name], max(LEAST_SPREAD, (
-                (squares[name] + PSEUDO_COUNT * usual) / (degrees[name] + PSEUDO_COUNT)) ** 0.5))
-            for name in scores}
+    means = [float(np.mean(values)) for values in scores]
+    squares = [float(np.sum(np.square(np.subtract(values, mean)))) for values, mean in zip(scores, means)]
+    degrees = [len(values) - 1 for values in scores]
+    usual = sum(squares) / sum(degrees) if sum(degrees) else 1.0
+    return [ScoreStatistics(mean, max(LEAST_SPREAD, ((square + PSEUDO_COUNT * usual) / (n + PSEUDO_COUNT)) ** 0.5))
+            for mean, square, n in zip(means, squares, degrees)]
 
 
 def threshold_at(scores: Iterable[float], false_positive_rate: float) -> float:
@@ -70,59 +68,68 @@ def fit_prototypes(detector: Detector, classes: Sequence[str], training: Teacher
 
 
 @torch.inference_mode()
-def fit_statistics(detector: Detector, raw_maps: RawMaps, classes: Sequence[str], training: Batches, held_out: Batches,
+def fit_statistics(detector: Detector, raw_maps: RawMaps, classes: Sequence[str], held_out: Batches,
                    false_positive_rate: float) -> float:
     """Set map and score statistics of a detector, in place; returns the threshold.
 
+    The images that trained a detector tell little of what its maps show on others. And each held-out image is scored
+    with what the others of its class show: else its own noise would be expected, and the threshold too low.
+
     Args:
         detector: one with prototypes.
-        raw_maps: the detector's own ``raw_map_and_class``, or that of what was made from it.
+        raw_maps: the detector's own ``raw_maps_and_class``, or that of what was made from it.
         classes: their names, in the order of the prototypes.
-        training: good images of every class that tell what a map shows where.
-        held_out: others, whose scores tell how far good ones go, and of which the ``false_positive_rate`` may exceed
-            the threshold.
+        held_out: good images of every class that trained nothing, of which the ``false_positive_rate`` may exceed the
+            threshold. Their maps must fit into memory.
     """
-    detector.reset_statistics()
-    expected, spread = _map_statistics(raw_maps, classes, training)
-    detector.expected_map.copy_(expected)
-    detector.map_spread.copy_(spread)
-    names, results = [], []
+    owners, parts = [], []
     for samples, images in held_out:
-        names += [sample.class_name for sample in samples]
-        raw, nearest = raw_maps(images)
-        results.append((detector.image_score(detector.normalize_map(raw, nearest)), nearest))
-    scores, nearest = (torch.cat(parts) for parts in zip(*results))
+        owners += [classes.index(str(sample.class_name)) for sample in samples]
+        parts.append(raw_maps(images))
+    maps, nearest = (torch.cat(part) for part in zip(*parts))
+    moments = torch.stack([F.avg_pool2d(values, PATCH) for values in (maps, maps.square())], dim=1).double()
+    members = [[place for place, owner in enumerate(owners) if owner == index] for index in range(len(classes))]
+    sums = [moments[places].sum(0) for places in members]
+    for index, places in enumerate(members):
+        expected, spread = _map_statistics(sums[index], len(places))
+        detector.expected_maps[index], detector.map_spreads[index] = expected, spread
+    standard = detector.standardize_maps(maps, nearest)
+    for place, (owner, found) in enumerate(zip(owners, nearest.tolist())):
+        count = len(members[owner])
+        if owner == found and count > 1:
+            others = _map_statistics(sums[owner] - moments[place], count - 1)
+            standard[place] = standardize(maps[place, None], *(values[None] for values in others))[0]
+    units = _units(standard)
+    detector.map_spreads.mul_(units)
+    scores = detector.image_score((standard / units).sum(1))
     # An image that is taken for another class's tells nothing of what is usual in its own.
-    found = [classes[index] for index in nearest.tolist()]
-    by_class = {name: [score for score, n, f in zip(scores.tolist(), names, found) if n == name == f]
-                or [score for score, n in zip(scores.tolist(), names) if n == name] for name in classes}
-    statistics = class_statistics(by_class)
-    mean, std = (scores.new_tensor(values) for values in zip(*(statistics[name] for name in classes)))
+    right = [[place for place in places if nearest[place] == index] or places for index, places in enumerate(members)]
+    statistics = class_statistics([scores[places].tolist() for places in right])
+    mean, std = (scores.new_tensor(values) for values in zip(*statistics))
     detector.score_mean.copy_(mean)
     detector.score_std.copy_(std)
     return threshold_at(((scores - mean[nearest]) / std[nearest]).tolist(), false_positive_rate)
 
 
-def _map_statistics(raw_maps: RawMaps, classes: Sequence[str], batches: Batches) -> tuple[Tensor, Tensor]:
-    """Mean and spread of each class's maps per patch: two of [classes, h, w].
+def _map_statistics(sums: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Mean and spread per patch, [M, h, w] each, from the sums [2, M, h, w] of so many maps and of their squares.
 
     Positions with few images lean on the mean over all positions, and half of a position's variance is that of the
     whole map: single positions know theirs badly, and a small one would turn noise into an alarm.
     """
-    sums: dict[str, Tensor] = {}
-    counts = dict.fromkeys(classes, 0)
-    for samples, images in batches:
-        maps, _ = raw_maps(images)
-        moments = F.avg_pool2d(torch.stack([maps, maps.square()], dim=1), PATCH).double()
-        for sample, moment in zip(samples, moments):
-            name = str(sample.class_name)
-            sums[name] = sums.get(name, 0) + moment
-            counts[name] += 1
-    means, spreads = [], []
-    for name in classes:
-        mean, square = sums[name] / counts[name]
-        variance = (square - mean.square()).clamp(min=0)
-        level = mean.mean()
-        means.append((counts[name] * mean + PSEUDO_COUNT * level) / (counts[name] + PSEUDO_COUNT))
-        spreads.append(((variance + variance.mean()) / 2).sqrt().clamp(min=LEAST_SPREAD * level.abs() + 1e-6))
-    return torch.stack(means).float(), torch.stack(spreads).float()
+    mean, square = sums / count
+    variance = (square - mean.square()).clamp(min=0)
+    level = mean.mean((1, 2), keepdim=True)
+    expected = (count * mean + PSEUDO_COUNT * level) / (count + PSEUDO_COUNT)
+    spread = ((variance + variance.mean((1, 2), keepdim=True)) / 2).sqrt()
+    return expected.float(), spread.clamp(min=LEAST_SPREAD * level.abs() + 1e-6).float()
+
+
+def _units(maps: Tensor) -> Tensor:
+    """By what each of the standardised maps [N, M, h, w] counts in their sum: [M, 1, 1].
+
+    From the median to what one good image in ten reaches, so that no map drowns the others with the tail of its noise.
+    """
+    median = maps.transpose(0, 1).flatten(1).median(1).values
+    reached = maps.flatten(2).amax(2).quantile(0.9, dim=0)
+    return (reached - median).clamp(min=1e-6)[:, None, None]

@@ -1,0 +1,79 @@
+"""What each raw map of a trained detector is worth, alone and with others; a Markdown table on stdout.
+
+usage: python ablation.py DATA MODEL
+"""
+
+import sys
+from collections.abc import Iterator, Sequence
+from itertools import combinations
+
+import numpy as np
+import torch
+from sklearn.metrics import roc_auc_score
+from tabulate import tabulate
+from torch import Tensor
+from torch.nn import functional as F
+
+from uadtool.dataset import Sample, scoring_samples, training_samples
+from uadtool.host import available_cores, keep_freed_memory
+from uadtool.images import read_mask
+from uadtool.metrics import PixelMetrics
+from uadtool.models import load_float_model
+from uadtool.training.data import image_batches, split_training
+from uadtool.training.statistics import fit_statistics
+
+NAMES = {"duet": ("small patches", "large patches", "head"), "stfpm": ("stride 4", "stride 8", "stride 16"),
+         "rd": ("stride 4", "stride 8", "stride 16")}
+
+
+@torch.inference_mode()
+def main(data: str, model: str) -> None:
+    keep_freed_memory()
+    detector, metadata = load_float_model(model)
+    origin = metadata.provenance[0]
+    _, held_out = split_training(training_samples(data, metadata.classes), origin["held_out"], origin["seed"])
+    test = [sample for sample in scoring_samples([data]) if sample.class_name in metadata.classes]
+
+    def maps(samples: list[Sample]) -> tuple[Tensor, Tensor]:
+        parts = [detector.raw_maps_and_class(images)
+                 for _, images in image_batches(samples, metadata.image_size, available_cores())]
+        raw, nearest = zip(*parts)
+        return torch.cat(raw), torch.cat(nearest)
+
+    known, (raw, nearest) = maps(held_out), maps(test)
+    labels = np.array([sample.label != "good" for sample in test])
+    owners = np.array([sample.class_name for sample in test])
+    size = metadata.image_size
+    masks = [np.zeros(size, bool) if sample.label == "good" else read_mask(sample.mask, size) if sample.mask else None
+             for sample in test]
+
+    def row(chosen: Sequence[int]) -> list[str]:
+        detector.expected_maps, detector.map_spreads = (
+            known[0].new_zeros(len(metadata.classes), len(chosen), *detector.expected_maps.shape[2:]) for _ in range(2))
+
+        def batches() -> Iterator[tuple[list[Sample], Tensor]]:
+            yield held_out, known[0][:, list(chosen)]
+
+        fit_statistics(detector, lambda part: (part, known[1]), metadata.classes, batches(), 0.01)
+        found = detector.normalize_maps(raw[:, list(chosen)], nearest)
+        scores = detector.image_score(found).numpy()
+        pixels = {name: PixelMetrics() for name in metadata.classes}
+        for name, mask, one in zip(owners, masks, found):
+            if mask is not None:
+                large = F.interpolate(one[None, None], size=size, mode="bilinear")[0, 0]
+                pixels[name].update(large.numpy(), mask)
+        auroc = [roc_auc_score(labels[owners == name], scores[owners == name]) for name in metadata.classes]
+        values = np.mean(auroc), roc_auc_score(labels, scores), *(
+            np.mean([value for value in column if value is not None])
+            for column in ([part.auroc() for part in pixels.values()], [part.aupro() for part in pixels.values()]))
+        return [f"{value:.3f}" for value in (*values, *auroc)]
+
+    names = NAMES[metadata.method]
+    subsets = [chosen for count in range(1, len(names) + 1) for chosen in combinations(range(len(names)), count)]
+    rows = [[" + ".join(names[index] for index in chosen), *row(chosen)] for chosen in subsets]
+    print(tabulate(rows, ["maps", "image AUROC", "pooled", "pixel AUROC", "AUPRO", *metadata.classes],
+                   tablefmt="github", disable_numparse=True))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,24 @@
+import platform
+import subprocess
+import sys
+
+import pytest
+
+PROGRAM = """
+import resource, numpy as np
+from uadtool.host import keep_freed_memory
+if %s:
+    keep_freed_memory()
+np.ones(20_000_000)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(5):
+    np.ones(20_000_000)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+def test_freed_memory_is_used_again():
+    without, kept = (int(subprocess.run([sys.executable, "-c", PROGRAM % keep], capture_output=True, check=True).stdout)
+                     for keep in (False, True))
+    assert kept < without / 10
