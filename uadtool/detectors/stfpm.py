@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from uadtool.detectors.backbones import build_backbone, feature_shapes, fold_batch_norm, normalization
+from uadtool.detectors.backbones import behind, build_backbone, feature_shapes, fold_batch_norm, normalization
 from uadtool.detectors.base import Detector, describe
 from uadtool.errors import UadtoolError
 
@@ -28,32 +28,42 @@ on defects, too, and on our seven classes the mean image AUROC fell from 0.70 to
 
 
 class STFPM(Detector):
-    """Teacher and student, three feature maps each.
+    """Teacher and student; their feature maps at strides 4, 8 and 16 are compared.
 
     Args:
         teacher: name of a timm CNN; the student has the same architecture.
         image_size: (height, width) of the input in pixels.
         classes: number of classes.
-        fusion: how the three maps become one, ``product`` as in the paper or ``sum``.
+        fusion: how the maps become one, ``product`` as in the paper or ``sum``.
+        shared_stages: 0, 1 or 2; the student starts from the teacher's feature map of this number and only later ones
+            are compared (PaSTe, arXiv 2410.11591). The anomaly map has the size of the first of them.
 
     Raises:
-        UadtoolError: there is no such teacher or fusion.
+        UadtoolError: there is no such teacher or fusion, or so many stages cannot be shared.
     """
 
-    def __init__(self, teacher: str, image_size: tuple[int, int], classes: int, fusion: str = "sum") -> None:
+    def __init__(self, teacher: str, image_size: tuple[int, int], classes: int, fusion: str = "sum",
+                 shared_stages: int = 0) -> None:
         if fusion not in FUSIONS:
             raise UadtoolError(f"stfpm has no fusion {fusion!r}; take {' or '.join(FUSIONS)}")
+        if shared_stages not in (0, 1, 2):
+            raise UadtoolError(f"stfpm cannot share {shared_stages} stages; take 0, 1 or 2")
         networks = build_backbone(teacher, image_size), build_backbone(teacher, image_size)
         shapes = feature_shapes(networks[0], image_size)
-        super().__init__(classes, sum(shape[0] for shape in shapes), shapes[0][1:], *normalization(teacher))
+        super().__init__(classes, sum(shape[0] for shape in shapes), shapes[shared_stages][1:],
+                         *normalization(teacher))
         self.teacher, self.student = networks
-        self.fusion = fusion
+        if shared_stages:
+            behind(self.student, shared_stages)
+        self.fusion, self.shared_stages = fusion, shared_stages
 
     def fit(self, run: "Run") -> "Outcome":
         optimizer = torch.optim.SGD(self.student.parameters(), LEARNING_RATE, MOMENTUM, weight_decay=WEIGHT_DECAY)
 
-        def loss(images: Tensor, teacher: Sequence[Tensor]) -> Tensor:
-            return distillation_loss(teacher, self.student(self.prepare(images)))
+        def loss(images: Tensor, features: Sequence[Tensor]) -> Tensor:
+            teacher = features[self.shared_stages:]
+            student = self.student([self.prepare(images), *features][self.shared_stages])
+            return distillation_loss(teacher, student)
 
         return run.distill(self.student, optimizer, loss)
 
@@ -64,8 +74,9 @@ class STFPM(Detector):
         return self
 
     def raw_map_and_descriptor(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        teacher, student = self.teacher(pixels), self.student(pixels)
-        return fused_distance(teacher, student, self.map_size, self.fusion).squeeze(1), describe(teacher)
+        features = self.teacher(pixels)
+        teacher, student = features[self.shared_stages:], self.student([pixels, *features][self.shared_stages])
+        return fused_distance(teacher, student, self.map_size, self.fusion).squeeze(1), describe(features)
 
 
 def cosine_distance(teacher: Tensor, student: Tensor) -> Tensor:
