@@ -1,15 +1,22 @@
-"""Options of STFPM: stages that teacher and student share (PaSTe)."""
+"""Options of STFPM: attention in training (DCAM), stages that teacher and student share (PaSTe)."""
 
 import json
+import signal
 
+import numpy as np
 import pytest
+import timm
 import torch
 from conftest import METADATA, validate
+from safetensors.torch import load_file
+from scipy.special import expit, rel_entr, softmax
 from torch import nn
 from torch.nn import functional as F
 
+from uadtool.dataset import training_samples
 from uadtool.detectors.backbones import build_backbone
 from uadtool.detectors.complexity import count_macs
+from uadtool.detectors.dcam import ChannelAttention, spatial_divergence
 from uadtool.detectors.stfpm import STFPM
 from uadtool.errors import UadtoolError
 from uadtool.models import load_model
@@ -17,6 +24,7 @@ from uadtool.onnx_export import parity_images, to_onnx
 from uadtool.onnx_export.deployed import open_proto
 from uadtool.quantization import TARGETS, calibrate, layers_outside, quantize
 from uadtool.quantization.modules import QuantizedConv2d
+from uadtool.training import TrainingOptions, loop, train
 
 SIZE = (64, 96)
 TEACHERS = ["tf_efficientnet_lite0", "resnet18"]
@@ -113,6 +121,89 @@ def test_a_number_of_stages_that_cannot_be_shared_is_refused():
         STFPM("resnet18", SIZE, 2, shared_stages=3)
 
 
+# DCAM
+
+
+def test_attention_is_that_of_cbam():
+    torch.manual_seed(0)
+    attention = ChannelAttention(20)
+    features = torch.randn(3, 20, 5, 4)
+    first, second = (layer.weight.detach().numpy() for layer in (attention.shared[0], attention.shared[2]))
+    assert first.shape == (2, 20)
+    values = features.numpy()
+    weights = expit(sum(np.maximum(pooled @ first.T, 0) @ second.T
+                        for pooled in (values.mean((2, 3)), values.max((2, 3)))))
+    np.testing.assert_allclose(attention(features).detach(), values * weights[:, :, None, None], rtol=1e-5, atol=1e-6)
+
+
+def feature_maps(seed):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(2, channels, side, side + 1, generator=generator) for channels, side in ((5, 8), (7, 4))]
+
+
+def test_spatial_divergence_is_the_relative_entropy_over_positions():
+    teacher, student = feature_maps(0), feature_maps(1)
+    expected = 0
+    for t, s in zip(teacher, student):
+        scale = t.numpy().std(ddof=1)
+        p, q = (softmax(part.numpy().reshape(*part.shape[:2], -1) / scale, axis=2) for part in (t, s))
+        expected += rel_entr(p, q).sum(2).mean()
+    assert spatial_divergence(teacher, student).item() == pytest.approx(expected, rel=1e-4)
+    assert spatial_divergence(teacher, teacher).item() == pytest.approx(0, abs=1e-6)
+
+
+def test_spatial_divergence_does_not_depend_on_the_unit_of_the_features():
+    teacher, student = feature_maps(0), feature_maps(1)
+    larger = [[30 * part for part in maps] for maps in (teacher, student)]
+    torch.testing.assert_close(spatial_divergence(*larger), spatial_divergence(teacher, student))
+
+
+@pytest.fixture(scope="module")
+def run(textures, tmp_path_factory):
+    """Train a tiny student for some steps."""
+    folder = tmp_path_factory.mktemp("dcam")
+    torch.manual_seed(0)
+    torch.save(timm.create_model("mobilenetv2_035").state_dict(), folder / "teacher.pth")
+
+    def run(checkpoint="checkpoint", resume=False, **options):
+        chosen = TrainingOptions(teacher="mobilenetv2_035", teacher_weights=str(folder / "teacher.pth"),
+                                 image_size=(64, 64), length=6, unit="steps", method_options=options)
+        return train(training_samples(str(textures)), chosen, folder / checkpoint, resume)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def attended(run):
+    return run(dcam="true").detector.state_dict()
+
+
+def test_nothing_of_the_attention_is_deployed(run, attended):
+    plain = run().detector.state_dict()
+    assert {name: tensor.shape for name, tensor in attended.items()} == {
+        name: tensor.shape for name, tensor in plain.items()}
+    changed = [name for name in plain if name.startswith("student.") and not torch.equal(plain[name], attended[name])]
+    assert changed
+
+
+def test_an_interrupted_run_with_attention_goes_on_to_the_same_result(run, attended, monkeypatch):
+    save, saved = loop.save_checkpoint, []
+
+    def save_and_interrupt(path, *state):
+        save(path, *state)
+        if not saved:
+            saved.append(load_file(path))
+            signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "save_checkpoint", save_and_interrupt)
+        with pytest.raises(loop.Interrupted):
+            run("interrupted", dcam="true")
+    assert [name for name in saved[0] if name.startswith("model.attention.0.")]
+    resumed = run("interrupted", resume=True, dcam="true").detector.state_dict()
+    assert all(torch.equal(resumed[name], attended[name]) for name in attended)
+
+
 # The whole chain
 
 
@@ -123,11 +214,11 @@ def test_the_chain(step, uadtool, textures):
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout.splitlines()[-1])["metrics"]["image_auroc"]["pooled"]
 
-    trained = step("train", textures, "--option", "shared_stages=1", "--image-size", 64,
+    trained = step("train", textures, "--option", "dcam=true", "--option", "shared_stages=1", "--image-size", 64,
                    "--epochs", 20, output="stfpm.safetensors")
     validate(trained.record, "train")
     _, metadata = load_model(trained.path)
-    assert metadata.options == {"fusion": "sum", "shared_stages": 1}
+    assert metadata.options == {"fusion": "sum", "dcam": True, "shared_stages": 1}
     assert metadata.map_size == (8, 8)
     ranges = step("calibrate", trained.path, textures, "--count", 16, output="stfpm.json")
     int8 = step("quantize", trained.path, textures, "--ranges", ranges.path, output="stfpm-int8.safetensors")

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from uadtool.detectors.backbones import behind, build_backbone, feature_shapes, fold_batch_norm, normalization
 from uadtool.detectors.base import Detector, describe
+from uadtool.detectors.dcam import Attended, spatial_divergence
 from uadtool.errors import UadtoolError
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ class STFPM(Detector):
         image_size: (height, width) of the input in pixels.
         classes: number of classes.
         fusion: how the maps become one, ``product`` as in the paper or ``sum``.
+        dcam: train the student behind channel attention, with the spatial KL divergence in the loss (arXiv 2405.06467).
         shared_stages: 0, 1 or 2; the student starts from the teacher's feature map of this number and only later ones
             are compared (PaSTe, arXiv 2410.11591). The anomaly map has the size of the first of them.
 
@@ -43,7 +45,7 @@ class STFPM(Detector):
     """
 
     def __init__(self, teacher: str, image_size: tuple[int, int], classes: int, fusion: str = "sum",
-                 shared_stages: int = 0) -> None:
+                 dcam: bool = False, shared_stages: int = 0) -> None:
         if fusion not in FUSIONS:
             raise UadtoolError(f"stfpm has no fusion {fusion!r}; take {' or '.join(FUSIONS)}")
         if shared_stages not in (0, 1, 2):
@@ -55,17 +57,20 @@ class STFPM(Detector):
         self.teacher, self.student = networks
         if shared_stages:
             behind(self.student, shared_stages)
-        self.fusion, self.shared_stages = fusion, shared_stages
+        self.fusion, self.dcam, self.shared_stages = fusion, dcam, shared_stages
+        self.channels = [shape[0] for shape in shapes[shared_stages:]]
 
     def fit(self, run: "Run") -> "Outcome":
-        optimizer = torch.optim.SGD(self.student.parameters(), LEARNING_RATE, MOMENTUM, weight_decay=WEIGHT_DECAY)
+        network = Attended(self.student, self.channels).to(run.device) if self.dcam else self.student
+        optimizer = torch.optim.SGD(network.parameters(), LEARNING_RATE, MOMENTUM, weight_decay=WEIGHT_DECAY)
 
         def loss(images: Tensor, features: Sequence[Tensor]) -> Tensor:
             teacher = features[self.shared_stages:]
-            student = self.student([self.prepare(images), *features][self.shared_stages])
-            return distillation_loss(teacher, student)
+            student = network([self.prepare(images), *features][self.shared_stages])
+            cosine = distillation_loss(teacher, student)
+            return cosine + spatial_divergence(teacher, student) if self.dcam else cosine
 
-        return run.distill(self.student, optimizer, loss)
+        return run.distill(network, optimizer, loss)
 
     def fold_batch_norm(self) -> "STFPM":
         self.eval()
