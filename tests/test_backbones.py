@@ -13,6 +13,7 @@ from torch import fx, nn
 from uadtool.detectors.backbones import (
     DEFAULT_TEACHER,
     REDUCTIONS,
+    behind,
     build_backbone,
     fold_batch_norm,
     load_teacher_weights,
@@ -91,6 +92,35 @@ def test_every_layer_serves_a_feature_map(name):
     assert all(parameter.grad is not None for parameter in backbone.parameters())
     late = ("conv_head", "bn2", "classifier", "fc", "layer4", "blocks.5", "blocks.6")
     assert not [key for key in backbone.state_dict() if key.startswith(late)]
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_behind_a_feature_map_gives_the_others(name, count):
+    backbone = with_random_statistics(build_backbone(name, (64, 96)))
+    expected, weights = features(backbone, image(64, 96)), backbone.state_dict()
+    rest = behind(copy.deepcopy(backbone), count)
+    assert equal(features(rest, expected[count - 1]), expected[count:])
+    assert all(torch.equal(value, weights[key]) for key, value in rest.state_dict().items())
+    folded = fold_batch_norm(copy.deepcopy(rest))
+    for one, other in zip(features(folded, expected[count - 1]), expected[count:]):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
+    sum(map_.sum() for map_ in rest.train()(expected[count - 1].clone())).backward()
+    assert all(parameter.grad is not None for parameter in rest.parameters())  # no earlier layer is left
+
+
+def test_a_backbone_that_passes_by_a_feature_map_is_not_cut():
+    class Dense(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)
+
+        def forward(self, pixels):
+            fine = self.first(pixels)
+            return [fine, self.second(fine + pixels)]
+
+    with pytest.raises(UadtoolError, match="Dense cannot be cut behind feature map 1: later layers read earlier"):
+        behind(fx.symbolic_trace(Dense()), 1)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -76,13 +76,13 @@ def test_a_built_in_method_cannot_be_replaced(points):
 
 
 def test_options_have_the_types_of_their_defaults():
-    assert method_options("stfpm", {}) == {"fusion": "sum"}
+    assert method_options("stfpm", {}) == {"fusion": "sum", "dcam": False, "shared_stages": 0}
     options = method_options("duet", {"small": "12"})
     assert options == {"small": 12, "large": 12000, "components": 64, "width": 96}
 
 
 @pytest.mark.parametrize(("given", "message"), [
-    ({"fusions": "sum"}, "stfpm has no option 'fusions'; it has fusion"),
+    ({"fusions": "sum"}, "stfpm has no option 'fusions'; it has fusion, dcam, shared_stages"),
     ({"small": "many"}, "option small of duet is no int: 'many'"),
 ])
 def test_wrong_options_are_refused(given, message):

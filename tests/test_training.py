@@ -94,7 +94,8 @@ def test_the_file_tells_how_it_was_made(run, samples):
     result = run(samples, held_out=0.5, seed=3, method_options={"fusion": "product"}, false_positive_rate=0.25)
     metadata = result.metadata
     assert (metadata.classes, metadata.image_size, metadata.map_size) == (["dots", "stripes"], (64, 64), (16, 16))
-    assert (metadata.precision, metadata.target, metadata.options) == ("fp32", None, {"fusion": "product"})
+    assert (metadata.precision, metadata.target) == ("fp32", None)
+    assert metadata.options == {"fusion": "product", "dcam": False, "shared_stages": 0}
     assert result.report["classes"] == {name: {"training": 10, "held_out": 10} for name in metadata.classes}
     (step,) = metadata.provenance
     assert (step["command"], step["steps"], step["seed"], step["held_out"]) == ("train", 3, 3, 0.5)

@@ -81,6 +81,30 @@ def build_backbone(name: str, image_size: tuple[int, int]) -> fx.GraphModule:
     return backbone
 
 
+def behind(backbone: fx.GraphModule, count: int) -> fx.GraphModule:
+    """Cut off what gives the first ``count`` feature maps, in place: the last of these -> the other feature maps.
+
+    What remains has the names that it had.
+
+    Raises:
+        UadtoolError: later feature maps need more than that one.
+    """
+    graph = backbone.graph
+    image, *_, output = graph.nodes
+    last = output.args[0][count - 1]
+    with graph.inserting_before(last):
+        last.replace_all_uses_with(graph.placeholder("features"))
+    output.args = (output.args[0][count:],)
+    graph.eliminate_dead_code()
+    if image.users:
+        raise UadtoolError(f"{type(backbone).__name__} cannot be cut behind feature map {count}: later layers read "
+                           "earlier ones, too; take another network")
+    graph.erase_node(image)
+    backbone.delete_all_unused_submodules()
+    backbone.recompile()
+    return backbone
+
+
 def remove_identities(network: fx.GraphModule) -> None:
     """Let the readers of each ``nn.Identity`` read its input, in place."""
     for node in list(network.graph.nodes):

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from uadtool.detectors.backbones import build_backbone, feature_shapes, fold_batch_norm, normalization
+from uadtool.detectors.backbones import behind, build_backbone, feature_shapes, fold_batch_norm, normalization
 from uadtool.detectors.base import Detector, describe
+from uadtool.detectors.dcam import Attended, spatial_divergence
 from uadtool.errors import UadtoolError
 
 if TYPE_CHECKING:
@@ -28,35 +29,48 @@ on defects, too, and on our seven classes the mean image AUROC fell from 0.70 to
 
 
 class STFPM(Detector):
-    """Teacher and student, three feature maps each.
+    """Teacher and student; their feature maps at strides 4, 8 and 16 are compared.
 
     Args:
         teacher: name of a timm CNN; the student has the same architecture.
         image_size: (height, width) of the input in pixels.
         classes: number of classes.
-        fusion: ``sum`` of the three maps, each standardised, or their ``product``, as in the paper.
+        fusion: ``sum`` of the maps, each standardised, or their ``product``, as in the paper.
+        dcam: train the student behind channel attention, with the spatial KL divergence in the loss (arXiv 2405.06467).
+        shared_stages: 0, 1 or 2; the student starts from the teacher's feature map of this number and only later ones
+            are compared (PaSTe, arXiv 2410.11591). The anomaly map has the size of the first of them.
 
     Raises:
-        UadtoolError: there is no such teacher or fusion.
+        UadtoolError: there is no such teacher or fusion, or so many stages cannot be shared.
     """
 
-    def __init__(self, teacher: str, image_size: tuple[int, int], classes: int, fusion: str = "sum") -> None:
+    def __init__(self, teacher: str, image_size: tuple[int, int], classes: int, fusion: str = "sum",
+                 dcam: bool = False, shared_stages: int = 0) -> None:
         if fusion not in FUSIONS:
             raise UadtoolError(f"stfpm has no fusion {fusion!r}; take {' or '.join(FUSIONS)}")
+        if shared_stages not in (0, 1, 2):
+            raise UadtoolError(f"stfpm cannot share {shared_stages} stages; take 0, 1 or 2")
         networks = build_backbone(teacher, image_size), build_backbone(teacher, image_size)
         shapes = feature_shapes(networks[0], image_size)
-        super().__init__(classes, sum(shape[0] for shape in shapes), shapes[0][1:], *normalization(teacher),
-                         maps=3 if fusion == "sum" else 1)
+        super().__init__(classes, sum(shape[0] for shape in shapes), shapes[shared_stages][1:],
+                         *normalization(teacher), maps=3 - shared_stages if fusion == "sum" else 1)
         self.teacher, self.student = networks
-        self.fusion = fusion
+        if shared_stages:
+            behind(self.student, shared_stages)
+        self.fusion, self.dcam, self.shared_stages = fusion, dcam, shared_stages
+        self.channels = [shape[0] for shape in shapes[shared_stages:]]
 
     def fit(self, run: "Run") -> "Outcome":
-        optimizer = torch.optim.SGD(self.student.parameters(), LEARNING_RATE, MOMENTUM, weight_decay=WEIGHT_DECAY)
+        network = Attended(self.student, self.channels).to(run.device) if self.dcam else self.student
+        optimizer = torch.optim.SGD(network.parameters(), LEARNING_RATE, MOMENTUM, weight_decay=WEIGHT_DECAY)
 
-        def loss(images: Tensor, teacher: Sequence[Tensor]) -> Tensor:
-            return distillation_loss(teacher, self.student(self.prepare(images)))
+        def loss(images: Tensor, features: Sequence[Tensor]) -> Tensor:
+            teacher = features[self.shared_stages:]
+            student = network([self.prepare(images), *features][self.shared_stages])
+            cosine = distillation_loss(teacher, student)
+            return cosine + spatial_divergence(teacher, student) if self.dcam else cosine
 
-        return run.distill(self.student, optimizer, loss)
+        return run.distill(network, optimizer, loss)
 
     def fold_batch_norm(self) -> "STFPM":
         self.eval()
@@ -65,11 +79,10 @@ class STFPM(Detector):
         return self
 
     def raw_maps_and_descriptor(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        teacher, student = self.teacher(pixels), self.student(pixels)
-        maps = distance_maps(teacher, student, self.map_size)
-        if self.fusion == "product":
-            maps = maps[:, :1] * maps[:, 1:2] * maps[:, 2:]
-        return maps, describe(teacher)
+        features = self.teacher(pixels)
+        student = self.student([pixels, *features][self.shared_stages])
+        maps = distance_maps(features[self.shared_stages:], student, self.map_size)
+        return maps if self.fusion == "sum" else maps.prod(1, keepdim=True), describe(features)
 
 
 def cosine_distance(teacher: Tensor, student: Tensor) -> Tensor:
