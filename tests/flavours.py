@@ -9,19 +9,20 @@ from uadtool.detectors import Detector
 from uadtool.detectors.duet import Duet
 from uadtool.detectors.reverse_distillation import ReverseDistillation
 from uadtool.detectors.stfpm import STFPM
+from uadtool.detectors.uninformed_students import UninformedStudents
 from uadtool.metadata import Metadata, Quantization
 from uadtool.onnx_export import parity_images, to_onnx
 from uadtool.quantization import TARGETS, calibrate, half, matching_layers, quantize
 
 SIZE = (64, 64)
-DETECTORS = ("tf_efficientnet_lite0", "resnet18", "rd", "duet")
+DETECTORS = ("tf_efficientnet_lite0", "resnet18", "rd", "duet", "us")
 """STFPM with this teacher, or the method."""
 TENSORRT = ("fp32", "fp16", "int8", "mixed")
 """The precisions that TensorRT is offered."""
 FLAVOURS = (*(("tensorrt", precision) for precision in TENSORRT), ("onnxruntime", "int8"), ("openvino", "int8"))
 FLOAT_LAYERS = {"tf_efficientnet_lite0": ("*.conv_stem", "student.blocks.1.*"),
                 "resnet18": ("teacher.conv1", "student.layer2.*"), "rd": ("teacher.conv_stem", "student.fuse.*"),
-                "duet": ("teacher.conv_stem", "project_*")}
+                "duet": ("teacher.conv_stem", "project_*"), "us": ("teacher.conv1", "student.0.*")}
 
 
 class Flavour(NamedTuple):
@@ -51,7 +52,8 @@ def _duet() -> Duet:
 
 
 METHODS: Dict[str, Callable[[], Detector]] = {
-    "rd": lambda: ReverseDistillation("tf_efficientnet_lite0", SIZE, 2), "duet": _duet}
+    "rd": lambda: ReverseDistillation("tf_efficientnet_lite0", SIZE, 2), "duet": _duet,
+    "us": lambda: UninformedStudents("tf_efficientnet_lite0", SIZE, 2)}
 
 
 @lru_cache(maxsize=None)
