@@ -15,6 +15,8 @@ from uadtool.detectors import build_detector
 from uadtool.detectors.uninformed_students import PatchNetwork, UninformedStudents, _crop, standardized_components
 from uadtool.errors import UadtoolError
 from uadtool.models import load_model
+from uadtool.quantization import TARGETS, calibrate
+from uadtool.quantization.teacher import quantized_teacher
 from uadtool.training import TrainingOptions, train
 from uadtool.training.data import read_images, split_training
 from uadtool.training.loop import Interrupted
@@ -131,29 +133,42 @@ def test_both_maps_are_standardised_on_held_out_images(trained_us, textures):
     torch.testing.assert_close(maps.std((0, 1, 2)), torch.ones(2), rtol=0, atol=1e-2)
 
 
-@pytest.mark.parametrize("target", ["onnxruntime", "tensorrt"])
-def test_the_chain(trained_us, step, uadtool, textures, target):
+@pytest.fixture(scope="module")
+def auroc(step, uadtool, textures):
+    """The pooled image AUROC of a model, exported."""
     def auroc(model):
-        onnx = step("export", model.path, "--images", textures, output=f"{target}-{model.path.stem}.onnx")
+        onnx = step("export", model.path, "--images", textures, output=f"{model.path.stem}.onnx")
         done = uadtool("score", onnx.path, textures)
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout.splitlines()[-1])["metrics"]["image_auroc"]["pooled"]
 
-    ranges = step("calibrate", trained_us.path, textures, "--source", "synthetic-anomalies", "--count", 16,
-                  output="us.json")
+    return auroc
+
+
+@pytest.fixture(scope="module")
+def expected(auroc, trained_us):
+    return auroc(trained_us)
+
+
+@pytest.fixture(scope="module")
+def ranges(step, trained_us, textures):
+    return step("calibrate", trained_us.path, textures, "--source", "synthetic-anomalies", "--count", 16,
+                output="us.json")
+
+
+@pytest.mark.parametrize("target", ["onnxruntime", "tensorrt"])
+def test_the_chain(trained_us, step, textures, auroc, expected, ranges, target):
     int8 = step("quantize", trained_us.path, textures, "--ranges", ranges.path, "--target", target,
-                output="us-int8.safetensors")
-    expected = auroc(trained_us)
+                output=f"us-{target}.safetensors")
     assert expected > 0.9
     assert auroc(int8) == pytest.approx(expected, abs=0.05)
 
 
-def test_ranges_of_a_patch_network_are_none_of_the_backbone(trained_us, step, uadtool, textures, tmp_path):
-    ranges = step("calibrate", trained_us.path, textures, "--count", 4, output="us-few.json")
-    done = uadtool("train", textures, "--method", "us", "--image-size", 64, "--teacher-int8", ranges.path, "-o",
-                   tmp_path / "m.safetensors")
-    assert done.returncode == 1
-    assert "run calibrate again" in done.stderr
+def test_ranges_of_a_patch_network_are_none_of_the_backbone(detector):
+    deployed = UninformedStudents(TEACHER, SIZE, 2).fold_batch_norm()
+    images = torch.zeros(1, *SIZE, 3, dtype=torch.uint8)
+    with pytest.raises(UadtoolError, match="run calibrate again"):
+        quantized_teacher(detector, calibrate(deployed, [images]), TARGETS["onnxruntime"], images)
 
 
 def test_an_interrupted_run_goes_on_to_the_same_result(textures, tmp_path, monkeypatch):
