@@ -9,12 +9,13 @@ from uadtool.detectors import BUILT_IN, Detector
 from uadtool.detectors.duet import Duet
 from uadtool.detectors.reverse_distillation import ReverseDistillation
 from uadtool.detectors.stfpm import STFPM
+from uadtool.detectors.uninformed_students import UninformedStudents
 from uadtool.metadata import Metadata, Quantization
 from uadtool.onnx_export import parity_images, to_onnx
 from uadtool.quantization import TARGETS, calibrate, half, matching_layers, quantize
 
 SIZE = (64, 64)
-DETECTORS = ("tf_efficientnet_lite0", "resnet18", "shared", "rd", "duet")
+DETECTORS = ("tf_efficientnet_lite0", "resnet18", "shared", "rd", "us", "duet")
 """STFPM with this teacher, with a shared stage, or another method."""
 TENSORRT = ("fp32", "fp16", "int8", "mixed")
 """The precisions that TensorRT is offered."""
@@ -22,7 +23,7 @@ FLAVOURS = (*(("tensorrt", precision) for precision in TENSORRT), ("onnxruntime"
 FLOAT_LAYERS = {"tf_efficientnet_lite0": ("*.conv_stem", "student.blocks.1.*"),
                 "resnet18": ("teacher.conv1", "student.layer2.*"),
                 "shared": ("teacher.blocks.1.*", "student.blocks.2.0.*"), "rd": ("teacher.conv_stem", "student.fuse.*"),
-                "duet": ("teacher.conv_stem", "small.*")}
+                "us": ("teacher.conv1", "student.0.*"), "duet": ("teacher.conv_stem", "small.*")}
 
 
 class Flavour(NamedTuple):
@@ -53,7 +54,8 @@ def _duet() -> Duet:
 
 METHODS: Dict[str, Callable[[], Detector]] = {
     "shared": lambda: STFPM("tf_efficientnet_lite0", SIZE, 2, shared_stages=1),
-    "rd": lambda: ReverseDistillation("tf_efficientnet_lite0", SIZE, 2), "duet": _duet}
+    "rd": lambda: ReverseDistillation("tf_efficientnet_lite0", SIZE, 2),
+    "us": lambda: UninformedStudents("tf_efficientnet_lite0", SIZE, 2), "duet": _duet}
 
 
 @lru_cache(maxsize=None)

@@ -9,13 +9,14 @@ from uadtool.detectors.base import Detector, Output
 from uadtool.detectors.duet import Duet
 from uadtool.detectors.reverse_distillation import ReverseDistillation
 from uadtool.detectors.stfpm import STFPM
+from uadtool.detectors.uninformed_students import UninformedStudents
 from uadtool.errors import UadtoolError
 from uadtool.metadata import Metadata
 
 Method = Callable[..., Detector]
 """A subclass of ``Detector``, called with (teacher, image_size, classes, **options); every option has a default."""
 
-BUILT_IN: dict[str, Method] = {"stfpm": STFPM, "rd": ReverseDistillation, "duet": Duet}
+BUILT_IN: dict[str, Method] = {"stfpm": STFPM, "rd": ReverseDistillation, "duet": Duet, "us": UninformedStudents}
 
 PLUG_INS = "uadtool.detectors"
 """Group of the entry points with which other packages add methods: name -> subclass of ``Detector``."""

@@ -57,7 +57,7 @@ class Detector(nn.Module, ABC):
     float_teacher: ClassVar[bool] = False
     """Training needs the teacher's features in fp32, also where bfloat16 would be faster."""
     teacher: fx.GraphModule
-    """The pretrained network; frozen."""
+    """The network whose features decide what is anomalous."""
     pixel_mean: Tensor
     pixel_scale: Tensor
     prototypes: Tensor

@@ -18,7 +18,7 @@ class _Teacher(nn.Module):
 
     def __init__(self, detector: Detector) -> None:
         super().__init__()
-        self.teacher = fold_batch_norm(copy.deepcopy(detector.teacher).eval())
+        self.teacher = fold_batch_norm(copy.deepcopy(detector.pretrained()).eval())
         self.register_buffer("pixel_mean", detector.pixel_mean)
         self.register_buffer("pixel_scale", detector.pixel_scale)
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from uadtool.dataset import Sample
-from uadtool.detectors.base import PATCH, Detector, describe, standardize
+from uadtool.detectors.base import PATCH, Detector, standardize
 from uadtool.training.data import TeacherFeatures
 
 PSEUDO_COUNT = 4
@@ -54,13 +54,14 @@ def threshold_at(scores: Iterable[float], false_positive_rate: float) -> float:
 
 @torch.inference_mode()
 def fit_prototypes(detector: Detector, classes: Sequence[str], training: TeacherFeatures) -> None:
-    """Set the detector's prototypes, in place: the mean descriptor of each class's training images.
+    """Set the prototypes of a deployed detector, in place: the mean descriptor of each class's training images.
 
     Args:
         classes: their names, in the order of the prototypes.
     """
     device = detector.prototypes.device
-    descriptors = torch.cat([describe([f.to(device).float() for f in features]) for _, features in training.batches()])
+    descriptors = torch.cat([detector.raw_maps_and_descriptor(detector.normalize(images.to(device)))[1]
+                             for images, _ in training.batches()])
     detector.descriptor_scale.copy_(1 / descriptors.std(dim=0, correction=0).clamp(min=1e-6))
     for index, name in enumerate(classes):
         members = [place for place, sample in enumerate(training.samples) if sample.class_name == name]
