@@ -41,7 +41,7 @@ class UninformedStudents(Detector):
         width: channels of the patch networks, in those of the paper.
 
     Raises:
-        UadtoolError: there is no such backbone, or the width asks for fewer channels than one or more than it has.
+        UadtoolError: there is no such backbone, or the width leaves no descriptors or longer ones than its features.
     """
 
     usual: Tensor
@@ -69,8 +69,8 @@ class UninformedStudents(Detector):
         return ((maps - self.usual) / self.spread).sum(3), describe([descriptors])
 
     def maps_and_descriptors(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Squared error of the students' mean and their variance (eq. 8-10), as means over channels, [N, h, w, 2]; and
-        the teacher's descriptors, [N, D, h, w].
+        """Squared error of the students' mean and their variance, as means over channels, [N, h, w, 2]; and the
+        teacher's descriptors, [N, D, h, w].
         """
         descriptors = self.teacher(pixels)
         differences = torch.stack([student(pixels) for student in self.student]) - descriptors
