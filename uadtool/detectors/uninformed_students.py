@@ -41,7 +41,7 @@ class UninformedStudents(Detector):
         width: channels of the patch networks, in those of the paper.
 
     Raises:
-        UadtoolError: there is no such backbone, or the width asks for fewer channels than one or more than it has.
+        UadtoolError: there is no such backbone, or the width leaves no descriptors or longer ones than its features.
     """
 
     def __init__(self, teacher: str, image_size: tuple[int, int], classes: int, width: float = 0.125) -> None:
