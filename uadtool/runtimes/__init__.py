@@ -66,6 +66,8 @@ def open_model(path: str, threads: Optional[int] = None, runtime: str = "auto") 
     suffix = Path(path).suffix
     if suffix == ".safetensors":
         raise UadtoolError(f"{path} cannot be run as it is; export it first: uadtool export {path} -o model.onnx")
+    if suffix == ".engine":
+        raise UadtoolError(f"{path} is an engine, which trtexec --loadEngine={path} can time; uadtool runs .onnx files")
     if suffix != ".onnx":
         raise UadtoolError(f"{path} is not a model that can be run: its name must end in .onnx")
     metadata = read_metadata(path)

@@ -1,0 +1,127 @@
+"""`export MODEL.onnx -o MODEL.engine`: the files, the options, and what is refused."""
+
+import json
+
+import pytest
+from conftest import validate
+from flavours import flavour
+
+from uadtool.artifacts import file_digest
+from uadtool.errors import UadtoolError
+from uadtool.onnx_export import save_onnx
+from uadtool.tensorrt import versions
+from uadtool.tensorrt.builder import BuildOptions, build_engine
+from uadtool.tensorrt.files import read_engine_metadata
+from uadtool.tensorrt.gpu import current_gpu
+
+trt = pytest.importorskip("tensorrt_rtx")
+
+
+@pytest.fixture(scope="module")
+def onnx(tmp_path_factory):
+    """The files of detectors, by target and precision."""
+    folder = tmp_path_factory.mktemp("onnx")
+    paths = {}
+    for target, precision in (("tensorrt", "fp32"), ("tensorrt", "int8"), ("onnxruntime", "int8")):
+        paths[target, precision] = folder / f"{target}-{precision}.onnx"
+        save_onnx(flavour("resnet18", target, precision).proto, paths[target, precision])
+    return paths
+
+
+@pytest.fixture(scope="module")
+def engine(onnx, uadtool, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("engine")
+    done = uadtool("export", onnx["tensorrt", "int8"], "-o", folder / "int8.engine", "--compute-capability", "8.6",
+                   "--workspace", 512, "--max-batch", 4, "--timing-cache", folder / "cache")
+    assert done.returncode == 0, done.stderr
+    return folder / "int8.engine", json.loads(done.stdout)
+
+
+def test_an_engine_has_its_metadata_beside_it(engine, onnx):
+    path, record = engine
+    validate(record, "engine")
+    assert json.loads((path.parent / "int8.engine.json").read_text()) == record
+    assert record["digest"] == file_digest(path)
+    assert record["onnx_digest"] == file_digest(onnx["tensorrt", "int8"])
+    assert {name: record["build"][name] for name in ("package", "compute_capability", "precision", "workspace",
+                                                     "max_batch", "dla", "gpu_fallback")} == {
+        "package": "tensorrt_rtx", "compute_capability": "8.6", "precision": "int8", "workspace": 512, "max_batch": 4,
+        "dla": None, "gpu_fallback": False}
+    assert (path.parent / "cache").stat().st_size > 0
+    metadata, build = read_engine_metadata(str(path))
+    assert metadata == flavour("resnet18", "tensorrt", "int8").metadata
+    assert build == record["build"]
+
+
+def test_an_engine_without_its_metadata_is_refused(engine, tmp_path):
+    path, record = engine
+    alone = tmp_path / "alone.engine"
+    alone.write_bytes(path.read_bytes())
+    with pytest.raises(UadtoolError, match=r"has no alone\.engine\.json beside it"):
+        read_engine_metadata(str(alone))
+    (tmp_path / "alone.engine.json").write_text(json.dumps(record))
+    assert read_engine_metadata(str(alone))
+    alone.write_bytes(path.read_bytes() + b"more")
+    with pytest.raises(UadtoolError, match="is of another engine"):
+        read_engine_metadata(str(alone))
+    (tmp_path / "alone.engine.json").write_text(json.dumps({**record, "build": {}}))
+    with pytest.raises(UadtoolError, match="does not tell what built the engine"):
+        read_engine_metadata(str(alone))
+
+
+@pytest.mark.skipif(current_gpu() is not None, reason="there is a GPU")
+def test_without_a_gpu_one_must_be_named(onnx, uadtool, tmp_path):
+    done = uadtool("export", onnx["tensorrt", "fp32"], "-o", tmp_path / "x.engine")
+    assert done.returncode == 1
+    assert "there is no GPU to build an engine for; run this on the device, or name its" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("model", "options", "message"), [
+    (("onnxruntime", "int8"), {}, "was quantized for onnxruntime, which TensorRT refuses"),
+    (("tensorrt", "fp32"), {"precision": "fp16"}, "quantize MODEL --precision fp16 --target tensorrt"),
+    (("tensorrt", "fp32"), {"precision": "int8"}, "quantize MODEL --ranges RANGES --target tensorrt"),
+    (("tensorrt", "int8"), {"precision": "fp32"}, "is int8 already, which --precision fp32 cannot undo"),
+    (("tensorrt", "fp32"), {"compute_capability": "9.9"}, "cannot build for 9.9; it can for 12.0, .*8.6"),
+    (("tensorrt", "fp32"), {"dla": 0}, "there is no DLA core 0; this device has 0"),
+])
+def test_what_cannot_be_built_is_refused(onnx, model, options, message):
+    metadata = flavour("resnet18", *model).metadata
+    with pytest.raises(UadtoolError, match=message):
+        build_engine(str(onnx[model]), metadata, BuildOptions(**{"compute_capability": "8.6", **options}))
+
+
+def test_a_graph_that_tensorrt_does_not_take_is_refused_with_the_node(onnx, tmp_path):
+    damaged = tmp_path / "damaged.onnx"
+    content = onnx["tensorrt", "fp32"].read_bytes()
+    damaged.write_bytes(content.replace(b"MaxPool", b"MinPool"))
+    with pytest.raises(UadtoolError, match=r"does not take .*damaged\.onnx: MinPool "):
+        build_engine(str(damaged), flavour("resnet18", "tensorrt", "fp32").metadata,
+                     BuildOptions(compute_capability="8.6"))
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["model.onnx", "-o", "other.onnx"], "an .onnx file an .engine"),
+    (["model.safetensors", "-o", "x.engine"], "an .onnx file an .engine"),
+    (["model.safetensors", "-o", "x.onnx", "--precision", "fp16"], "--precision is for engines"),
+    (["model.safetensors", "-o", "x.onnx", "--dla", "0"], "--dla is for engines"),
+    (["model.onnx", "-o", "x.engine", "--images", "."], "score checks an engine"),
+    (["model.onnx", "-o", "x.engine", "--gpu-fallback"], "--gpu-fallback goes with --dla"),
+])
+def test_options_that_do_not_go_together(uadtool, tmp_path, arguments, message):
+    for name in ("model.onnx", "model.safetensors"):
+        (tmp_path / name).touch()
+    model, _, output, *others = arguments
+    done = uadtool("export", tmp_path / model, "-o", tmp_path / output, *others)
+    assert done.returncode == 2
+    assert message in done.stderr
+
+
+@pytest.mark.parametrize(("machine", "advice"), [("aarch64", "apt-get install python3-libnvinfer"),
+                                                 ("x86_64", r"pip install 'uadtool\[tensorrt-rtx\]'")])
+def test_without_tensorrt_the_install_line_is_that_of_the_machine(monkeypatch, machine, advice):
+    monkeypatch.setattr(versions, "PACKAGES", ("tensorrt_of_nobody",))
+    monkeypatch.setattr(versions.platform, "machine", lambda: machine)
+    with pytest.raises(UadtoolError, match=advice) as raised:
+        versions.import_tensorrt()
+    assert raised.value.exit_code == 3

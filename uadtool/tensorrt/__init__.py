@@ -1,0 +1,1 @@
+"""Engines: building them from exported graphs, on any TensorRT."""

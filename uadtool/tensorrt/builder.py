@@ -1,0 +1,155 @@
+"""From an exported graph to an engine, which runs on the GPU and TensorRT version that it was built for."""
+
+import logging
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Dict, List, NamedTuple, Optional
+
+from uadtool.artifacts import atomic_write
+from uadtool.errors import UadtoolError
+from uadtool.metadata import Metadata
+from uadtool.tensorrt.gpu import current_gpu
+from uadtool.tensorrt.versions import (
+    create_network,
+    describe_error,
+    import_tensorrt,
+    is_rtx,
+    takes_precision_from_graph,
+)
+
+MIB = 1 << 20
+
+log = logging.getLogger("uadtool")
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """How to build an engine.
+
+    ``precision`` is fp32, fp16 or int8, or None: that of the graph. ``workspace`` is in MiB, None: as much as there is.
+    Batches have 1 to ``max_batch`` images. ``timing_cache`` is a file that is read, if it is there, and written: so the
+    next build is faster. ``dla`` is the number of a DLA core, ``gpu_fallback`` lets the GPU compute what that cannot.
+    ``compute_capability`` is that of the GPU, None: of the one that is here; only TensorRT-RTX builds for others.
+    """
+
+    precision: Optional[str] = None
+    workspace: Optional[int] = None
+    max_batch: int = 8
+    timing_cache: Optional[str] = None
+    dla: Optional[int] = None
+    gpu_fallback: bool = False
+    compute_capability: Optional[str] = None
+
+
+class Engine(NamedTuple):
+    """A serialized engine, and the package, its version, the GPU and the options that made it."""
+
+    plan: bytes
+    build: Dict[str, Any]
+
+
+def build_engine(onnx: str, metadata: Metadata, options: BuildOptions) -> Engine:
+    """Build an engine from the graph in the file ``onnx``.
+
+    Raises:
+        UadtoolError: the graph is not for TensorRT or not of this precision, there is no GPU to build for, or TensorRT
+            refuses something; with the reason.
+        MissingPackage: there is no TensorRT.
+    """
+    trt = import_tensorrt()
+    precision = _precision(trt, onnx, metadata, options.precision)
+    gpu = current_gpu()
+    capability = options.compute_capability or (gpu.compute_capability if gpu else None)
+    if capability is None:
+        raise UadtoolError("there is no GPU to build an engine for; run this on the device" + (
+            ", or name its compute capability: --compute-capability 8.6" if is_rtx(trt) else ""))
+    logger = _logger(trt)
+    builder = trt.Builder(logger)
+    network = create_network(trt, builder)
+    parser = trt.OnnxParser(network, logger)
+    if not parser.parse(Path(onnx).read_bytes()):
+        errors = [describe_error(parser.get_error(index)) for index in range(parser.num_errors)]
+        raise UadtoolError(f"TensorRT {trt.__version__} does not take {onnx}: {errors[0] if errors else 'no reason'}")
+    config = builder.create_builder_config()
+    if options.compute_capability:
+        _build_for(trt, config, options.compute_capability)
+    if options.workspace:
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace * MIB)
+    if not takes_precision_from_graph(trt):
+        for flag in {"fp32": [], "fp16": ["FP16"], "int8": ["INT8", "FP16"]}[precision]:
+            config.set_flag(getattr(trt.BuilderFlag, flag))
+    if options.dla is not None:
+        _use_dla(trt, builder, config, options)
+    profile = builder.create_optimization_profile()
+    size = (*metadata.image_size, 3)
+    profile.set_shape("image", (1, *size), (options.max_batch, *size), (options.max_batch, *size))
+    config.add_optimization_profile(profile)
+    cache = Path(options.timing_cache) if options.timing_cache else None
+    if cache:
+        known = cache.read_bytes() if cache.exists() else b""
+        config.set_timing_cache(config.create_timing_cache(known), False)
+    plan = builder.build_serialized_network(network, config)
+    if plan is None:
+        raise UadtoolError(f"TensorRT {trt.__version__} cannot build {onnx}: "
+                           f"{logger.errors[-1] if logger.errors else 'it gives no reason'}")
+    if cache:
+        with atomic_write(cache) as temporary:
+            temporary.write_bytes(bytes(config.get_timing_cache().serialize()))
+    return Engine(bytes(plan), {
+        "package": trt.__name__, "version": trt.__version__, "gpu": gpu.name if gpu else None,
+        **asdict(options), "compute_capability": capability, "precision": precision})
+
+
+def _precision(trt: Any, onnx: str, metadata: Metadata, wanted: Optional[str]) -> str:
+    """The precision to build with, which the graph must allow."""
+    has = "int8" if metadata.precision == "mixed" else metadata.precision
+    if has == "int8" and metadata.target != "tensorrt":
+        raise UadtoolError(f"{onnx} was quantized for {metadata.target}, which TensorRT refuses; quantize the float "
+                           "model with --target tensorrt")
+    if wanted in (None, has):
+        return has
+    if has == "fp32" and wanted == "fp16" and not takes_precision_from_graph(trt):
+        return wanted
+    if has == "fp32":
+        means = "--ranges RANGES" if wanted == "int8" else "--precision fp16"
+        raise UadtoolError(f"{onnx} has fp32 layers alone, and the precision is in the graph; make it with: uadtool "
+                           f"quantize MODEL {means} --target tensorrt")
+    raise UadtoolError(f"{onnx} is {metadata.precision} already, which --precision {wanted} cannot undo; export the "
+                       "float model")
+
+
+def _build_for(trt: Any, config: Any, capability: str) -> None:
+    name = f"SM{capability.replace('.', '')}"
+    if not is_rtx(trt):
+        raise UadtoolError("only TensorRT-RTX builds for another GPU than the one that is here; leave out "
+                           "--compute-capability")
+    if not hasattr(trt.ComputeCapability, name):
+        known = ", ".join(f"{one[2:-1]}.{one[-1]}" for one in dir(trt.ComputeCapability) if one.startswith("SM"))
+        raise UadtoolError(f"TensorRT-RTX {trt.__version__} cannot build for {capability}; it can for {known}")
+    config.num_compute_capabilities = 1
+    config.set_compute_capability(getattr(trt.ComputeCapability, name), 0)
+
+
+def _use_dla(trt: Any, builder: Any, config: Any, options: BuildOptions) -> None:
+    if options.dla is None or options.dla >= builder.num_DLA_cores:
+        raise UadtoolError(f"there is no DLA core {options.dla}; this device has {builder.num_DLA_cores}")
+    config.default_device_type = trt.DeviceType.DLA
+    config.DLA_core = options.dla
+    if options.gpu_fallback:
+        config.set_flag(trt.BuilderFlag.GPU_FALLBACK)
+
+
+def _logger(trt: Any) -> Any:
+    """It keeps errors and passes warnings on."""
+    class Logger(trt.ILogger):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.errors: List[str] = []
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity <= trt.ILogger.ERROR:
+                self.errors.append(" ".join(message.split()))
+            elif severity == trt.ILogger.WARNING:
+                log.debug("TensorRT: %s", message)
+
+    return Logger()
