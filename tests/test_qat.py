@@ -15,11 +15,10 @@ from uadtool.errors import UadtoolError
 from uadtool.quantization import TARGETS, calibrate, quantize
 from uadtool.quantization.graph import QuantizableGraph
 from uadtool.quantization.modules import ActivationQuantizer, QuantizedConv2d
-from uadtool.quantization.qat import LearnedQuantizer, fine_tune, trainable
+from uadtool.quantization.qat import LearnedQuantizer, fine_tune, trainable, with_anomalies
 from uadtool.quantization.sensitivity import anomaly_maps, map_distance
 from uadtool.training.data import read_images
 from uadtool.training.loop import Interrupted
-from uadtool.training.synthetic import with_anomalies
 
 SIZE = (64, 64)
 TARGET = TARGETS["onnxruntime"]

@@ -19,7 +19,6 @@ from uadtool.quantization import TARGETS, calibrate
 from uadtool.quantization.teacher import quantized_teacher
 from uadtool.training import TrainingOptions, train
 from uadtool.training.loop import Interrupted
-from uadtool.training.synthetic import with_anomalies
 
 TEACHER = "mobilenetv2_035"
 SIZE = (64, 96)
@@ -167,8 +166,8 @@ def test_an_interrupted_run_goes_on_to_the_same_result(textures, tmp_path, monke
         return train(samples, options, tmp_path / name, resume).detector.state_dict()
 
     whole, clock = run("whole"), iter(range(100))
-    monkeypatch.setattr("uadtool.training.synthetic.with_anomalies", lambda *arguments: (
-        signal.raise_signal(signal.SIGINT) if next(clock) == 3 else None, with_anomalies(*arguments))[1])
+    monkeypatch.setattr("uadtool.detectors.uninformed_students._crop", lambda *arguments: (
+        signal.raise_signal(signal.SIGINT) if next(clock) == 3 else None, _crop(*arguments))[1])
     with pytest.raises(Interrupted):
         run("resumed")
     resumed = run("resumed", resume=True)

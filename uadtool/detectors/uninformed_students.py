@@ -1,8 +1,8 @@
 """Uninformed Students (Bergmann et al., CVPR 2020, arXiv 1911.02357).
 
-The teacher, a small network that sees patches of 32 x 32 pixels, learns what a pretrained backbone says of them, with
-synthetic anomalies and without. Three students of the same architecture learn the teacher's descriptors of good patches
-alone. Where they are wrong on average, or disagree, there is an anomaly.
+The teacher, a small network that sees patches of 32 x 32 pixels, learns what a pretrained backbone says of them. Three
+students of the same architecture learn the teacher's descriptors. Where they are wrong on average, or disagree, there
+is an anomaly. (With synthetic anomalies for the teacher to learn from, too, they found no more of the real ones.)
 """
 
 from collections import OrderedDict
@@ -73,7 +73,6 @@ class UninformedStudents(Detector):
         """Train the teacher and, towards what it says by then, the students."""
         from uadtool.training.loop import batch_indices
         from uadtool.training.precision import autocast
-        from uadtool.training.synthetic import with_anomalies
 
         networks = nn.ModuleDict({"teacher": self.teacher, "student": self.student})
         optimizer = torch.optim.Adam(networks.parameters(), LEARNING_RATE, weight_decay=WEIGHT_DECAY)
@@ -81,20 +80,17 @@ class UninformedStudents(Detector):
                                              self.prototypes.shape[1])
 
         def loss_of(images: Tensor, features: Sequence[Tensor]) -> Tensor:
-            """Of images of which every other one, from the first on, is good, and the backbone's features of them."""
             with autocast(run.device, run.dtype):
                 pixels = self.prepare(images.to(run.device))
                 descriptors = self.teacher(pixels).float()
-                learned = torch.stack([student(pixels[::2]) for student in self.student]).float()
+                learned = torch.stack([student(pixels) for student in self.student]).float()
             told = components([f.to(run.device) for f in features])
             wanted = F.interpolate(told, size=descriptors.shape[2:], mode="bilinear")
-            return F.mse_loss(descriptors, wanted) + F.mse_loss(learned, descriptors[::2].detach().expand_as(learned))
+            return F.mse_loss(descriptors, wanted) + F.mse_loss(learned, descriptors.detach().expand_as(learned))
 
         def training_loss(step: int) -> Tensor:
-            generator = np.random.default_rng((run.seed, step))
-            images, _ = run.training.batch(batch_indices(len(run.training), step, run.seed))
-            mixed = with_anomalies(images, generator)
-            return loss_of(*_crop(mixed, run.training.teacher(mixed), generator))
+            batch = run.training.batch(batch_indices(len(run.training), step, run.seed))
+            return loss_of(*_crop(*batch, np.random.default_rng((run.seed, step))))
 
         def held_out_losses() -> Iterator[tuple[Tensor, int]]:
             for number, batch in enumerate(run.held_out.batches()):

@@ -29,7 +29,7 @@ from uadtool.quantization.sensitivity import anomaly_maps, map_distance
 from uadtool.quantization.targets import Target
 from uadtool.training.data import read_images
 from uadtool.training.loop import batch_indices, optimize
-from uadtool.training.synthetic import with_anomalies
+from uadtool.training.synthetic import synthetic_anomalies
 
 LEARNING_RATE, SCALE_LEARNING_RATE = 3e-4, 3e-3
 """Of weights and biases, and of the logarithms of scales. At one rate for both the scales hardly move in 100 steps."""
@@ -103,6 +103,14 @@ def trainable(detector: Detector, ranges: Ranges, target: Target, float_layers: 
 
     target = replace(target, half=False)  # too coarse for gradients
     return quantized_graph(graph, quantizer, target, float_layers, layer)
+
+
+def with_anomalies(images: Tensor, generator: np.random.Generator) -> Tensor:
+    """The images [N, H, W, 3], uint8, every other one with a synthetic anomaly."""
+    good = images.numpy()
+    mixed = good.copy()
+    mixed[1::2] = synthetic_anomalies(good[1::2], good, generator)
+    return torch.from_numpy(mixed)
 
 
 def _points_after(graph: QuantizableGraph, trained: str) -> set[str]:

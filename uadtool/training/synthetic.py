@@ -9,12 +9,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.random import Generator
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter
 from scipy import ndimage
-from torch import Tensor
 
 Floats = NDArray[np.floating[Any]]
 """An image [H, W, 3] with values 0 to 255, or [H, W] with 1 inside of a defect and 0 outside."""
@@ -59,14 +57,6 @@ def synthetic_anomalies(
     others = list(donors)
     anomalous = [synthetic_anomaly(image, others, generator)[0] for image in images]
     return np.array(anomalous, np.uint8).reshape(images.shape)  # of no image, too
-
-
-def with_anomalies(images: Tensor, generator: Generator) -> Tensor:
-    """The images [N, H, W, 3], uint8, every other one, from the second on, with a synthetic anomaly."""
-    good = images.numpy()
-    mixed = good.copy()
-    mixed[1::2] = synthetic_anomalies(good[1::2], good, generator)
-    return torch.from_numpy(mixed)
 
 
 def cut_paste(image: Floats, donor: Floats, generator: Generator) -> Floats:
