@@ -6,6 +6,7 @@ from typing import Any, Callable, Dict, NamedTuple, Tuple
 import torch
 
 from uadtool.detectors import Detector
+from uadtool.detectors.dinomaly import Dinomaly
 from uadtool.detectors.duet import Duet
 from uadtool.detectors.reverse_distillation import ReverseDistillation
 from uadtool.detectors.stfpm import STFPM
@@ -14,14 +15,16 @@ from uadtool.onnx_export import parity_images, to_onnx
 from uadtool.quantization import TARGETS, calibrate, half, matching_layers, quantize
 
 SIZE = (64, 64)
-DETECTORS = ("tf_efficientnet_lite0", "resnet18", "rd", "duet")
-"""STFPM with this teacher, or the method."""
+DETECTORS = ("tf_efficientnet_lite0", "resnet18", "rd", "duet", "dinomaly", "dinomaly-vit")
+"""STFPM with this teacher, or the method (``-vit``: with a vision transformer)."""
+TRANSFORMER = "test_vit"
 TENSORRT = ("fp32", "fp16", "int8", "mixed")
 """The precisions that TensorRT is offered."""
 FLAVOURS = (*(("tensorrt", precision) for precision in TENSORRT), ("onnxruntime", "int8"), ("openvino", "int8"))
 FLOAT_LAYERS = {"tf_efficientnet_lite0": ("*.conv_stem", "student.blocks.1.*"),
                 "resnet18": ("teacher.conv1", "student.layer2.*"), "rd": ("teacher.conv_stem", "student.fuse.*"),
-                "duet": ("teacher.conv_stem", "project_*")}
+                "duet": ("teacher.conv_stem", "project_*"), "dinomaly": ("teacher.conv_stem", "teacher.blocks.1.*"),
+                "dinomaly-vit": ("teacher.patch_embed.*",)}
 
 
 class Flavour(NamedTuple):
@@ -51,7 +54,9 @@ def _duet() -> Duet:
 
 
 METHODS: Dict[str, Callable[[], Detector]] = {
-    "rd": lambda: ReverseDistillation("tf_efficientnet_lite0", SIZE, 2), "duet": _duet}
+    "rd": lambda: ReverseDistillation("tf_efficientnet_lite0", SIZE, 2), "duet": _duet,
+    "dinomaly": lambda: Dinomaly("tf_efficientnet_lite0", SIZE, 2, width=64),
+    "dinomaly-vit": lambda: Dinomaly(TRANSFORMER, SIZE, 2, width=64)}
 
 
 @lru_cache(maxsize=None)
@@ -64,7 +69,8 @@ def flavour(name: str, target: str, precision: str) -> Flavour:
     elif precision != "fp32":
         model = quantize(detector, ranges, TARGETS[target], layers)
     quantization = Quantization("ptq", "minmax", "good", "all", layers) if precision in ("int8", "mixed") else None
-    method, teacher = (name, DETECTORS[0]) if name in METHODS else ("stfpm", name)
+    teacher = TRANSFORMER if name.endswith("-vit") else DETECTORS[0] if name in METHODS else name
+    method = name.split("-")[0] if name in METHODS else "stfpm"
     metadata = Metadata(method, teacher, ["a", "b"], SIZE, detector.map_size, 3.0, 0.01, 1, 1, {}, precision,
                         None if precision == "fp32" else target, quantization, tool_version="0.1.0")
     return Flavour(model, metadata, to_onnx(model, metadata), images.numpy())

@@ -29,7 +29,7 @@ def _pairs(ctx: click.Context, param: click.Parameter, value: Tuple[str, ...]) -
 @click.argument("data", metavar="DATA")
 @options.output("The model to write (.safetensors).")
 @click.option("--method", default="stfpm", show_default=True, metavar="NAME",
-              help="Detection method: stfpm, rd, duet, or one that an installed package adds.")
+              help="Detection method: stfpm, rd, duet, dinomaly, or one that an installed package adds.")
 @click.option("--option", "method_options", metavar="NAME=VALUE", multiple=True, callback=_pairs,
               help="Of the method; of stfpm: fusion=sum or product, how the maps of the three stages become one.")
 @click.option("--teacher", default="tf_efficientnet_lite0", show_default=True, metavar="NAME",
