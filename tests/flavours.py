@@ -5,7 +5,8 @@ from typing import Any, Callable, Dict, NamedTuple, Tuple
 
 import torch
 
-from uadtool.detectors import BUILT_IN, Detector
+from uadtool.detectors import Detector
+from uadtool.detectors.dinomaly import Dinomaly
 from uadtool.detectors.duet import Duet
 from uadtool.detectors.reverse_distillation import ReverseDistillation
 from uadtool.detectors.stfpm import STFPM
@@ -15,15 +16,18 @@ from uadtool.onnx_export import parity_images, to_onnx
 from uadtool.quantization import TARGETS, calibrate, half, matching_layers, quantize
 
 SIZE = (64, 64)
-DETECTORS = ("tf_efficientnet_lite0", "resnet18", "shared", "rd", "us", "duet")
-"""STFPM with this teacher, with a shared stage, or another method."""
+DETECTORS = ("tf_efficientnet_lite0", "resnet18", "stfpm-shared", "rd", "us", "dinomaly", "dinomaly-vit", "duet")
+"""STFPM with this teacher, or the method (with a shared stage, with a vision transformer)."""
+TRANSFORMER = "test_vit"
 TENSORRT = ("fp32", "fp16", "int8", "mixed")
 """The precisions that TensorRT is offered."""
 FLAVOURS = (*(("tensorrt", precision) for precision in TENSORRT), ("onnxruntime", "int8"), ("openvino", "int8"))
 FLOAT_LAYERS = {"tf_efficientnet_lite0": ("*.conv_stem", "student.blocks.1.*"),
                 "resnet18": ("teacher.conv1", "student.layer2.*"),
-                "shared": ("teacher.blocks.1.*", "student.blocks.2.0.*"), "rd": ("teacher.conv_stem", "student.fuse.*"),
-                "us": ("teacher.conv1", "student.0.*"), "duet": ("teacher.conv_stem", "small.*")}
+                "stfpm-shared": ("teacher.blocks.1.*", "student.blocks.2.0.*"),
+                "rd": ("teacher.conv_stem", "student.fuse.*"), "us": ("teacher.conv1", "student.0.*"),
+                "dinomaly": ("teacher.conv_stem", "teacher.blocks.1.*"), "dinomaly-vit": ("teacher.patch_embed.*",),
+                "duet": ("teacher.conv_stem", "small.*")}
 
 
 class Flavour(NamedTuple):
@@ -53,9 +57,11 @@ def _duet() -> Duet:
 
 
 METHODS: Dict[str, Callable[[], Detector]] = {
-    "shared": lambda: STFPM("tf_efficientnet_lite0", SIZE, 2, shared_stages=1),
+    "stfpm-shared": lambda: STFPM("tf_efficientnet_lite0", SIZE, 2, shared_stages=1),
     "rd": lambda: ReverseDistillation("tf_efficientnet_lite0", SIZE, 2),
-    "us": lambda: UninformedStudents("tf_efficientnet_lite0", SIZE, 2), "duet": _duet}
+    "us": lambda: UninformedStudents("tf_efficientnet_lite0", SIZE, 2),
+    "dinomaly": lambda: Dinomaly("tf_efficientnet_lite0", SIZE, 2, width=64),
+    "dinomaly-vit": lambda: Dinomaly(TRANSFORMER, SIZE, 2, width=64), "duet": _duet}
 
 
 @lru_cache(maxsize=None)
@@ -68,7 +74,8 @@ def flavour(name: str, target: str, precision: str) -> Flavour:
     elif precision != "fp32":
         model = quantize(detector, ranges, TARGETS[target], layers)
     quantization = Quantization("ptq", "minmax", "good", "all", layers) if precision in ("int8", "mixed") else None
-    method, teacher = name if name in BUILT_IN else "stfpm", DETECTORS[0] if name in METHODS else name
+    teacher = TRANSFORMER if name.endswith("-vit") else DETECTORS[0] if name in METHODS else name
+    method = name.split("-")[0] if name in METHODS else "stfpm"
     metadata = Metadata(method, teacher, ["a", "b"], SIZE, detector.map_size, 3.0, 0.01, 1, 1, {}, precision,
                         None if precision == "fp32" else target, quantization, tool_version="0.1.0")
     return Flavour(model, metadata, to_onnx(model, metadata), images.numpy())

@@ -224,7 +224,7 @@ def test_complexity_counts_what_there_is():
 
 
 @pytest.mark.parametrize(("changes", "message"), [
-    ({"method": "oracle"}, "unknown method 'oracle'; there are stfpm, rd, duet, us"),
+    ({"method": "oracle"}, "unknown method 'oracle'; there are stfpm, rd, us, dinomaly, duet"),
     ({"teacher": "none"}, "timm .* has no model 'none'"),
 ])
 def test_what_this_version_cannot_build(changes, message):

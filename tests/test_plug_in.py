@@ -60,7 +60,7 @@ def points(monkeypatch):
 
 def test_unknown_methods_are_refused_with_those_there_are(points):
     points(("gaussian", "gaussian:Gaussian"))
-    with pytest.raises(UadtoolError, match="unknown method 'x'; there are stfpm, rd, duet, us, gaussian"):
+    with pytest.raises(UadtoolError, match="unknown method 'x'; there are stfpm, rd, us, dinomaly, duet, gaussian"):
         find_method("x")
 
 

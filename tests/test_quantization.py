@@ -16,12 +16,13 @@ from hypothesis.extra import numpy as stn
 from torch import fx, nn
 
 from uadtool.commands.quantize import quantize as command
+from uadtool.detectors.backbones import LayerNorm
 from uadtool.detectors.stfpm import STFPM
 from uadtool.errors import UadtoolError
 from uadtool.models import load_float_model, load_model
 from uadtool.quantization import TARGETS, RangesFile, calibrate, half, layers_outside, matching_layers, quantize
 from uadtool.quantization.graph import QuantizableGraph
-from uadtool.quantization.modules import ActivationQuantizer, QuantizedConv2d
+from uadtool.quantization.modules import ActivationQuantizer, QuantizedConv2d, QuantizedLinear, quantized_layer
 from uadtool.quantization.observers import MinMax
 from uadtool.quantization.sensitivity import layer_sensitivity, map_distance
 
@@ -239,15 +240,15 @@ def test_biases_are_whole_numbers_of_their_unit(biases, input_scale):
     np.testing.assert_allclose(quantized.bias, biases, atol=unit.max() / 2 * 1.001, rtol=1e-6)
 
 
-@pytest.mark.parametrize("conv", [
+@pytest.mark.parametrize("layer", [
     nn.Conv2d(4, 8, 3, stride=2, padding=1), nn.Conv2d(4, 4, (3, 5), padding=(1, 2), groups=4, bias=False),
-    nn.Conv2d(4, 8, 3, dilation=2),
+    nn.Conv2d(4, 8, 3, dilation=2), nn.Linear(12, 7), nn.Linear(12, 5, bias=False),
 ])
-def test_a_quantized_convolution_computes_what_the_float_one_does(conv):
+def test_a_quantized_layer_computes_what_the_float_one_does(layer):
     torch.manual_seed(0)
     values = torch.randn(2, 4, 16, 12)
     with torch.inference_mode():
-        expected, found = conv(values), QuantizedConv2d(conv)(values)
+        expected, found = layer(values), quantized_layer(layer)(values)
     assert found.shape == expected.shape
     assert (found - expected).abs().max() < 0.02 * expected.abs().max()
 
@@ -388,6 +389,64 @@ def test_layers_by_pattern(detector):
     assert matching_layers(detector, []) == []
     with pytest.raises(UadtoolError, match=r"no layer is named 'blocks\.9'; the model has"):
         matching_layers(detector, ["student.*", "blocks.9"])
+
+
+# Linear layers
+
+
+class Perceptron(nn.Module):
+    """Linear layers on tokens [N, L, C], a residual sum and a layer norm between them; nothing of a detector."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(8, 16), nn.Linear(16, 8), nn.Linear(8, 4)
+        self.activation, self.norm = nn.GELU(), LayerNorm(8)
+
+    def forward(self, tokens):
+        return self.last(self.norm(tokens + self.second(self.activation(self.first(tokens)))))
+
+
+@pytest.fixture(scope="module")
+def perceptron():
+    torch.manual_seed(0)
+    return Perceptron().eval()
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    return torch.randn(16, 9, 8, generator=torch.Generator().manual_seed(0)) + 0.5
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_linear_layers_read_quantized_values_and_write_float_ones(perceptron, tokens, target):
+    model = quantize(perceptron, calibrate(perceptron, [tokens], "minmax"), TARGETS[target])
+    layers = nodes(model, QuantizedLinear)
+    assert [node.target for node in layers] == ["first", "second", "last"]
+    assert all(quantizers(model, node) == [True] for node in layers)
+    assert [reader.target for point in nodes(model, ActivationQuantizer) for reader in point.users] == [
+        node.target for node in layers]
+    with torch.inference_mode():
+        expected, found = perceptron(tokens), model(tokens)
+    assert 0 < (found - expected).abs().max() < 0.05 * expected.abs().max()
+
+
+def test_linear_layers_that_stay_float_read_float_values(perceptron, tokens):
+    ranges = calibrate(perceptron, [tokens], "minmax")
+    model = quantize(perceptron, ranges, TARGETS["onnxruntime"], ["second"])
+    (node,) = nodes(model, nn.Linear)
+    assert (node.target, quantizers(model, node)) == ("second", [False])
+    model = quantize(perceptron, ranges, TARGETS["tensorrt"], ["second"])
+    assert model.get_submodule("second").weight.dtype == torch.float16
+    assert model.get_submodule("norm").weight.dtype == torch.float32
+
+
+def test_bias_correction_keeps_the_mean_of_every_channel_of_a_linear_layer(perceptron, tokens):
+    ranges = calibrate(perceptron, [tokens], "minmax")
+    with torch.inference_mode():
+        expected, *found = (model(tokens).mean((0, 1)) for model in (
+            perceptron, quantize(perceptron, ranges), quantize(perceptron, ranges, images=tokens)))
+    plain, corrected = ((means - expected).abs().sum() for means in found)
+    assert corrected < 0.05 * plain
 
 
 # Bias correction, sensitivity

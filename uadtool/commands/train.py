@@ -29,7 +29,7 @@ def _pairs(ctx: click.Context, param: click.Parameter, value: Tuple[str, ...]) -
 @click.argument("data", metavar="DATA")
 @options.output("The model to write (.safetensors).")
 @click.option("--method", default="stfpm", show_default=True, metavar="NAME",
-              help="Detection method: stfpm, rd, duet, us, or one that an installed package adds.")
+              help="Detection method: stfpm, rd, us, dinomaly, duet, or one that an installed package adds.")
 @click.option("--option", "method_options", metavar="NAME=VALUE", multiple=True, callback=_pairs,
               help="Of the method; of stfpm: fusion=sum or product of the maps of all stages, dcam=true for attention "
                    "in training, shared_stages=1 or 2 for a student that starts from a feature map of the teacher.")

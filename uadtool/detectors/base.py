@@ -17,6 +17,8 @@ SCORE_SHARE = 0.01
 """The image score is the mean of this share of the anomaly map, its highest values (as in Dinomaly, CVPR 2025)."""
 PATCH = 2
 """What good images of a class show at a position is known for patches of this many map pixels, squared."""
+SMOOTHING = 4.0
+"""Standard deviation of the Gaussian that smooths maps, in pixels of the input (as in the authors' code of RD)."""
 STATISTICS = ("expected_maps", "map_spreads", "score_mean", "score_std")
 """The buffers that normalise maps and scores."""
 
@@ -135,6 +137,29 @@ class Detector(nn.Module, ABC):
         """Mean of the highest hundredth of each map: [N, h, w] -> [N]."""
         count = max(1, round(SCORE_SHARE * self.map_size[0] * self.map_size[1]))
         return anomaly_map.flatten(1).topk(count, dim=1).values.mean(1)
+
+
+class Smoothing(nn.Module):
+    """A Gaussian over maps [N, M, h, w], up to three standard deviations from the centre.
+
+    Args:
+        maps: M.
+        scale: length of the map in that of the input.
+    """
+
+    kernel: Tensor
+
+    def __init__(self, maps: int, scale: float) -> None:
+        super().__init__()
+        deviation = SMOOTHING * scale
+        self.maps, self.margin = maps, max(1, round(3 * deviation))
+        line = torch.exp(-torch.arange(-self.margin, self.margin + 1).square() / (2 * deviation**2))
+        kernel = line[:, None] * line
+        self.register_buffer("kernel", (kernel / kernel.sum()).repeat(maps, 1, 1, 1))
+
+    def forward(self, maps: Tensor) -> Tensor:
+        margins = (self.margin, self.margin, self.margin, self.margin)
+        return F.conv2d(F.pad(maps, margins, mode="replicate"), self.kernel, groups=self.maps)
 
 
 @fx.wrap  # one node in every traced graph, whose input are the raw maps

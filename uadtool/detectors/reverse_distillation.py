@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from uadtool.detectors.backbones import build_backbone, feature_shapes, fold_batch_norm, normalization
-from uadtool.detectors.base import Detector, describe
+from uadtool.detectors.base import Detector, Smoothing, describe
 from uadtool.detectors.stfpm import distance_maps, distillation_loss
 
 if TYPE_CHECKING:
@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 
 LEARNING_RATE, BETAS, WEIGHT_DECAY = 5e-3, (0.5, 0.999), 1e-5
 """As in arXiv 2407.02968 (table 1) and the authors' code."""
-SMOOTHING = 4.0
-"""Standard deviation of the Gaussian that smooths the maps, in pixels of the input, as in the authors' code."""
 
 
 class ReverseDistillation(Detector):
@@ -44,16 +42,12 @@ class ReverseDistillation(Detector):
         super().__init__(classes, sum(channels), map_size, *normalization(teacher), maps=3)
         self.teacher = network
         self.student: nn.Module = Student(channels, width)
-        self.register_buffer("kernel", _gaussian(SMOOTHING * map_size[0] / image_size[0]).repeat(3, 1, 1, 1))
-
-    kernel: Tensor
+        self.smooth = Smoothing(3, map_size[0] / image_size[0])
 
     def raw_maps_and_descriptor(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         features = self.teacher(pixels)
         maps = distance_maps(features, self.student(features[0], features[1], features[2]), self.map_size)
-        margin = self.kernel.shape[2] // 2
-        padded = F.pad(maps, (margin, margin, margin, margin), mode="replicate")
-        return F.conv2d(padded, self.kernel, groups=3), describe(features)
+        return self.smooth(maps), describe(features)
 
     def fit(self, run: "Run") -> "Outcome":
         optimizer = torch.optim.Adam(self.student.parameters(), LEARNING_RATE, BETAS, weight_decay=WEIGHT_DECAY)
@@ -108,11 +102,3 @@ def _convolution(inputs: int, outputs: int, size: int = 3, stride: int = 1) -> n
 
 def _enlarge(values: Tensor) -> Tensor:
     return F.interpolate(values, scale_factor=2.0, mode="nearest")
-
-
-def _gaussian(deviation: float) -> Tensor:
-    """[1, 1, k, k], up to three standard deviations from the centre; its sum is 1."""
-    reach = max(1, round(3 * deviation))
-    line = torch.exp(-torch.arange(-reach, reach + 1).square() / (2 * deviation**2))
-    kernel = line[:, None] * line
-    return (kernel / kernel.sum())[None, None]

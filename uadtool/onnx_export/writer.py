@@ -54,6 +54,7 @@ def to_onnx(model: nn.Module, metadata: Metadata) -> ModelProto:
     proto.ir_version = IR_VERSION
     proto.producer_name, proto.producer_version = "uadtool", metadata.tool_version
     _strip(proto)
+    _cast_first(proto.graph)
     if metadata.target is not None:
         target = TARGETS[metadata.target]
         if target.integer_bias:
@@ -151,6 +152,20 @@ def _constants(graph: GraphProto) -> dict[str, NDArray[Any]]:
 def _remove_attributes(node: NodeProto, *names: str) -> None:
     for attribute in [a for a in node.attribute if a.name in names]:
         node.attribute.remove(attribute)
+
+
+def _cast_first(graph: GraphProto) -> None:
+    """Let who asks for the image's shape ask its cast: TensorRT takes uint8 for a Cast alone."""
+    (image,) = (value.name for value in graph.input)
+    asking = [node for node in graph.node if node.op_type == "Shape" and node.input[0] == image]
+    if asking:
+        cast = next(node for node in graph.node if node.op_type == "Cast" and node.input[0] == image)
+        for node in asking:
+            node.input[0] = cast.output[0]
+        first = NodeProto()
+        first.CopyFrom(cast)
+        graph.node.remove(cast)
+        graph.node.insert(0, first)
 
 
 def _remove_unused_constants(graph: GraphProto) -> None:

@@ -11,7 +11,7 @@ from uadtool.detectors.base import Detector
 from uadtool.errors import UadtoolError
 from uadtool.quantization.bias_correction import correct_biases
 from uadtool.quantization.graph import QuantizableGraph
-from uadtool.quantization.modules import ActivationQuantizer, QuantizedConv2d
+from uadtool.quantization.modules import ActivationQuantizer, Layer, QuantizedConv2d, quantized_layer
 from uadtool.quantization.observers import METHODS, Observer, make_observer
 from uadtool.quantization.ranges import Ranges, RangesFile
 from uadtool.quantization.targets import TARGETS, Target
@@ -51,10 +51,10 @@ def calibrate(detector: Detector, batches: Iterable[Tensor], method: str = "entr
 
 def quantize(detector: nn.Module, ranges: Ranges, target: Target = TARGETS["onnxruntime"],
              float_layers: Collection[str] = (), images: Optional[Tensor] = None) -> fx.GraphModule:
-    """Post-training quantization of the convolutions of all networks; the score head stays float.
+    """Post-training quantization of the layers of all networks; the score head stays float.
 
     Args:
-        float_layers: names of convolutions that stay float, too.
+        float_layers: names of layers that stay float, too.
         images: good ones, uint8 [N, H, W, 3], to correct the biases with; about 32.
 
     Raises:
@@ -94,7 +94,7 @@ def empty_quantized(detector: Detector, precision: str, target: Target,
 
 
 def matching_layers(detector: Detector, patterns: Sequence[str]) -> list[str]:
-    """The names of the convolutions that a pattern (``student.*``, with shell wildcards) matches.
+    """The names of the layers that a pattern (``student.*``, with shell wildcards) matches.
 
     Raises:
         UadtoolError: a pattern matches none.
@@ -108,20 +108,20 @@ def matching_layers(detector: Detector, patterns: Sequence[str]) -> list[str]:
 
 
 def layers_outside(detector: Detector, scope: str) -> list[str]:
-    """The convolutions that quantization of this ``scope``, ``student`` or ``all``, leaves alone."""
+    """The layers that quantization of this ``scope``, ``student`` or ``all``, leaves alone."""
     return [] if scope == "all" else [name for name in QuantizableGraph(detector).layers
                                       if not name.startswith(f"{detector.trained}.")]
 
 
 def quantized_graph(graph: QuantizableGraph, quantizer: Callable[[str], ActivationQuantizer], target: Target,
                     float_layers: Collection[str],
-                    layer: Callable[[str, nn.Conv2d], nn.Module] = lambda name, conv: QuantizedConv2d(conv),
+                    quantized: Callable[[str, Layer], nn.Module] = lambda name, layer: quantized_layer(layer),
                     ) -> fx.GraphModule:
-    """The graph with ``quantizer(name)`` at its points and ``layer(name, conv)`` for each convolution in int8."""
+    """The graph with ``quantizer(name)`` at its points and ``quantized(name, layer)`` for each layer in int8."""
     model = graph.quantized(quantizer, target, float_layers)
     for name in graph.layers:
         if name not in float_layers:
-            conv = model.get_submodule(name)
-            assert isinstance(conv, nn.Conv2d)
-            model.set_submodule(name, layer(name, conv))
+            layer = model.get_submodule(name)
+            assert isinstance(layer, Layer)
+            model.set_submodule(name, quantized(name, layer))
     return model.eval()

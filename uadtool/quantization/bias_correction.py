@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, fx, nn
 
 from uadtool.quantization.graph import QuantizableGraph
-from uadtool.quantization.modules import QuantizedConv2d
+from uadtool.quantization.modules import QuantizedLayer
 
 CORRECTION_IMAGES = 32
 
 
 @torch.inference_mode()
 def correct_biases(detector: nn.Module, quantized: fx.GraphModule, images: Tensor) -> None:
-    """Shift the bias of each quantized convolution, in place, so that the mean of each channel is the float one's.
+    """Shift the bias of each quantized layer, in place, so that the mean of each channel is the float one's.
 
     Empirical bias correction (Nagel et al., ICCV 2019, arXiv 1906.04721, appendix D), layer by layer: each sees what
     the corrected ones before it give.
@@ -34,19 +34,25 @@ def correct_biases(detector: nn.Module, quantized: fx.GraphModule, images: Tenso
     class Reference(fx.Interpreter):
         def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
             result = super().call_module(target, args, kwargs)
-            if target in graph.layers:
-                means[target] = result.mean((0, 2, 3))
+            layer = quantized.get_submodule(target) if target in graph.layers else None
+            if isinstance(layer, QuantizedLayer):
+                means[target] = _channel_means(result, layer)
             return result
 
     class Corrector(fx.Interpreter):
         def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
             result = super().call_module(target, args, kwargs)
-            module = self.module.get_submodule(target)
-            if isinstance(module, QuantizedConv2d):
-                shift = means[target] - result.mean((0, 2, 3))
-                module.bias += shift
-                result = result + shift[:, None, None]
+            layer = self.module.get_submodule(target)
+            if isinstance(layer, QuantizedLayer):
+                shift = means[target] - _channel_means(result, layer)
+                layer.bias += shift
+                result = (result.movedim(layer.channel_axis, -1) + shift).movedim(-1, layer.channel_axis)
             return result
 
     Reference(graph.module).run(images)
     Corrector(quantized).run(images)
+
+
+def _channel_means(values: Tensor, layer: QuantizedLayer) -> Tensor:
+    """[C], of what the layer gives."""
+    return values.movedim(layer.channel_axis, -1).flatten(0, -2).mean(0)

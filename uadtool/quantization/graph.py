@@ -1,5 +1,8 @@
 """Where a detector is quantized: at the tensors that integer kernels read or write.
 
+Layers are convolutions and linear ones. What a linear layer writes stays float: normalisation, attention and the sum
+over a transformer's blocks compute in float, so only what it reads has a point.
+
 One graph serves observing, post-training quantization and quantization-aware training: they differ only in the module
 that stands at each point. A point lies after the activation that follows a convolution or an addition, never between
 the two: a quantizer before a ReLU6 spends its codes on values that the ReLU6 cuts off, which costs more than 0.1 AUROC.
@@ -8,13 +11,15 @@ the two: a quantizer before a ReLU6 spends its codes on values that the ReLU6 cu
 import copy
 import operator
 from collections.abc import Callable, Collection, Iterator
+from types import UnionType
 from typing import Optional
 
 import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
-from uadtool.detectors.backbones import PaddedConv2d
+from uadtool.detectors.backbones import Tracer
+from uadtool.quantization.modules import Layer
 from uadtool.quantization.targets import Target
 
 _ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.Hardswish, nn.SiLU, nn.GELU)
@@ -22,23 +27,18 @@ _ACTIVATION_FUNCTIONS = {torch.relu, F.relu, F.relu6, F.leaky_relu, F.hardswish,
 _ADDITIONS = {operator.add, torch.add}
 
 
-class _Tracer(fx.Tracer):
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, PaddedConv2d) or super().is_leaf_module(m, module_qualified_name)
-
-
 class QuantizableGraph:
     """A traced detector and its points; batch norm must be folded. Layers are shared with the detector.
 
     ``points`` names each node whose output may be quantized, in execution order. A name stands for the same tensor in
-    every run with the same detector configuration. ``layers`` are the names of the convolutions. What follows the
-    networks, the score head, has no convolution, so it has no points and stays float.
+    every run with the same detector configuration. ``layers`` are the names of the convolutions and linear layers.
+    What follows the networks, the score head, has none, so it has no points and stays float.
     """
 
     def __init__(self, detector: nn.Module) -> None:
-        self.module = fx.GraphModule(detector, _Tracer().trace(detector), class_name=type(detector).__name__)
+        self.module = fx.GraphModule(detector, Tracer().trace(detector), class_name=type(detector).__name__)
         self._modules = dict(self.module.named_modules())
-        self.layers = [str(node.target) for node in self.module.graph.nodes if self._is(node, nn.Conv2d)]
+        self.layers = [str(node.target) for node in self.module.graph.nodes if self._is(node, Layer)]
         self.points = self._find_points()
 
     def observed(self, make: Callable[[str], nn.Module]) -> fx.GraphModule:
@@ -50,7 +50,7 @@ class QuantizableGraph:
         """The graph with ``make(name)`` where integer kernels of ``target`` read or write.
 
         Args:
-            float_layers: names of convolutions that stay float.
+            float_layers: names of layers that stay float.
         """
         integer = self._integer_operations(set(float_layers))
         edges, rest = list(self._quantized_edges(target, integer)), self._operations() - integer
@@ -77,8 +77,8 @@ class QuantizableGraph:
         return self.module
 
     def _operations(self) -> set[fx.Node]:
-        """What the networks consist of: convolutions, their additions and pools, and the activations after them."""
-        found = {node for node in self.module.graph.nodes if self._is(node, nn.Conv2d)
+        """What the networks consist of: layers, their additions and pools, and the activations after them."""
+        found = {node for node in self.module.graph.nodes if self._is(node, Layer)
                  or (node.target in _ADDITIONS and self._activated(node) in self.points)
                  or (self._chooses(node) and node in self.points)}
         return found | {self._activated(node) for node in found}
@@ -87,7 +87,7 @@ class QuantizableGraph:
         """The operations that integer kernels do when these layers stay float."""
         operations, integer = self._operations(), set[fx.Node]()
         for node in self.module.graph.nodes:
-            if self._is(node, nn.Conv2d):
+            if self._is(node, Layer):
                 chosen = node.target not in float_layers
             else:
                 chosen = node in operations and all(source in integer for source in node.all_input_nodes)
@@ -98,20 +98,21 @@ class QuantizableGraph:
     def _quantized_edges(self, target: Target, integer: set[fx.Node]) -> Iterator[tuple[fx.Node, fx.Node]]:
         """Which reader of which point sees quantized values."""
         for node in self.points:
+            linear = any(self._is(source, nn.Linear) for source in (node, *node.all_input_nodes))
             for reader in node.users:
                 if target.quantized_outputs:
-                    wanted = node in integer or reader in integer
+                    wanted = reader in integer or (node in integer and not linear)
                 elif reader.target in _ADDITIONS:
                     wanted = reader in integer and node is not self._fused_branch(reader)
                 else:
-                    wanted = reader in integer and self._is(reader, nn.Conv2d)
+                    wanted = reader in integer and self._is(reader, Layer)
                 if wanted:
                     yield node, reader
 
     def _compute_in_half(self, operations: set[fx.Node]) -> None:
         """Give these operations fp16 weights and inputs, and all others that read their results fp32."""
         graph = self.module.graph
-        for node in [node for node in operations if self._is(node, nn.Conv2d)]:
+        for node in [node for node in operations if self._is(node, Layer)]:
             self.module.set_submodule(str(node.target), copy.deepcopy(self._modules[str(node.target)]).half())
         for node in list(graph.nodes):
             readers = [reader for reader in node.users if (reader in operations) != (node in operations)]
@@ -133,10 +134,10 @@ class QuantizableGraph:
         for node in self.module.graph.nodes:
             inputs = node.all_input_nodes
             result = self._activated(node)
-            if self._is(node, nn.Conv2d):
+            if self._is(node, Layer):
                 points.setdefault(inputs[0], inputs[0].name)
-                points[result] = result.name
-            elif node.target in _ADDITIONS and len(inputs) == 2 and all(n in points for n in inputs):
+            addition = node.target in _ADDITIONS and len(inputs) == 2 and all(n in points for n in inputs)
+            if addition or self._is(node, nn.Conv2d):
                 points[result] = result.name
             elif self._chooses(node) and inputs[0] in points:
                 points[node] = points[inputs[0]]
@@ -148,7 +149,7 @@ class QuantizableGraph:
             return bool(node.kwargs.get("mode", "nearest") == "nearest")
         return self._is(node, nn.MaxPool2d)
 
-    def _is(self, node: fx.Node, kind: type[nn.Module] | tuple[type[nn.Module], ...]) -> bool:
+    def _is(self, node: fx.Node, kind: type[nn.Module] | UnionType | tuple[type[nn.Module], ...]) -> bool:
         return node.op == "call_module" and isinstance(self._modules.get(str(node.target)), kind)
 
     def _activated(self, node: fx.Node) -> fx.Node:

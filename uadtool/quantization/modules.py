@@ -1,5 +1,7 @@
 """Quantized layers. In torch they compute with dequantized values; an exported graph holds the integers."""
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -8,6 +10,10 @@ from torch.onnx.ops import symbolic
 
 WEIGHT_LIMIT = 127
 """Weights use the codes -127..127: symmetric, as integer kernels want them."""
+
+
+Layer = nn.Conv2d | nn.Linear
+"""What has weights to quantize."""
 
 
 class ActivationQuantizer(nn.Module):
@@ -53,25 +59,49 @@ class ActivationQuantizer(nn.Module):
         return quantized.mul_(self.scale)
 
 
-class QuantizedConv2d(nn.Module):
-    """A convolution with s8 weights, one scale per output channel, and a float bias."""
+class QuantizedLayer(nn.Module):
+    """A layer with s8 weights, one scale per output channel, and a float bias."""
 
+    channel_axis: ClassVar[int]
+    """Of what it gives."""
     weight: Tensor
     weight_scale: Tensor
     bias: Tensor
 
-    def __init__(self, conv: nn.Conv2d) -> None:
-        """Quantize the weights of a convolution (max-abs range per channel, Krishnamoorthi 2018, section 3.1)."""
+    def __init__(self, layer: Layer) -> None:
+        """Quantize the weights of a layer (max-abs range per channel, Krishnamoorthi 2018, section 3.1)."""
         super().__init__()
+        weight = layer.weight.detach()
+        scale = weight_scale(weight)
+        codes = torch.round(weight / _along(scale, weight)).clamp(-WEIGHT_LIMIT, WEIGHT_LIMIT)
+        self.register_buffer("weight", codes.to(torch.int8))
+        self.register_buffer("weight_scale", scale)
+        self.register_buffer("bias", torch.zeros(len(weight)) if layer.bias is None else layer.bias.detach().clone())
+
+    def dequantized_weight(self) -> Tensor:
+        """What the codes stand for, in float."""
+        if is_in_onnx_export():
+            zero_point = torch.zeros_like(self.weight_scale, dtype=torch.int8)
+            return symbolic("DequantizeLinear", (self.weight, self.weight_scale, zero_point), attrs={"axis": 0},
+                            dtype=torch.float32, shape=self.weight.shape, version=1)
+        return self.weight.float() * _along(self.weight_scale, self.weight)
+
+
+class QuantizedLinear(QuantizedLayer):
+    channel_axis = -1
+
+    def forward(self, values: Tensor) -> Tensor:
+        return F.linear(values, self.dequantized_weight(), self.bias)
+
+
+class QuantizedConv2d(QuantizedLayer):
+    channel_axis = 1
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        super().__init__(conv)
         self.stride, self.dilation, self.groups = conv.stride, conv.dilation, conv.groups
         vertical, horizontal = conv.padding if isinstance(conv.padding, tuple) else (0, 0)
         self.pads = getattr(conv, "pads", (horizontal, horizontal, vertical, vertical))
-        weight = conv.weight.detach()
-        scale = weight.abs().amax(dim=(1, 2, 3)).clamp(min=1e-8) / WEIGHT_LIMIT
-        codes = torch.round(weight / scale.view(-1, 1, 1, 1)).clamp(-WEIGHT_LIMIT, WEIGHT_LIMIT)
-        self.register_buffer("weight", codes.to(torch.int8))
-        self.register_buffer("weight_scale", scale)
-        self.register_buffer("bias", torch.zeros(len(weight)) if conv.bias is None else conv.bias.detach().clone())
 
     def round_bias(self, input_scale: Tensor) -> None:
         """Round the bias to what the s32 accumulator of an integer kernel holds: input scale x weight scale."""
@@ -79,10 +109,19 @@ class QuantizedConv2d(nn.Module):
         self.bias.copy_(torch.round(self.bias.double() / unit) * unit)
 
     def forward(self, values: Tensor) -> Tensor:
-        if is_in_onnx_export():
-            zero_point = torch.zeros_like(self.weight_scale, dtype=torch.int8)
-            weight = symbolic("DequantizeLinear", (self.weight, self.weight_scale, zero_point), attrs={"axis": 0},
-                              dtype=torch.float32, shape=self.weight.shape, version=1)
-        else:
-            weight = self.weight.float() * self.weight_scale.view(-1, 1, 1, 1)
+        weight = self.dequantized_weight()
         return F.conv2d(F.pad(values, self.pads), weight, self.bias, self.stride, 0, self.dilation, self.groups)
+
+
+def quantized_layer(layer: Layer) -> QuantizedLayer:
+    """The layer with quantized weights."""
+    return QuantizedConv2d(layer) if isinstance(layer, nn.Conv2d) else QuantizedLinear(layer)
+
+
+def weight_scale(weight: Tensor) -> Tensor:
+    """[C]: what a code stands for, by output channel, the first axis."""
+    return weight.flatten(1).abs().amax(1).clamp(min=1e-8) / WEIGHT_LIMIT
+
+
+def _along(scale: Tensor, weight: Tensor) -> Tensor:
+    return scale.view(-1, *[1] * (weight.dim() - 1))

@@ -23,7 +23,14 @@ from uadtool.detectors.base import Detector
 from uadtool.host import available_cores
 from uadtool.quantization import quantize, quantized_graph
 from uadtool.quantization.graph import QuantizableGraph
-from uadtool.quantization.modules import WEIGHT_LIMIT, ActivationQuantizer, QuantizedConv2d
+from uadtool.quantization.modules import (
+    WEIGHT_LIMIT,
+    ActivationQuantizer,
+    Layer,
+    QuantizedLayer,
+    quantized_layer,
+    weight_scale,
+)
 from uadtool.quantization.ranges import Ranges
 from uadtool.quantization.sensitivity import anomaly_maps, map_distance
 from uadtool.quantization.targets import Target
@@ -45,7 +52,7 @@ def fine_tune(detector: Detector, ranges: Ranges, target: Target, float_layers: 
     with the lowest ``map_distance`` on held-out images is kept, that at the start included.
 
     Args:
-        float_layers: names of convolutions that stay float.
+        float_layers: names of layers that stay float.
         samples: good images to train on; half of each batch of 16 gets synthetic anomalies.
         held_out: batches of uint8 [N, H, W, 3], good ones and ones with synthetic anomalies.
         correction: images to correct the biases with at the start, as for ``quantize``.
@@ -64,7 +71,7 @@ def fine_tune(detector: Detector, ranges: Ranges, target: Target, float_layers: 
     tuned = copy.deepcopy(detector).requires_grad_(False)
     start = quantize(detector, ranges, target, float_layers, correction)
     for name, module in start.named_modules():
-        if isinstance(module, QuantizedConv2d):
+        if isinstance(module, QuantizedLayer):
             tuned.get_submodule(name).bias = nn.Parameter(module.bias.clone(), requires_grad=False)
     tuned.get_submodule(detector.trained).requires_grad_(True)
     model = trainable(tuned, ranges, target, float_layers)
@@ -98,11 +105,11 @@ def trainable(detector: Detector, ranges: Ranges, target: Target, float_layers: 
         kind = LearnedQuantizer if name in moving else ActivationQuantizer
         return kind.from_range(*ranges[name], target.signed)
 
-    def layer(name: str, conv: nn.Conv2d) -> nn.Module:
-        return RoundingConv2d(conv) if name.startswith(trained) else QuantizedConv2d(conv)
+    def quantized(name: str, layer: Layer) -> nn.Module:
+        return RoundingLayer(layer) if name.startswith(trained) else quantized_layer(layer)
 
     target = replace(target, half=False)  # too coarse for gradients
-    return quantized_graph(graph, quantizer, target, float_layers, layer)
+    return quantized_graph(graph, quantizer, target, float_layers, quantized)
 
 
 def with_anomalies(images: Tensor, generator: np.random.Generator) -> Tensor:
@@ -122,19 +129,19 @@ def _points_after(graph: QuantizableGraph, trained: str) -> set[str]:
     return {name for node, name in graph.points.items() if node in after}
 
 
-class RoundingConv2d(nn.Module):
-    """Computes with rounded weights, as ``QuantizedConv2d`` does, and passes gradients to the float ones."""
+class RoundingLayer(nn.Module):
+    """Computes with rounded weights, as ``QuantizedLayer`` does, and passes gradients to the float ones."""
 
-    def __init__(self, conv: nn.Conv2d) -> None:
+    def __init__(self, layer: Layer) -> None:
         super().__init__()
-        self.conv = conv
+        self.layer = layer
 
     def forward(self, values: Tensor) -> Tensor:
-        weight = self.conv.weight
-        scale = weight.detach().abs().amax(dim=(1, 2, 3)).clamp(min=1e-8) / WEIGHT_LIMIT
+        weight = self.layer.weight
+        scale = weight_scale(weight.detach())
         rounded = torch.fake_quantize_per_channel_affine(weight, scale, torch.zeros_like(scale, dtype=torch.int32), 0,
                                                          -WEIGHT_LIMIT, WEIGHT_LIMIT)
-        result: Tensor = functional_call(self.conv, {"weight": rounded}, (values,))
+        result: Tensor = functional_call(self.layer, {"weight": rounded}, (values,))
         return result
 
 

@@ -20,7 +20,7 @@ def layer_sensitivity(detector: Detector, ranges: Ranges, target: Target, images
 
     Args:
         images: batches of uint8 [N, H, W, 3], good ones and, better, synthetic anomalies, too.
-        layers: convolutions, by name.
+        layers: by name.
     """
     everything = QuantizableGraph(detector).layers
     target = replace(target, half=False)  # CPUs are slow at fp16, and the rounding to int8 is what counts
