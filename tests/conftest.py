@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, Callable, Dict, NamedTuple
+from typing import Any, Callable, Dict, List, NamedTuple
 
 import numpy as np
 import pytest
@@ -26,6 +26,11 @@ METADATA = Metadata(
 )
 STATISTICS = {"green": (40.0, 20.0), "red": (40.0, 10.0)}
 """Mean and standard deviation of the brightness of good images: they are dark."""
+
+
+def pytest_collection_modifyitems(items: List[pytest.Item]) -> None:
+    """The longest test starts first, so that no core waits for it in the end."""
+    items.sort(key=lambda item: item.path.name != "test_readme.py")
 
 
 SCHEMAS = Path(uadtool_package.__file__).parent / "schemas"
@@ -175,13 +180,16 @@ class Step(NamedTuple):
 @pytest.fixture(scope="session")
 def step(uadtool: Callable[..., "subprocess.CompletedProcess[str]"],
          tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Step]:
-    folder = tmp_path_factory.mktemp("chain")
+    """Run a command in a folder that all chains share; ``outputs`` are the files that it was to write there."""
+    folder, outputs = tmp_path_factory.mktemp("chain"), set()
 
     def run(command: str, *arguments: object, output: str) -> Step:
+        outputs.add(folder / output)
         done = uadtool(command, *arguments, "-o", folder / output)
         assert done.returncode == 0, done.stderr
         return Step(folder / output, json.loads(done.stdout), done.stderr)
 
+    run.outputs = outputs
     return run
 
 

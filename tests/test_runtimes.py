@@ -178,7 +178,8 @@ print(*(name for name in sys.modules if name.startswith(("openvino_telemetry", "
 @pytest.mark.parametrize(("name", "message"), [
     ("missing.onnx", "no such model file"),
     ("model.safetensors", "export it first: uadtool export .*model.safetensors -o model.onnx"),
-    ("model.engine", "its name must end in .onnx"),
+    ("model.engine", "is an engine, which trtexec --loadEngine=.* can time; uadtool runs .onnx files"),
+    ("model.pb", "its name must end in .onnx"),
     ("model.onnx", "model.onnx is damaged, or no ONNX file"),
 ])
 def test_files_that_are_no_exported_detector(tmp_path, name, message):
