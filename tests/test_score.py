@@ -1,6 +1,7 @@
 import json
 import os
 import pty
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -117,10 +118,13 @@ def test_ends_quietly_when_the_reader_goes(detector, mvtec):
 
 
 def test_interrupt_while_waiting_for_paths(detector):
+    def heed() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # tests that run in the background ignore it, and so would this
+
     with subprocess.Popen([*COMMAND, str(detector)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                          stderr=subprocess.PIPE) as process:
+                          stderr=subprocess.PIPE, preexec_fn=heed) as process:
         process.stdout.readline()
-        process.send_signal(2)
+        process.send_signal(signal.SIGINT)
         assert process.wait(30) == 130
         assert process.stderr.read().strip() == b"uadtool: interrupted"
 
