@@ -34,7 +34,7 @@ def _pairs(ctx: click.Context, param: click.Parameter, value: Tuple[str, ...]) -
               help="Of the method; of stfpm: fusion=sum or product of the maps of all stages, dcam=true for attention "
                    "in training, shared_stages=1 or 2 for a student that starts from a feature map of the teacher.")
 @click.option("--teacher", default="tf_efficientnet_lite0", show_default=True, metavar="NAME",
-              help="A CNN of timm, by name; the student is its untrained copy.")
+              help="A CNN of timm, by name; for dinomaly a vision transformer, too.")
 @click.option("--teacher-weights", metavar="FILE", type=click.Path(exists=True, dir_okay=False),
               help="ImageNet weights of the teacher (.pth, .safetensors)  [default: from an installed package or timm]")
 @click.option("--image-size", default="256", show_default=True, metavar="SIZE", callback=_size,

@@ -2,7 +2,7 @@
 
 The teacher, a small network that sees patches of 32 x 32 pixels, learns what a pretrained backbone says of them. Three
 students of the same architecture learn the teacher's descriptors. Where they are wrong on average, or disagree, there
-is an anomaly. (With synthetic anomalies for the teacher to learn from, too, they found no more of the real ones.)
+is an anomaly.
 """
 
 from collections import OrderedDict
