@@ -12,7 +12,7 @@ from torch import nn
 
 from uadtool.dataset import training_samples
 from uadtool.detectors import build_detector
-from uadtool.detectors.uninformed_students import PatchNetwork, UninformedStudents, _crop, standardized_components
+from uadtool.detectors.uninformed_students import PatchNetwork, UninformedStudents, _crop, whitened_components
 from uadtool.errors import UadtoolError
 from uadtool.models import load_model
 from uadtool.quantization import TARGETS, calibrate
@@ -73,7 +73,7 @@ def test_components_are_the_whitened_ones_of_scikit_learn():
     generator = torch.Generator().manual_seed(0)
     features = [(torch.ones(6, 1, 48, 48), 2 + torch.randn(6, 4, 24, 24, generator=generator),
                  5 * torch.randn(6, 3, 12, 12, generator=generator)) for _ in range(3)]
-    found = torch.cat([standardized_components(features, 3)(part) for part in features])
+    found = torch.cat([whitened_components(features, 3)(part) for part in features])
     assert found.shape == (18, 3, 24, 24)
     joined = [torch.cat([f[1], nn.functional.interpolate(f[2], scale_factor=2, mode="bilinear")], 1) for f in features]
     points = torch.cat(joined).permute(0, 2, 3, 1)

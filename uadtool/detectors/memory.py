@@ -46,9 +46,7 @@ class PatchMemory(nn.Module):
             for one in self._average(part.float()).flatten(2):
                 chosen.append(one[:, torch.randperm(one.shape[1], generator=generator)[:each]].T)
         patches = torch.cat(chosen)
-        scale = 1 / patches.std(0).clamp(min=1e-6)
-        mean, vectors = principal_components(patches * scale, self.project.out_channels)
-        weight, bias = vectors * scale, -(vectors @ mean)
+        weight, bias = standardized_components(patches, self.project.out_channels)
         self.project.weight.copy_(weight[:, :, None, None])
         assert self.project.bias is not None
         self.project.bias.copy_(bias)
@@ -98,3 +96,15 @@ def principal_components(patches: Tensor, count: int) -> tuple[Tensor, Tensor]:
     centred = (patches - mean).double()
     _, vectors = torch.linalg.eigh(centred.T @ centred)
     return mean, vectors.flip(1)[:, :count].T.float()
+
+
+@torch.inference_mode()
+def standardized_components(patches: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The first principal components of patches [N, D] whose channels have deviation 1, as a linear map of the patches.
+
+    Returns:
+        Its weight [count, D] and its bias [count], with which the components have mean 0.
+    """
+    scale = 1 / patches.std(0).clamp(min=1e-6)
+    mean, vectors = principal_components(patches * scale, count)
+    return vectors * scale, -(vectors @ mean)

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from uadtool.detectors.backbones import build_backbone, feature_shapes, normalization
 from uadtool.detectors.base import Detector, describe
-from uadtool.detectors.memory import principal_components
+from uadtool.detectors.memory import standardized_components
 from uadtool.errors import UadtoolError
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ class UninformedStudents(Detector):
 
         networks = nn.ModuleDict({"teacher": self.teacher, "student": self.student})
         optimizer = torch.optim.Adam(networks.parameters(), LEARNING_RATE, weight_decay=WEIGHT_DECAY)
-        components = standardized_components((features for _, features in run.training.batches()),
+        components = whitened_components((features for _, features in run.training.batches()),
                                              self.prototypes.shape[1])
 
         def loss_of(images: Tensor, features: Sequence[Tensor]) -> Tensor:
@@ -130,7 +130,7 @@ def _convolution(inputs: int, outputs: int, size: int, padding: int) -> nn.Conv2
     return conv
 
 
-def standardized_components(training: Iterable[Sequence[Tensor]], count: int) -> Callable[[Sequence[Tensor]], Tensor]:
+def whitened_components(training: Iterable[Sequence[Tensor]], count: int) -> Callable[[Sequence[Tensor]], Tensor]:
     """What maps feature maps at strides 4, 8 and 16 to the first principal components of those at strides 8 and 16.
 
     The components, [N, count, h, w] at stride 8, have mean 0 and deviation 1 on the training features given.
@@ -140,15 +140,13 @@ def standardized_components(training: Iterable[Sequence[Tensor]], count: int) ->
         return torch.cat([fine, F.interpolate(coarse, size=fine.shape[2:], mode="bilinear")], dim=1)
 
     points = torch.cat([joined(features)[:, :, ::3, ::3].permute(0, 2, 3, 1).flatten(0, 2) for features in training])
-    deviation = points.std(0).clamp(min=1e-6)
-    mean, vectors = principal_components(points / deviation, count)
-    spread = ((points / deviation - mean) @ vectors.T).std(0).clamp(min=1e-6)
-    weight = vectors / deviation / spread[:, None]
-    bias = -(vectors @ mean) / spread
+    weight, bias = standardized_components(points, count)
+    spread = (points @ weight.T + bias).std(0).clamp(min=1e-6)
+    weight, bias = (weight / spread[:, None])[:, :, None, None], bias / spread
 
     def components(features: Sequence[Tensor]) -> Tensor:
         values = joined(features)
-        return F.conv2d(values, weight[:, :, None, None].to(values.device), bias.to(values.device))
+        return F.conv2d(values, weight.to(values.device), bias.to(values.device))
 
     return components
 
