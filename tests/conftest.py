@@ -194,6 +194,19 @@ def step(uadtool: Callable[..., "subprocess.CompletedProcess[str]"],
 
 
 @pytest.fixture(scope="session")
+def auroc(step: Callable[..., Step], uadtool: Callable[..., "subprocess.CompletedProcess[str]"],
+          textures: Path) -> Callable[[Step], float]:
+    """The pooled image AUROC of a model on the textures, exported and scored."""
+    def auroc(model: Step) -> float:
+        onnx = step("export", model.path, "--images", textures, output=f"{model.path.stem}.onnx")
+        done = uadtool("score", onnx.path, textures)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout.splitlines()[-1])["metrics"]["image_auroc"]["pooled"]
+
+    return auroc
+
+
+@pytest.fixture(scope="session")
 def trained(step: Callable[..., Step], textures: Path) -> Step:
     return step("train", textures, "--image-size", 64, "--epochs", 20, output="fp32.safetensors")
 

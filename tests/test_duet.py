@@ -1,6 +1,5 @@
 """The memories, the head, and all together through the whole chain."""
 
-import json
 import signal
 
 import numpy as np
@@ -160,13 +159,7 @@ def test_training_is_recorded(duet):
 
 
 @pytest.mark.parametrize("target", ["onnxruntime", "tensorrt"])
-def test_the_chain(duet, step, uadtool, textures, target):
-    def auroc(model):
-        onnx = step("export", model.path, "--images", textures, output=f"{target}-{model.path.stem}.onnx")
-        done = uadtool("score", onnx.path, textures)
-        assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout.splitlines()[-1])["metrics"]["image_auroc"]["pooled"]
-
+def test_the_chain(duet, step, auroc, textures, target):
     ranges = step("calibrate", duet.path, textures, "--count", 16, output="duet.json")
     int8 = step("quantize", duet.path, textures, "--ranges", ranges.path, "--target", target,
                 output="duet-int8.safetensors")

@@ -1,6 +1,5 @@
 """Teacher, bottleneck and decoder, through the whole chain."""
 
-import json
 
 import numpy as np
 import pytest
@@ -101,13 +100,7 @@ def test_training_is_recorded(trained_rd):
 
 
 @pytest.mark.parametrize("target", ["onnxruntime", "tensorrt"])
-def test_the_chain(trained_rd, step, uadtool, textures, target):
-    def auroc(model):
-        onnx = step("export", model.path, "--images", textures, output=f"{target}-{model.path.stem}.onnx")
-        done = uadtool("score", onnx.path, textures)
-        assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout.splitlines()[-1])["metrics"]["image_auroc"]["pooled"]
-
+def test_the_chain(trained_rd, step, auroc, textures, target):
     ranges = step("calibrate", trained_rd.path, textures, "--count", 16, output="rd.json")
     int8 = step("quantize", trained_rd.path, textures, "--ranges", ranges.path, "--target", target,
                 output="rd-int8.safetensors")

@@ -1,6 +1,5 @@
 """Options of STFPM: attention in training (DCAM), stages that teacher and student share (PaSTe)."""
 
-import json
 import signal
 
 import numpy as np
@@ -207,13 +206,7 @@ def test_an_interrupted_run_with_attention_goes_on_to_the_same_result(run, atten
 # The whole chain
 
 
-def test_the_chain(step, uadtool, textures):
-    def auroc(model):
-        onnx = step("export", model.path, "--images", textures, output=f"{model.path.stem}.onnx")
-        done = uadtool("score", onnx.path, textures)
-        assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout.splitlines()[-1])["metrics"]["image_auroc"]["pooled"]
-
+def test_the_chain(step, auroc, textures):
     trained = step("train", textures, "--option", "dcam=true", "--option", "shared_stages=1", "--image-size", 64,
                    "--epochs", 10, output="stfpm.safetensors")
     validate(trained.record, "train")

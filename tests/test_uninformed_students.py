@@ -1,6 +1,5 @@
 """Patch networks, their maps, and all of it through the whole chain."""
 
-import json
 import signal
 
 import numpy as np
@@ -117,18 +116,6 @@ def test_the_deployed_model_has_patch_networks_alone(trained_us):
     assert (metadata.method, metadata.options, metadata.map_size) == ("us", {"width": 0.06}, (16, 16))
     assert {name.split(".")[0] for name, _ in model.named_parameters()} == {"teacher", "student"}
     assert set(build_detector(metadata).state_dict()) == set(model.state_dict())
-
-
-@pytest.fixture(scope="module")
-def auroc(step, uadtool, textures):
-    """The pooled image AUROC of a model, exported."""
-    def auroc(model):
-        onnx = step("export", model.path, "--images", textures, output=f"{model.path.stem}.onnx")
-        done = uadtool("score", onnx.path, textures)
-        assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout.splitlines()[-1])["metrics"]["image_auroc"]["pooled"]
-
-    return auroc
 
 
 @pytest.fixture(scope="module")
