@@ -1,7 +1,10 @@
 """A tiny detector that honours the contract of an exported one, a tiny dataset for it, and a real chain of commands."""
 
+import contextlib
+import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,12 +16,15 @@ from hypothesis import settings
 from PIL import Image, ImageDraw
 
 import uadtool as uadtool_package
+from uadtool.cli import cli
+from uadtool.host import keep_freed_memory
 from uadtool.metadata import KEY, Metadata
 
 settings.register_profile("tests", deadline=None, derandomize=True)  # no clock, no luck
 settings.load_profile("tests")
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test downloads anything, nor does a command that it runs
 os.environ["OMP_NUM_THREADS"] = "1"  # tiny networks gain nothing from more, and wait long for a busy core
+keep_freed_memory()  # a third of the time for what tests compute in torch
 
 METADATA = Metadata(
     method="brightness", teacher="none", classes=["green", "red"], image_size=(32, 32), map_size=(8, 8), threshold=3.0,
@@ -143,6 +149,15 @@ def uadtool() -> Callable[..., "subprocess.CompletedProcess[str]"]:
 
 
 @pytest.fixture(scope="session")
+def python38() -> Path:
+    """The interpreter that JetPack 5 has."""
+    found = [shutil.which("python3.8"), *Path.home().glob(".pyenv/versions/3.8*/bin/python3.8")]
+    for path in filter(None, reversed(found)):  # that of pyenv may be called but not there
+        return Path(path)
+    pytest.skip("no Python 3.8 on this machine")
+
+
+@pytest.fixture(scope="session")
 def textures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two classes of textures in MVTec layout, 20 to train on and 8 + 8 to test; blots with masks as defects."""
     root = tmp_path_factory.mktemp("data") / "textures"
@@ -170,7 +185,7 @@ def textures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Step(NamedTuple):
-    """A command of the chain: the file that it wrote, the record that it printed, its messages."""
+    """A command of the chain: the file that it wrote, the record that it printed, its messages if it ran alone."""
 
     path: Path
     record: Dict[str, Any]
@@ -180,12 +195,18 @@ class Step(NamedTuple):
 @pytest.fixture(scope="session")
 def step(uadtool: Callable[..., "subprocess.CompletedProcess[str]"],
          tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Step]:
-    """Run a command in a folder that all chains share; ``outputs`` are the files that it was to write there."""
+    """Run a command in a folder that all chains share; ``outputs`` are the files that it was to write there.
+
+    It runs in this process, for importing torch takes longer than a small step; or ``alone``, as a user runs it.
+    """
     folder, outputs = tmp_path_factory.mktemp("chain"), set()
 
-    def run(command: str, *arguments: object, output: str) -> Step:
+    def run(command: str, *arguments: object, output: str, alone: bool = False) -> Step:
         outputs.add(folder / output)
-        done = uadtool(command, *arguments, "-o", folder / output)
+        line = [command, *arguments, "-o", folder / output]
+        if not alone:
+            return Step(folder / output, json.loads(run_here(*line)), "")
+        done = uadtool(*line)
         assert done.returncode == 0, done.stderr
         return Step(folder / output, json.loads(done.stdout), done.stderr)
 
@@ -193,39 +214,54 @@ def step(uadtool: Callable[..., "subprocess.CompletedProcess[str]"],
     return run
 
 
+def run_here(*line: object) -> str:
+    """What a command prints. Errors are raised."""
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        cli.main([str(part) for part in line], prog_name="uadtool", standalone_mode=False)
+    return printed.getvalue()
+
+
 @pytest.fixture(scope="session")
-def auroc(step: Callable[..., Step], uadtool: Callable[..., "subprocess.CompletedProcess[str]"],
-          textures: Path) -> Callable[[Step], float]:
-    """The pooled image AUROC of a model on the textures, exported and scored."""
+def chain(step: Callable[..., Step], textures: Path) -> Callable[..., Dict[str, float]]:
+    """The pooled image AUROC of a trained model on the textures, in float and in int8 for each target."""
     def auroc(model: Step) -> float:
         onnx = step("export", model.path, "--images", textures, output=f"{model.path.stem}.onnx")
-        done = uadtool("score", onnx.path, textures)
-        assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout.splitlines()[-1])["metrics"]["image_auroc"]["pooled"]
+        *_, summary = run_here("score", onnx.path, textures).splitlines()
+        return json.loads(summary)["metrics"]["image_auroc"]["pooled"]
 
-    return auroc
+    def chain(trained: Step, *targets: str, source: str = "good") -> Dict[str, float]:
+        name, found = trained.path.stem, {"float": auroc(trained)}
+        ranges = step("calibrate", trained.path, textures, "--source", source, "--count", 16, output=f"{name}.json")
+        for target in targets:
+            int8 = step("quantize", trained.path, textures, "--ranges", ranges.path, "--target", target,
+                        output=f"{name}-{target}.safetensors")
+            assert int8.record["float_layers"] == []
+            found[target] = auroc(int8)
+        return found
+
+    return chain
 
 
 @pytest.fixture(scope="session")
 def trained(step: Callable[..., Step], textures: Path) -> Step:
-    return step("train", textures, "--image-size", 64, "--epochs", 20, output="fp32.safetensors")
+    return step("train", textures, "--image-size", 64, "--epochs", 20, output="fp32.safetensors", alone=True)
 
 
 @pytest.fixture(scope="session")
 def calibrated(step: Callable[..., Step], trained: Step, textures: Path) -> Step:
-    return step("calibrate", trained.path, textures, "--count", 30, output="ranges.json")
+    return step("calibrate", trained.path, textures, "--count", 30, output="ranges.json", alone=True)
 
 
 @pytest.fixture(scope="session")
 def quantized(step: Callable[..., Step], trained: Step, calibrated: Step) -> Step:
-    return step("quantize", trained.path, "--ranges", calibrated.path, output="int8.safetensors")
+    return step("quantize", trained.path, "--ranges", calibrated.path, output="int8.safetensors", alone=True)
 
 
 @pytest.fixture(scope="session")
 def fp32(step: Callable[..., Step], trained: Step, textures: Path) -> Step:
-    return step("export", trained.path, "--images", textures, output="fp32.onnx")
+    return step("export", trained.path, "--images", textures, output="fp32.onnx", alone=True)
 
 
 @pytest.fixture(scope="session")
 def int8(step: Callable[..., Step], quantized: Step) -> Step:
-    return step("export", quantized.path, output="int8.onnx")
+    return step("export", quantized.path, output="int8.onnx", alone=True)

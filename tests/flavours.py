@@ -1,8 +1,12 @@
-"""Small detectors with random weights, exported in every flavour; each is made once."""
+"""Small detectors with random weights, exported in every flavour; each is made once. And what looks into a graph."""
 
+from collections import Counter
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, Callable, Dict, NamedTuple, Tuple
 
+import onnx
+import onnxruntime
 import torch
 
 from uadtool.detectors import Detector
@@ -79,3 +83,23 @@ def flavour(name: str, target: str, precision: str) -> Flavour:
     metadata = Metadata(method, teacher, ["a", "b"], SIZE, detector.map_size, 3.0, 0.01, 1, 1, {}, precision,
                         None if precision == "fp32" else target, quantization, tool_version="0.1.0")
     return Flavour(model, metadata, to_onnx(model, metadata), images.numpy())
+
+
+def session(model: Any, **settings: Any) -> onnxruntime.InferenceSession:
+    """ONNX Runtime with the file, or its bytes."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    for name, value in settings.items():
+        setattr(options, name, value)
+    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
+def operators(proto: Any) -> Counter[str]:
+    return Counter(node.op_type for node in proto.graph.node)
+
+
+def optimized(proto: Any, path: Path) -> Counter[str]:
+    """What ONNX Runtime makes of the graph."""
+    session(proto.SerializeToString(), optimized_model_filepath=str(path),
+            graph_optimization_level=onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED)
+    return operators(onnx.load(path))

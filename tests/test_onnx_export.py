@@ -1,15 +1,13 @@
 import logging
 import sys
 from collections import Counter
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 import torch
-from flavours import DETECTORS, FLAVOURS, flavour
+from flavours import operators, optimized, session
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as stn
@@ -24,9 +22,7 @@ from uadtool.images import read_image
 from uadtool.metadata import KEY, Metadata
 from uadtool.models import load_model
 from uadtool.onnx_export import check_parity, parity_images, to_onnx
-from uadtool.onnx_export.parity import TOLERANCE
 from uadtool.onnx_export.writer import add_weight_quantizers, lower_opset
-from uadtool.quantization.modules import QuantizedConv2d
 from uadtool.runtimes import open_model
 
 SIZE = (64, 64)
@@ -40,18 +36,6 @@ def exported(request):
 @pytest.fixture(scope="module")
 def proto(exported):
     return onnx.load(exported.path)
-
-
-def session(path, **settings):
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    for name, value in settings.items():
-        setattr(options, name, value)
-    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-
-
-def operators(proto):
-    return Counter(node.op_type for node in proto.graph.node)
 
 
 def test_the_file_is_valid_onnx_that_older_runtimes_read(proto):
@@ -145,90 +129,9 @@ def test_weights_and_biases_of_the_quantized_graph_are_integers(int8):
     assert largest_float <= 1280  # scales and prototypes, no weights
 
 
-def optimized(proto, path):
-    """What ONNX Runtime makes of the graph."""
-    session(proto.SerializeToString(), optimized_model_filepath=str(path),
-            graph_optimization_level=onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED)
-    return operators(onnx.load(path))
-
-
-def test_onnx_runtime_computes_the_networks_in_integers(tmp_path):
-    rest = []
-    for teacher, convolutions in (("tf_efficientnet_lite0", 33), ("resnet18", 15)):
-        count = optimized(flavour(teacher, "onnxruntime", "int8").proto, tmp_path / "optimized.onnx")
-        assert (count.pop("QLinearConv"), count.pop("QLinearAdd")) == (2 * convolutions, 2 * 6)
-        assert (count["Conv"], count["Relu"], count["Clip"]) == (0, 0, 3)  # the score clips three norms
-        assert count["QuantizeLinear"] == 1  # the image
-        count.pop("MaxPool", None)  # of u8
-        rest.append(count)
-    assert rest[0] == rest[1]  # the float score head, which is the same for all networks
-
-
 def test_onnx_runtime_computes_the_training_result_in_integers(int8, tmp_path):
     count = optimized(onnx.load(int8.path), tmp_path / "optimized.onnx")
     assert (count["QLinearConv"], count["QLinearAdd"], count["Conv"]) == (2 * 33, 2 * 6, 0)
-
-
-# Flavours
-
-
-def constants(proto):
-    return {tensor.name: numpy_helper.to_array(tensor) for tensor in proto.graph.initializer}
-
-
-def convolution_weights(proto):
-    """The constant, or what dequantizes it, of each convolution."""
-    values, producers = constants(proto), {name: node for node in proto.graph.node for name in node.output}
-    return [values.get(node.input[1], producers.get(node.input[1])) for node in proto.graph.node
-            if node.op_type == "Conv"]
-
-
-@pytest.mark.parametrize(("teacher", "target", "precision"), [
-    *(("tf_efficientnet_lite0", *one) for one in FLAVOURS), ("resnet18", "tensorrt", "int8"),
-    ("resnet18", "openvino", "int8")])
-def test_every_flavour_keeps_parity(teacher, target, precision):
-    made = flavour(teacher, target, precision)
-    onnx.checker.check_model(made.proto, full_check=True)
-    assert [(o.domain, o.version) for o in made.proto.opset_import] == [("", 17)]
-    parity = check_parity(made.model, made.proto, made.images)
-    own = "openvino" if target == "openvino" and find_spec("openvino") else "onnxruntime"
-    assert parity["runtime"]["name"] == own
-    assert parity["score_difference"] <= parity["tolerance"] == TOLERANCE[precision]
-
-
-def test_half_precision_is_stored_and_computed_in_the_networks_alone():
-    proto = flavour("resnet18", "tensorrt", "fp16").proto
-    assert {weight.dtype for weight in convolution_weights(proto)} == {np.dtype(np.float16)}
-    assert operators(proto)["Cast"] == 1 + 1 + 6 + 1  # the pixels to fp32 and fp16, feature maps, nearest class
-    halves = {name for name, value in constants(proto).items() if value.dtype == np.float16}
-    heads = {"ReduceMean", "ReduceSum", "Resize", "Sub", "Mul", "Div"}
-    assert not [node for node in proto.graph.node if node.op_type in heads and halves.intersection(node.input)]
-    assert proto.ByteSize() < 0.51 * flavour("resnet18", "tensorrt", "fp32").proto.ByteSize()
-
-
-def test_float_layers_of_a_mixed_graph_are_in_half_precision():
-    made = flavour("resnet18", "tensorrt", "mixed")
-    kinds = Counter(weight.dtype.name if isinstance(weight, np.ndarray) else weight.op_type
-                    for weight in convolution_weights(made.proto))
-    floats = len(made.metadata.quantization.float_layers)
-    assert kinds == {"float16": floats, "DequantizeLinear": 2 * 15 - floats}
-    assert floats > 2
-
-
-@pytest.mark.parametrize("teacher", DETECTORS)
-def test_weight_quantizers_give_the_codes_of_the_model(teacher):
-    made = flavour(teacher, "tensorrt", "int8")
-    values, producers = constants(made.proto), {name: node for node in made.proto.graph.node for name in node.output}
-    found = []
-    for dequantize in convolution_weights(made.proto):
-        if isinstance(dequantize, np.ndarray):
-            assert dequantize.shape[1] == 1 < min(dequantize.shape[2:])  # the filter that smooths maps
-            continue
-        weight, scale, zero_point = (values[name] for name in producers[dequantize.input[0]].input)
-        assert (weight.dtype, zero_point.dtype, zero_point.any()) == (np.float32, np.int8, False)
-        found.append(np.rint(weight / scale.reshape(-1, 1, 1, 1)).astype(np.int8).tobytes())
-    stored = [module.weight.numpy().tobytes() for module in made.model.modules() if isinstance(module, QuantizedConv2d)]
-    assert sorted(found) == sorted(stored)
 
 
 @given(codes=stn.arrays(np.int8, (4, 9), elements=st.integers(-127, 127)),

@@ -1,7 +1,6 @@
 """A method that another package adds: examples/plug-in, installed, through the whole chain."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -9,6 +8,7 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+from conftest import run_here
 
 from uadtool.detectors import find_method, method_options
 from uadtool.errors import UadtoolError
@@ -16,31 +16,19 @@ from uadtool.errors import UadtoolError
 PLUG_IN = Path(__file__).parents[1] / "examples/plug-in"
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """The command line in an environment with the plug-in."""
-    folder, source = tmp_path_factory.mktemp("site"), tmp_path_factory.mktemp("source") / "plug-in"
-    shutil.copytree(PLUG_IN, source)  # a build leaves files in its source folder
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", folder, source]
+def test_the_chain(textures, tmp_path, monkeypatch):
+    shutil.copytree(PLUG_IN, tmp_path / "plug-in")  # a build leaves files in its source folder
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", tmp_path / "site",
+               tmp_path / "plug-in"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-
-    def run(*arguments):
-        done = subprocess.run([sys.executable, "-m", "uadtool", *map(str, arguments)], capture_output=True, text=True,
-                              env={**os.environ, "PYTHONPATH": str(folder)}, timeout=300)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    return run
-
-
-def test_the_chain(run, textures, tmp_path):
+    monkeypatch.syspath_prepend(tmp_path / "site")
     model, ranges, int8 = (tmp_path / name for name in ("m.safetensors", "r.json", "int8.safetensors"))
-    run("train", textures, "--method", "gaussian", "--option", "least=0.01", "--image-size", 64, "-o", model)
-    run("calibrate", model, textures, "--count", 16, "-o", ranges)
-    run("quantize", model, textures, "--ranges", ranges, "-o", int8)
-    run("export", int8, "-o", tmp_path / "int8.onnx")
-    last = json.loads(run("score", tmp_path / "int8.onnx", textures).splitlines()[-1])
+    run_here("train", textures, "--method", "gaussian", "--option", "least=0.01", "--image-size", 64, "-o", model)
+    run_here("calibrate", model, textures, "--count", 16, "-o", ranges)
+    run_here("quantize", model, textures, "--ranges", ranges, "-o", int8)
+    run_here("export", int8, "-o", tmp_path / "int8.onnx")
+    last = json.loads(run_here("score", tmp_path / "int8.onnx", textures).splitlines()[-1])
     assert last["type"] == "summary"
     assert last["metrics"]["image_auroc"]["pooled"] > 0.9
 

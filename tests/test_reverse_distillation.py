@@ -99,11 +99,7 @@ def test_training_is_recorded(trained_rd):
     assert trained_rd.record["held_out_loss"] < 1.5  # 3 is chance
 
 
-@pytest.mark.parametrize("target", ["onnxruntime", "tensorrt"])
-def test_the_chain(trained_rd, step, auroc, textures, target):
-    ranges = step("calibrate", trained_rd.path, textures, "--count", 16, output="rd.json")
-    int8 = step("quantize", trained_rd.path, textures, "--ranges", ranges.path, "--target", target,
-                output="rd-int8.safetensors")
-    expected = auroc(trained_rd)
-    assert expected > 0.9
-    assert auroc(int8) == pytest.approx(expected, abs=0.05)
+def test_the_chain(trained_rd, chain):
+    found = chain(trained_rd, "onnxruntime", "tensorrt")
+    assert found["float"] > 0.9
+    assert list(found.values()) == pytest.approx([found["float"]] * 3, abs=0.05)

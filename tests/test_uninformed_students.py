@@ -118,23 +118,10 @@ def test_the_deployed_model_has_patch_networks_alone(trained_us):
     assert set(build_detector(metadata).state_dict()) == set(model.state_dict())
 
 
-@pytest.fixture(scope="module")
-def expected(auroc, trained_us):
-    return auroc(trained_us)
-
-
-@pytest.fixture(scope="module")
-def ranges(step, trained_us, textures):
-    return step("calibrate", trained_us.path, textures, "--source", "synthetic-anomalies", "--count", 16,
-                output="us.json")
-
-
-@pytest.mark.parametrize("target", ["onnxruntime", "tensorrt"])
-def test_the_chain(trained_us, step, textures, auroc, expected, ranges, target):
-    int8 = step("quantize", trained_us.path, textures, "--ranges", ranges.path, "--target", target,
-                output=f"us-{target}.safetensors")
-    assert expected > 0.9
-    assert auroc(int8) == pytest.approx(expected, abs=0.05)
+def test_the_chain(trained_us, chain):
+    found = chain(trained_us, "onnxruntime", "tensorrt", source="synthetic-anomalies")
+    assert found["float"] > 0.9
+    assert list(found.values()) == pytest.approx([found["float"]] * 3, abs=0.05)
 
 
 def test_ranges_of_a_patch_network_are_none_of_the_backbone(detector):
