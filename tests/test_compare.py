@@ -71,6 +71,7 @@ def bench_record(*models: Dict[str, Any], speed: Sequence[float] = (1, 2, 4)) ->
     return {
         "schema": "uadtool.bench/1", "tool": "uadtool 0.1.0", "started": "2026-01-01T12:00:00Z", "host": HOST,
         "settings": {"warmup": 3, "repetitions": 3, "duration": 1.0, "threads": 2, "batch_sizes": [1, 8]},
+        "machine": {"before": {}, "after": {}},
         "models": [
             {
                 "model": of, "runtime": RUNTIME, "file_bytes": int(12e6 / faster), "parameters": 2_800_000,
@@ -241,7 +242,7 @@ def test_records_of_the_real_commands_are_understood(make_detector, mvtec, tmp_p
     ('{"a": 1}', ":1: .* it lacks 'type'"),
     ('{"schema": "uadtool.ranges/1"}', ":1: .* 'uadtool.ranges/1' is not expected"),
     ('{"schema": "uadtool.bench/1",\n "models": [{"model"', ":2: not JSON, or cut short"),
-    ('{"schema": "uadtool.bench/1", "models": [{"model": {}}]}', ":1: .* it lacks 'latency_ms'"),
+    ('{"schema": "uadtool.bench/1", "host": {}, "models": [{"model": {}}]}', ":1: .* it lacks 'throughput'"),
     (lines(score_records("m.onnx")[:-1]), ":82: the summary line is missing: the run was interrupted"),
     (lines(score_records("m.onnx")[:9]) + '{"type": "image", "pa', ":10: not JSON, or cut short"),
     (lines(score_records("m.onnx")[1:]), ":1: .* 'image' is not expected here"),
@@ -405,6 +406,20 @@ def test_the_table_tells_how_models_were_quantized(files):
     assert cells["quantized networks"] == ["-", "student"]
     assert cells["layers in float"] == ["-", "3"]
     assert max(map(len, table.as_table(record).splitlines())) <= 80
+
+
+def test_the_table_tells_what_ran_the_models_where_that_differs(files):
+    assert "machine" not in table.as_table(compare(["fp32.jsonl", "int8.jsonl"]))
+    records = score_records("int8.onnx")
+    records[0]["host"] = {**HOST, "board": "NVIDIA Jetson Xavier NX Developer Kit"}
+    records[0]["runtime"] = {"name": "tensorrt", "version": "8.5.2.2", "threads": 6}
+    Path("device.jsonl").write_text(lines(records))
+    record = compare(["fp32.jsonl", "device.jsonl"])
+    validate(json.loads(json.dumps(record)), "compare")
+    cells = {line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:4]]
+             for line in table.as_table(record, markdown=True).splitlines()}
+    assert cells["runtime"] == ["onnxruntime 1.23.0", "tensorrt 8.5.2.2"]
+    assert cells["machine"] == ["some", "NVIDIA Jetson Xavier NX Developer Kit"]
 
 
 def test_markdown_is_one_table(files):

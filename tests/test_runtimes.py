@@ -8,7 +8,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import METADATA
+from conftest import METADATA, validate
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -21,7 +21,8 @@ from uadtool.runtimes import RUNTIMES, describe, open_model
 from uadtool.runtimes.onnx_metadata import read_metadata, read_properties
 
 needs_openvino = pytest.mark.skipif(not importlib.util.find_spec("openvino"), reason="openvino is not installed")
-EACH = [pytest.param(name, marks=needs_openvino) if name == "openvino" else name for name in RUNTIMES]
+EACH = ["onnxruntime", pytest.param("openvino", marks=needs_openvino)]
+"""Those that run ONNX files; engines have tests of their own."""
 QUICK = ["--repetitions", "2", "--duration", "0.01"]
 
 
@@ -92,6 +93,28 @@ def test_openvino_computes_an_int8_model_in_integers(int8):
     types = [node["runtimePrecision"].astype(str) for node in nodes if node["layerType"].astype(str) == "Convolution"]
     assert len(types) > 10
     assert set(types) <= {"u8", "i8"}
+
+
+# What takes how long
+
+
+@pytest.mark.parametrize("runtime", EACH)
+def test_layers_and_their_times(fp32, runtime):
+    model = open_model(str(fp32.path), 1, runtime)
+    layers = model.layer_times(np.zeros((1, 64, 64, 3), np.uint8), runs=3)
+    convolutions = [layer for layer in layers if "Conv" in layer.kind]
+    assert len(convolutions) > 20
+    assert len({layer.name for layer in layers}) == len(layers)
+    assert sum(layer.milliseconds for layer in convolutions) > 0
+
+
+def test_bench_tells_them_when_asked(uadtool, fp32):
+    for asked, present in ([], False), (["--layers"], True):
+        done = uadtool("bench", fp32.path, *QUICK, "--batch-sizes", "1", "--threads", "1", *asked)
+        assert (done.returncode, done.stderr) == (0, "")
+        record = json.loads(done.stdout)
+        validate(record, "bench")
+        assert ("layers" in record["models"][0]) == present
 
 
 # Choosing one
@@ -178,8 +201,8 @@ print(*(name for name in sys.modules if name.startswith(("openvino_telemetry", "
 @pytest.mark.parametrize(("name", "message"), [
     ("missing.onnx", "no such model file"),
     ("model.safetensors", "export it first: uadtool export .*model.safetensors -o model.onnx"),
-    ("model.engine", "is an engine, which trtexec --loadEngine=.* can time; uadtool runs .onnx files"),
-    ("model.pb", "its name must end in .onnx"),
+    ("model.engine", "has no model.engine.json beside it"),
+    ("model.pb", "its name must end in .onnx or .engine"),
     ("model.onnx", "model.onnx is damaged, or no ONNX file"),
 ])
 def test_files_that_are_no_exported_detector(tmp_path, name, message):

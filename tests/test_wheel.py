@@ -19,11 +19,6 @@ def _run(command: List[str], **options: object) -> str:
     return str(done.stdout)
 
 
-def _python38() -> str:
-    found = [str(path) for path in Path.home().glob(".pyenv/versions/3.8*/bin/python3.8")]
-    return next(iter([*found, shutil.which("python3.8") or ""]))
-
-
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
@@ -36,13 +31,10 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def device(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def device(wheel: Path, python38: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of the programs of a Python 3.8 environment that holds the edge half and ONNX Runtime 1.19."""
-    python = _python38()
-    if not python:
-        pytest.skip("no Python 3.8 on this machine")
     environment = tmp_path_factory.mktemp("device") / "venv"
-    _run([python, "-m", "venv", str(environment)])
+    _run([str(python38), "-m", "venv", str(environment)])
     _run([str(environment / "bin" / "python"), "-m", "pip", "install", "--quiet", f"{wheel}[onnxruntime]",
           "onnxruntime==1.19.*"])
     return environment / "bin"
@@ -77,3 +69,11 @@ def test_commands_of_the_lab_half_name_the_package_they_lack(device: Path, tmp_p
     assert done.returncode == 3
     assert "pip install 'uadtool[lab]'" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_an_engine_needs_tensorrt_and_the_device_is_told_so(device: Path, detector: Path, tmp_path: Path) -> None:
+    done = subprocess.run([str(device / "uadtool"), "export", str(detector), "-o", str(tmp_path / "m.engine")],
+                          capture_output=True, text=True, check=False)
+    assert done.returncode == 3
+    assert done.stderr.startswith("uadtool: error: TensorRT is not installed; ")
+    assert done.stderr.count("\n") == 1

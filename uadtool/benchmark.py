@@ -11,7 +11,8 @@ import numpy as np
 from uadtool import host
 from uadtool.errors import UadtoolError
 from uadtool.progress import Progress
-from uadtool.runtimes import Runtime, describe, open_model
+from uadtool.runtimes import LayerTime, Runtime, describe, open_model
+from uadtool.sensors import PowerMeter, Sensors, total
 
 SCHEMA = "uadtool.bench/1"
 
@@ -26,6 +27,28 @@ print(peak_memory(), flush=True)
 """
 """The program of a cold start; it answers with its peak memory once it has a score."""
 
+IDLE = 1.0
+"""Seconds for which the power of the idle machine is taken."""
+
+LAYER_RUNS = 20
+
+
+class _Load:
+    """What a detector was seen to do at one batch size, in all rounds; joules are by rail."""
+
+    def __init__(self) -> None:
+        self.images = 0
+        self.seconds = 0.0
+        self.rates: List[float] = []
+        self.joules: Dict[str, float] = {}
+
+    def add(self, images: int, times: Sequence[float], meter: PowerMeter) -> None:
+        self.images += images
+        self.seconds += meter.seconds
+        self.rates.append(images / sum(times))
+        for rail, joules in meter.joules.items():
+            self.joules[rail] = self.joules.get(rail, 0.0) + joules
+
 
 class _Measured:
     """What a detector was seen to do. Times are in seconds, rates in images per second, one for each round."""
@@ -35,16 +58,19 @@ class _Measured:
         self.cold_starts: List[float] = []
         self.peaks: List[int] = []
         self.latencies: List[float] = []
-        self.rates: Dict[int, List[float]] = {size: [] for size in batch_sizes}
+        self.loads = {size: _Load() for size in batch_sizes}
+        self.layers: List[LayerTime] = []
 
 
 def bench(paths: Sequence[str], repetitions: int = 5, duration: float = 3.0, warmup: int = 3,
-          batch_sizes: Sequence[int] = (1, 8), threads: Optional[int] = None, runtime: str = "auto") -> Dict[str, Any]:
+          batch_sizes: Sequence[int] = (1, 8), threads: Optional[int] = None, runtime: str = "auto",
+          layers: bool = False, sensors: Optional[Sensors] = None) -> Dict[str, Any]:
     """Measure the detectors in the files ``paths`` and return the record (schemas/bench.json).
 
     In each of ``repetitions`` rounds every detector in turn is started in a fresh process, and then runs for
     ``duration / repetitions`` seconds at each batch size, after ``warmup`` runs that do not count. Latency is that of
-    batch size 1, which is measured whether or not it is among ``batch_sizes``.
+    batch size 1, which is measured whether or not it is among ``batch_sizes``. With ``layers`` each layer is timed in
+    the end, at batch size 1, too. ``sensors`` are this machine's if None.
 
     Raises:
         UadtoolError: a file cannot be opened, or not in a fresh process.
@@ -62,6 +88,9 @@ def bench(paths: Sequence[str], repetitions: int = 5, duration: float = 3.0, war
             "batch_sizes": list(batch_sizes),
         },
     }
+    sensors = sensors or Sensors()
+    before = sensors.state()
+    idle = _idle_power(sensors)
     random = np.random.default_rng(0)
     with Progress("bench", repetitions * len(models) * (1 + len(sizes))) as progress:
         for _ in range(repetitions):
@@ -72,13 +101,29 @@ def bench(paths: Sequence[str], repetitions: int = 5, duration: float = 3.0, war
                 progress.update()
                 for size in sizes:
                     images = random.integers(0, 256, (size, *model.runtime.metadata.image_size, 3), np.uint8)
-                    times = _run_times(model.runtime, images, duration / repetitions, warmup)
+                    for _ in range(warmup):
+                        model.runtime.run(images)
+                    with PowerMeter(sensors) as meter:
+                        times = _run_times(model.runtime, images, duration / repetitions)
                     if size == 1:
                         model.latencies += times
-                    if size in model.rates:
-                        model.rates[size].append(size * len(times) / sum(times))
+                    if size in model.loads:
+                        model.loads[size].add(size * len(times), times, meter)
                     progress.update()
-    return {**record, "models": [_figures(model) for model in models]}
+    for model in models if layers else []:
+        images = random.integers(0, 256, (1, *model.runtime.metadata.image_size, 3), np.uint8)
+        model.layers = model.runtime.layer_times(images, LAYER_RUNS)
+    machine = {"before": before, "after": sensors.state(), **({"idle_watts": idle} if idle else {})}
+    return {**record, "machine": machine, "models": [_figures(model) for model in models]}
+
+
+def _idle_power(sensors: Sensors) -> Dict[str, float]:
+    """Watts by rail, and their total; none without sensors, which then costs no time."""
+    if not (sensors.rails() or sensors.energy()):
+        return {}
+    with PowerMeter(sensors) as meter:
+        time.sleep(IDLE)
+    return _watts(meter.joules, meter.seconds)
 
 
 def _cold_start(runtime: Runtime) -> Tuple[float, int]:
@@ -96,10 +141,8 @@ def _cold_start(runtime: Runtime) -> Tuple[float, int]:
     return seconds, int(answer)
 
 
-def _run_times(runtime: Runtime, images: np.ndarray, seconds: float, warmup: int) -> List[float]:
+def _run_times(runtime: Runtime, images: np.ndarray, seconds: float) -> List[float]:
     """How long each run took, one after the other for ``seconds``; at least one."""
-    for _ in range(warmup):
-        runtime.run(images)
     times: List[float] = []
     end = time.perf_counter() + seconds
     while not times or time.perf_counter() < end:
@@ -114,7 +157,7 @@ def _figures(model: _Measured) -> Dict[str, Any]:
     p50, p90, p95, p99 = np.percentile(milliseconds, [50, 90, 95, 99])
     latency = {"p50": p50, "p90": p90, "p95": p95, "p99": p99, "mean": milliseconds.mean(), "std": milliseconds.std(),
                "min": milliseconds.min()}
-    return {
+    found = {
         **describe(model.runtime),
         "file_bytes": Path(model.runtime.path).stat().st_size,
         "parameters": model.runtime.metadata.parameters,
@@ -122,10 +165,27 @@ def _figures(model: _Measured) -> Dict[str, Any]:
         "cold_start_ms": _spread([1000 * seconds for seconds in model.cold_starts]),
         "peak_rss_bytes": int(np.median(model.peaks)),
         "latency_ms": {**{name: round(float(value), 4) for name, value in latency.items()}, "n": len(milliseconds)},
-        "throughput": [
-            {"batch_size": size, "images_per_second": _spread(rates)} for size, rates in model.rates.items()
-        ],
+        "throughput": [{"batch_size": size, **_load_figures(load)} for size, load in model.loads.items()],
     }
+    if model.runtime.gpu_bytes is not None:
+        found["gpu_bytes"] = model.runtime.gpu_bytes
+    if model.layers:
+        found["layers"] = [{**layer._asdict(), "milliseconds": round(layer.milliseconds, 4)} for layer in model.layers]
+    return found
+
+
+def _load_figures(load: _Load) -> Dict[str, Any]:
+    found: Dict[str, Any] = {"images_per_second": _spread(load.rates)}
+    joules = total(load.joules)
+    if joules is not None:
+        found["watts"] = _watts(load.joules, load.seconds)
+        found["millijoules_per_image"] = round(1000 * joules / load.images, 4)
+    return found
+
+
+def _watts(joules: Dict[str, float], seconds: float) -> Dict[str, float]:
+    by_rail = {rail: value / seconds for rail, value in joules.items()}
+    return {rail: round(value, 4) for rail, value in {**by_rail, "total": total(by_rail) or 0.0}.items()}
 
 
 def _spread(values: Sequence[float]) -> Dict[str, Any]:

@@ -35,8 +35,10 @@ METRICS = {
     "latency_p50": Metric("latency p50", "ms", "lower", "ratio"),
     "latency_p99": Metric("latency p99", "ms", "lower", "ratio"),
     "throughput": Metric("throughput", "images/s", "higher", "ratio"),
+    "energy": Metric("energy per image", "mJ", "lower", "ratio"),
     "cold_start": Metric("cold start", "ms", "lower", "ratio"),
     "peak_rss": Metric("peak memory", "MB", "lower", "ratio"),
+    "gpu_memory": Metric("GPU memory", "MB", "lower", "ratio"),
     "file_size": Metric("file size", "MB", "lower", "ratio"),
     "parameters": Metric("parameters", "M", "lower", "ratio"),
     "macs": Metric("MACs per image", "G", "lower", "ratio"),
@@ -73,6 +75,7 @@ def compare(files: Sequence[str]) -> Dict[str, Any]:
         "tool": f"uadtool {__version__}",
         "models": [
             {"label": label, "path": model.path, "digest": model.digest, "precision": model.precision,
+             "runtime": model.runtime, "machine": model.machine,
              **({"quantization": model.quantization} if model.quantization else {}),
              "files": {kind: result.file for kind, result in column.items()}}
             for label, model, column in zip(_labels([model.path for model in models]), models, columns)

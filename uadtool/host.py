@@ -13,6 +13,9 @@ from uadtool import __version__
 CPUINFO_KEYS = ("model name", "Model", "Hardware", "cpu model")
 """Keys of /proc/cpuinfo that name the processor on x86, on most ARM boards, on older ones, and on MIPS."""
 
+BOARD = Path("/proc/device-tree/model")
+"""What a board calls itself, where the firmware describes it: "NVIDIA Jetson Xavier NX Developer Kit"."""
+
 
 def available_cores() -> int:
     """How many cores this process may use."""
@@ -45,14 +48,17 @@ def opening() -> Dict[str, Any]:
 
 
 def describe_host() -> Dict[str, Any]:
-    """The ``host`` object of a record: system, machine, cpu, cores (available ones) and python."""
-    return {
+    """The ``host`` object of a record: system, machine, cpu, board (of a Jetson, ...), cores (available) and python."""
+    found = {
         "system": f"{platform.system()} {platform.release()}",
         "machine": platform.machine(),
         "cpu": _cpu(),
         "cores": available_cores(),
         "python": platform.python_version(),
     }
+    with contextlib.suppress(OSError):
+        found["board"] = BOARD.read_text(encoding="utf-8", errors="replace").strip("\0\n ")
+    return found
 
 
 def peak_memory() -> int:

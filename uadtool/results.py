@@ -15,8 +15,9 @@ from uadtool.errors import UadtoolError
 class Result:
     """What one file says about one model.
 
-    ``kind`` is ``scores`` or ``bench``. ``quantization`` is as in the record, empty for a float model. ``values`` are
-    by metric name, in the units of ``uadtool.comparison.METRICS``.
+    ``kind`` is ``scores`` or ``bench``. ``quantization`` is as in the record, empty for a float model. ``runtime`` is
+    what ran it, with the version, and ``machine`` the board or processor. ``values`` are by metric name, in the units
+    of ``uadtool.comparison.METRICS``.
     For each image with a label, by path, ``truth`` is (anomalous, class) and ``image_scores`` its score.
     """
 
@@ -26,6 +27,8 @@ class Result:
     digest: str
     precision: str
     quantization: Dict[str, Any]
+    runtime: str
+    machine: str
     values: Dict[str, float]
     truth: Dict[str, Tuple[bool, Optional[str]]] = field(default_factory=dict)
     image_scores: Dict[str, float] = field(default_factory=dict)
@@ -51,7 +54,7 @@ def read_results(file: str) -> List[Result]:
         try:
             kind = record.get("schema") or record["type"]
             if kind == "uadtool.score/1" and not run:
-                run = _result("scores", name, record["model"], {})
+                run = _result("scores", name, record["host"], record, {})
             elif kind == "image" and run:
                 if "label" in record:
                     run.truth[record["path"]] = (record["label"] == "anomalous", record.get("class"))
@@ -61,7 +64,7 @@ def read_results(file: str) -> List[Result]:
                 results.append(run)
                 run = None
             elif kind == "uadtool.bench/1" and not run:
-                results += [_result("bench", name, entry["model"], _bench_values(entry))
+                results += [_result("bench", name, record["host"], entry, _bench_values(entry))
                             for entry in record["models"]]
             else:
                 raise ValueError(f"{kind!r} is not expected here")
@@ -96,9 +99,11 @@ def _objects(text: str, name: str) -> Iterator[Tuple[int, Dict[str, Any]]]:
 _CONTENT = re.compile(r"\S")
 
 
-def _result(kind: str, file: str, model: Dict[str, Any], values: Dict[str, float]) -> Result:
+def _result(kind: str, file: str, host: Dict[str, Any], entry: Dict[str, Any], values: Dict[str, float]) -> Result:
+    model, runtime = entry["model"], entry["runtime"]
     return Result(kind, file, str(model["path"]), str(model["digest"]), str(model["precision"]),
-                  dict(model.get("quantization", {})), values)
+                  dict(model.get("quantization", {})), f"{runtime['name']} {runtime['version']}",
+                  str(host.get("board") or host["cpu"]), values)
 
 
 def _score_values(metrics: Dict[str, Any]) -> Dict[str, float]:
@@ -112,7 +117,13 @@ def _score_values(metrics: Dict[str, Any]) -> Dict[str, float]:
 
 
 def _bench_values(entry: Dict[str, Any]) -> Dict[str, float]:
+    optional = {
+        "energy": min((batch["millijoules_per_image"] for batch in entry["throughput"]
+                       if "millijoules_per_image" in batch), default=None),
+        "gpu_memory": entry["gpu_bytes"] / 1e6 if "gpu_bytes" in entry else None,
+    }
     return {
+        **{name: _number(value) for name, value in optional.items() if value is not None},
         "latency_p50": _number(entry["latency_ms"]["p50"]),
         "latency_p99": _number(entry["latency_ms"]["p99"]),
         "throughput": max(_number(batch["images_per_second"]["median"]) for batch in entry["throughput"]),

@@ -25,23 +25,26 @@ def _sizes(ctx: click.Context, param: click.Parameter, value: str) -> List[int]:
               help="Runs before each turn, not timed.")
 @click.option("--batch-sizes", metavar="N,N", default="1,8", show_default=True, callback=_sizes,
               help="Measure throughput at these; latency is always that of one image.")
+@click.option("--layers", is_flag=True, help="Time each layer, too.")
 @options.runtime
 @options.threads
 @options.verbosity
 def bench(models: Tuple[str, ...], repetitions: int, duration: float, warmup: int, batch_sizes: List[int],
-          runtime: str, threads: Optional[int]) -> None:
-    """Time exported MODELs: latency, throughput, cold start, peak memory, as one JSON object.
+          layers: bool, runtime: str, threads: Optional[int]) -> None:
+    """Time exported MODELs: latency, throughput, cold start, memory, and energy where it can be read, as JSON.
 
     Models take turns, round by round, so that a machine that slows down slows all of them. Every figure carries its
     spread. Cold start is from starting Python to the first score. Images are random: only inference is timed, no
-    decoding.
+    decoding. Power and energy come from the sensors of a Jetson, or from the processor's own counters where they may
+    be read; with them go power mode, clocks, temperatures and throttling.
 
     \b
     Examples:
       uadtool bench fp32.onnx int8.onnx > bench.json
       uadtool bench model.onnx --threads 1 | jq '.models[0].latency_ms.p50'
+      uadtool bench model.onnx --layers | jq -c '.models[0].layers | sort_by(-.milliseconds)[:5][]'
     """
     from uadtool.artifacts import write_json
     from uadtool.benchmark import bench as measure
 
-    write_json(measure(models, repetitions, duration, warmup, batch_sizes, threads, runtime))
+    write_json(measure(models, repetitions, duration, warmup, batch_sizes, threads, runtime, layers))

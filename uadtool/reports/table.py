@@ -7,7 +7,7 @@ from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 from tabulate import tabulate
 
-_DECIMALS = {"": 4, "ms": 2, "images/s": 1, "MB": 1, "M": 2, "G": 3}
+_DECIMALS = {"": 4, "ms": 2, "images/s": 1, "MB": 1, "mJ": 1, "M": 2, "G": 3}
 """Digits after the point, by unit."""
 
 _HEADER_WIDTH = 12
@@ -46,13 +46,18 @@ def as_table(record: Dict[str, Any], markdown: bool = False) -> str:
 
 
 def _origins(models: List[Dict[str, Any]]) -> Iterator[Tuple[str, List[str]]]:
-    """What tells the models apart: rows of text, a cell per model. How they were quantized, only if some were."""
+    """What tells the models apart: rows of text, a cell per model; how they were quantized only if some were, and what
+    ran them only if it differs.
+    """
     yield "precision", [model["precision"] for model in models]
     quantized = [model.get("quantization", {}) for model in models]
     for label, key in (("quantized by", "method"), ("calibration", "calibration"), ("calibrated on", "source"),
                        ("quantized networks", "scope"), ("layers in float", "float_layers")):
         if any(quantized):
             yield label, [str(found.get(key, "-")) for found in quantized]
+    for key in ("runtime", "machine"):
+        if len({model[key] for model in models}) > 1:
+            yield key, [model[key] for model in models]
 
 
 def _broken(label: str) -> str:

@@ -14,8 +14,9 @@ from uadtool.errors import UadtoolError
 from uadtool.host import available_cores
 from uadtool.metadata import Metadata
 from uadtool.runtimes.onnx_metadata import read_metadata
+from uadtool.tensorrt.files import read_engine_metadata, require_fit
 
-RUNTIMES = {"onnxruntime": "OnnxRuntime", "openvino": "OpenVino"}
+RUNTIMES = {"onnxruntime": "OnnxRuntime", "openvino": "OpenVino", "tensorrt": "TensorRt"}
 """Class of each, in the module here that has the name of the package it needs."""
 
 OPENVINO_TARGETS = ("openvino", "tensorrt")
@@ -38,17 +39,32 @@ class Output(NamedTuple):
     nearest_class: np.ndarray
 
 
+class LayerTime(NamedTuple):
+    """What a layer, as the runtime fused it, takes in a run; ``kind`` is the runtime's name of its operation."""
+
+    name: str
+    kind: str
+    milliseconds: float
+
+
 class Runtime(Protocol):
-    """A detector ready to run: ``path`` of its file, ``name`` and ``version`` of the runtime, ``threads`` it uses."""
+    """A detector ready to run: ``path`` of its file, ``name`` and ``version`` of the runtime, ``threads`` it uses.
+
+    ``gpu_bytes`` is the memory that it holds on a GPU, None where it uses none.
+    """
 
     path: str
     name: str
     version: str
     threads: int
     metadata: Metadata
+    gpu_bytes: Optional[int]
 
     def run(self, images: np.ndarray) -> Output:
         """Score ``images``, uint8 [N, H, W, 3] RGB of the size that the metadata says."""
+
+    def layer_times(self, images: np.ndarray, runs: int) -> List[LayerTime]:
+        """The mean time of each layer over some runs, in the order of the network. Measuring slows later runs."""
 
 
 def open_model(path: str, threads: Optional[int] = None, runtime: str = "auto") -> Runtime:
@@ -58,7 +74,8 @@ def open_model(path: str, threads: Optional[int] = None, runtime: str = "auto") 
         runtime: one of ``RUNTIMES``; "auto" takes what suits the model best of those that are installed.
 
     Raises:
-        UadtoolError: there is no such file, or it is damaged or not an exported detector.
+        UadtoolError: there is no such file, it is damaged or not an exported detector, or is an engine that was not
+            built for what is here.
         MissingPackage: the runtime, or any, is not installed.
     """
     if not Path(path).is_file():
@@ -66,11 +83,19 @@ def open_model(path: str, threads: Optional[int] = None, runtime: str = "auto") 
     suffix = Path(path).suffix
     if suffix == ".safetensors":
         raise UadtoolError(f"{path} cannot be run as it is; export it first: uadtool export {path} -o model.onnx")
+    if suffix not in (".onnx", ".engine"):
+        raise UadtoolError(f"{path} is not a model that can be run: its name must end in .onnx or .engine")
     if suffix == ".engine":
-        raise UadtoolError(f"{path} is an engine, which trtexec --loadEngine={path} can time; uadtool runs .onnx files")
-    if suffix != ".onnx":
-        raise UadtoolError(f"{path} is not a model that can be run: its name must end in .onnx")
-    metadata = read_metadata(path)
+        if runtime not in ("auto", "tensorrt"):
+            raise UadtoolError(f"{path} is an engine, which {runtime} cannot run; give it the .onnx file")
+        runtime = "tensorrt"
+        metadata, build = read_engine_metadata(path)
+        require_fit(path, build)
+    else:
+        if runtime == "tensorrt":
+            raise UadtoolError(f"TensorRT runs engines; first, on this device: uadtool export {path} -o "
+                               f"{Path(path).with_suffix('.engine')}")
+        metadata = read_metadata(path)
     if runtime == "auto":
         runtime = _best_installed(metadata.target)
         if runtime != "onnxruntime":

@@ -1,12 +1,15 @@
 """ONNX Runtime on the CPU."""
 
-from typing import Any
+import json
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Dict, List, Optional
 
 import numpy as np
 
 from uadtool.errors import require
 from uadtool.metadata import Metadata
-from uadtool.runtimes import Output, Tensor, check_signature
+from uadtool.runtimes import LayerTime, Output, Tensor, check_signature
 
 FATAL = 4
 """Log severity. ONNX Runtime raises what went wrong; what it prints besides, on stderr, is noise."""
@@ -19,23 +22,48 @@ class OnnxRuntime:
     """A detector in an ONNX file; see ``uadtool.runtimes.Runtime``."""
 
     name = "onnxruntime"
+    gpu_bytes: Optional[int] = None
 
     def __init__(self, path: str, metadata: Metadata, threads: int) -> None:
-        ort = require("onnxruntime", "onnxruntime")
-        ort.set_default_logger_severity(FATAL)
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.inter_op_num_threads = 1
-        options.log_severity_level = FATAL
+        self._ort = require("onnxruntime", "onnxruntime")
+        self._ort.set_default_logger_severity(FATAL)
         self.path = path
-        self.version = ort.__version__
+        self.version = self._ort.__version__
         self.threads = threads
         self.metadata = metadata
-        self._session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        self._session = self._open(self._options())
         check_signature(self, map(_tensor, self._session.get_inputs()), map(_tensor, self._session.get_outputs()))
 
     def run(self, images: np.ndarray) -> Output:
         return Output(*self._session.run(Output._fields, {"image": images}))
+
+    def layer_times(self, images: np.ndarray, runs: int) -> List[LayerTime]:
+        with TemporaryDirectory() as folder:
+            options = self._options()
+            options.enable_profiling = True
+            options.profile_file_prefix = str(Path(folder, "profile"))
+            session = self._open(options)
+            for _ in range(1 + runs):
+                session.run(Output._fields, {"image": images})
+            events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
+        times: Dict[str, List[float]] = {}
+        kinds = {}
+        for event in events:
+            name, _, what = event["name"].rpartition("_kernel_")
+            if event["cat"] == "Node" and what == "time":
+                times.setdefault(name, []).append(event["dur"] / 1000)
+                kinds[name] = event["args"]["op_name"]
+        return [LayerTime(name, kinds[name], sum(found[1:]) / runs) for name, found in times.items()]  # but the first
+
+    def _options(self) -> Any:
+        options = self._ort.SessionOptions()
+        options.intra_op_num_threads = self.threads
+        options.inter_op_num_threads = 1
+        options.log_severity_level = FATAL
+        return options
+
+    def _open(self, options: Any) -> Any:
+        return self._ort.InferenceSession(self.path, options, providers=["CPUExecutionProvider"])
 
 
 def _tensor(value: Any) -> Tensor:

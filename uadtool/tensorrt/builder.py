@@ -1,14 +1,14 @@
 """From an exported graph to an engine, which runs on the GPU and TensorRT version that it was built for."""
 
-import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Optional
+from typing import Any, Dict, NamedTuple, Optional
 
 from uadtool.artifacts import atomic_write
 from uadtool.errors import UadtoolError
 from uadtool.metadata import Metadata
 from uadtool.tensorrt.gpu import current_gpu
+from uadtool.tensorrt.logger import make_logger
 from uadtool.tensorrt.versions import (
     create_network,
     describe_error,
@@ -18,8 +18,6 @@ from uadtool.tensorrt.versions import (
 )
 
 MIB = 1 << 20
-
-log = logging.getLogger("uadtool")
 
 
 @dataclass(frozen=True)
@@ -63,7 +61,7 @@ def build_engine(onnx: str, metadata: Metadata, options: BuildOptions) -> Engine
     if capability is None:
         raise UadtoolError("there is no GPU to build an engine for; run this on the device" + (
             ", or name its compute capability: --compute-capability 8.6" if is_rtx(trt) else ""))
-    logger = _logger(trt)
+    logger = make_logger(trt)
     builder = trt.Builder(logger)
     network = create_network(trt, builder)
     parser = trt.OnnxParser(network, logger)
@@ -90,8 +88,7 @@ def build_engine(onnx: str, metadata: Metadata, options: BuildOptions) -> Engine
         config.set_timing_cache(config.create_timing_cache(known), False)
     plan = builder.build_serialized_network(network, config)
     if plan is None:
-        raise UadtoolError(f"TensorRT {trt.__version__} cannot build {onnx}: "
-                           f"{logger.errors[-1] if logger.errors else 'it gives no reason'}")
+        raise UadtoolError(f"TensorRT {trt.__version__} cannot build {onnx}: {logger.reason}")
     if cache:
         with atomic_write(cache) as temporary:
             temporary.write_bytes(bytes(config.get_timing_cache().serialize()))
@@ -137,19 +134,3 @@ def _use_dla(trt: Any, builder: Any, config: Any, options: BuildOptions) -> None
     config.DLA_core = options.dla
     if options.gpu_fallback:
         config.set_flag(trt.BuilderFlag.GPU_FALLBACK)
-
-
-def _logger(trt: Any) -> Any:
-    """It keeps errors and passes warnings on."""
-    class Logger(trt.ILogger):  # type: ignore[misc]
-        def __init__(self) -> None:
-            super().__init__()
-            self.errors: List[str] = []
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity <= trt.ILogger.ERROR:
-                self.errors.append(" ".join(message.split()))
-            elif severity == trt.ILogger.WARNING:
-                log.debug("TensorRT: %s", message)
-
-    return Logger()

@@ -1,6 +1,7 @@
 """An engine file, which is TensorRT's own, and beside it FILE.json: the metadata, and what it was built with."""
 
 import json
+import logging
 from pathlib import Path
 from typing import Any, Dict, Tuple
 
@@ -8,8 +9,12 @@ from uadtool.artifacts import atomic_write, file_digest, read_json, write_json
 from uadtool.errors import UadtoolError
 from uadtool.metadata import Metadata
 from uadtool.tensorrt.builder import Engine
+from uadtool.tensorrt.gpu import current_gpu
+from uadtool.tensorrt.versions import PACKAGES, import_tensorrt
 
 SCHEMA = "uadtool.engine/1"
+
+log = logging.getLogger("uadtool")
 
 
 def save_engine(engine: Engine, metadata: Metadata, onnx: str, path: str) -> Dict[str, Any]:
@@ -34,8 +39,31 @@ def read_engine_metadata(path: str) -> Tuple[Metadata, Dict[str, Any]]:
     record = read_json(beside, SCHEMA)
     metadata = Metadata.from_json(json.dumps(record.get("metadata")), beside)
     build = record.get("build")
-    if not isinstance(build, dict) or not isinstance(build.get("version"), str):
+    if not isinstance(build, dict) or build.get("package") not in PACKAGES or not {
+            "version", "gpu", "compute_capability"} <= build.keys():
         raise UadtoolError(f"{beside} does not tell what built the engine; export it again")
     if record.get("digest") != file_digest(path):
         raise UadtoolError(f"{beside} is of another engine than {path}; export it again")
     return metadata, build
+
+
+def require_fit(path: str, build: Dict[str, Any]) -> None:
+    """Require that an engine runs here; ``build`` is what ``read_engine_metadata`` gives.
+
+    Raises:
+        UadtoolError: there is no GPU, or the engine is for another one or another version of TensorRT.
+        MissingPackage: the TensorRT that built it is not installed.
+    """
+    again = f"build it here: uadtool export {Path(path).stem}.onnx -o {path}"
+    trt = import_tensorrt(build["package"])
+    if trt.__version__ != build["version"]:
+        raise UadtoolError(f"{path} was built by {trt.__name__} {build['version']}, and here is {trt.__version__}; "
+                           f"{again}")
+    gpu = current_gpu()
+    if gpu is None:
+        raise UadtoolError(f"{path} needs a GPU, and there is none, or no driver; a CPU runs the .onnx file")
+    if gpu.compute_capability != build["compute_capability"]:
+        raise UadtoolError(f"{path} was built for compute capability {build['compute_capability']}, and this "
+                           f"{gpu.name} has {gpu.compute_capability}; {again}")
+    if build["gpu"] not in (None, gpu.name):
+        log.warning("%s was built on %s; on this %s another build may be faster", path, build["gpu"], gpu.name)

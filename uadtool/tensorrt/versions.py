@@ -2,7 +2,7 @@
 
 import importlib
 import platform
-from typing import Any, Tuple
+from typing import Any, Optional, Tuple
 
 from uadtool.errors import MissingPackage
 
@@ -10,21 +10,22 @@ PACKAGES = ("tensorrt", "tensorrt_rtx")
 """Imported in this order; the second builds without a GPU, too."""
 
 
-def import_tensorrt() -> Any:
-    """The TensorRT that is installed.
+def import_tensorrt(package: Optional[str] = None) -> Any:
+    """The TensorRT that is installed; or this one of ``PACKAGES``.
 
     Raises:
         MissingPackage: there is none; with what installs it on this machine.
     """
-    for name in PACKAGES:
+    for name in [package] if package else PACKAGES:
         try:
             return importlib.import_module(name)
-        except ImportError as error:
-            if error.name != name:  # it is there, but a library that it needs is not
-                raise MissingPackage(f"{name} cannot be imported: {error}; reinstall it") from error
+        except ImportError as reason:
+            if reason.name != name:  # it is there, but a library that it needs is not
+                raise MissingPackage(f"{name} cannot be imported: {reason}; reinstall it") from reason
+    name = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT-RTX"}[package or "tensorrt"]
     if platform.machine() == "aarch64":
-        raise MissingPackage("TensorRT is not installed; on a Jetson: sudo apt-get install python3-libnvinfer")
-    raise MissingPackage("TensorRT is not installed; pip install 'uadtool[tensorrt-rtx]', or NVIDIA's tensorrt")
+        raise MissingPackage(f"{name} is not installed; on a Jetson: sudo apt-get install python3-libnvinfer")
+    raise MissingPackage(f"{name} is not installed; pip install 'uadtool[tensorrt-rtx]', or NVIDIA's tensorrt")
 
 
 def version(trt: Any) -> Tuple[int, ...]:

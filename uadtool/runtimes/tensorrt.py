@@ -1,0 +1,113 @@
+"""TensorRT on an NVIDIA GPU, with pycuda."""
+
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Dict, Iterator, List
+
+import numpy as np
+
+from uadtool.errors import UadtoolError, require
+from uadtool.metadata import Metadata
+from uadtool.runtimes import LayerTime, Output, Tensor, check_signature
+from uadtool.tensorrt.files import read_engine_metadata
+from uadtool.tensorrt.logger import make_logger
+from uadtool.tensorrt.versions import import_tensorrt
+
+TYPES = {"UINT8": "uint8", "INT32": "int32", "FLOAT": "float32"}
+"""NumPy's names of the types that a detector has. (TensorRT 8.5's own ``nptype`` fails with NumPy 1.24 and later.)"""
+
+
+class TensorRt:
+    """A detector in an engine; see ``uadtool.runtimes.Runtime``.
+
+    It shares the GPU's primary context with whatever else the process runs there. All its memory is taken at the start,
+    for the largest batch of the engine: page-locked on the host, so that copies do not pass through a buffer of the
+    driver's. While the GPU computes, other threads decode images. What it took is freed with the object.
+    """
+
+    name = "tensorrt"
+
+    def __init__(self, path: str, metadata: Metadata, threads: int) -> None:
+        _, build = read_engine_metadata(path)
+        self._trt = trt = import_tensorrt(build["package"])
+        self._cuda = require("pycuda.driver", "jetson")
+        self.path = path
+        self.version = trt.__version__
+        self.threads = threads
+        self.metadata = metadata
+        self._cuda.init()
+        self._device = self._cuda.Device(0).retain_primary_context()
+        with self._current():
+            free, _ = self._cuda.mem_get_info()
+            self._logger = make_logger(trt)
+            self._runtime = trt.Runtime(self._logger)
+            self._engine = self._runtime.deserialize_cuda_engine(Path(path).read_bytes())
+            if self._engine is None:
+                raise UadtoolError(f"TensorRT {self.version} cannot load {path}: {self._logger.reason}")
+            names = map(self._engine.get_tensor_name, range(self._engine.num_io_tensors))
+            tensors = [self._tensor(name) for name in names]
+            check_signature(self, [tensor for tensor in tensors if tensor[0] == "image"],
+                            [tensor for tensor in tensors if tensor[0] != "image"])
+            self.max_batch = self._engine.get_tensor_profile_shape("image", 0)[2][0]
+            self._execution = self._engine.create_execution_context()
+            self._stream = self._cuda.Stream()
+            self._host = {name: self._cuda.pagelocked_empty((self.max_batch, *shape[1:]), kind)
+                          for name, kind, shape in tensors}
+            self._on_device = {name: self._cuda.mem_alloc(array.nbytes) for name, array in self._host.items()}
+            for name, memory in self._on_device.items():
+                self._execution.set_tensor_address(name, int(memory))
+            self._batch = 0
+            self.gpu_bytes = free - self._cuda.mem_get_info()[0]
+
+    def run(self, images: np.ndarray) -> Output:
+        parts = [self._run(images[start:start + self.max_batch]) for start in range(0, len(images), self.max_batch)]
+        return parts[0] if len(parts) == 1 else Output(*map(np.concatenate, zip(*parts)))
+
+    def layer_times(self, images: np.ndarray, runs: int) -> List[LayerTime]:
+        profiler = _profiler(self._trt)
+        self._execution.profiler = profiler
+        for _ in range(runs):
+            self.run(images)
+        return [LayerTime(name, "", sum(times) / runs) for name, times in profiler.milliseconds.items()]
+
+    def _run(self, images: np.ndarray) -> Output:
+        count = len(images)
+        with self._current():
+            self._host["image"][:count] = images
+            if count != self._batch:  # shapes are worked out anew
+                self._execution.set_input_shape("image", images.shape)
+                self._batch = count
+            self._cuda.memcpy_htod_async(self._on_device["image"], self._host["image"][:count], self._stream)
+            if not self._execution.execute_async_v3(self._stream.handle):
+                raise UadtoolError(f"TensorRT {self.version} cannot run {self.path}: {self._logger.reason}")
+            for name in Output._fields:
+                self._cuda.memcpy_dtoh_async(self._host[name][:count], self._on_device[name], self._stream)
+            self._stream.synchronize()
+        return Output(*(self._host[name][:count].copy() for name in Output._fields))
+
+    @contextmanager
+    def _current(self) -> Iterator[None]:
+        """CUDA's state belongs to a thread; this one has the GPU's for a while."""
+        self._device.push()
+        try:
+            yield
+        finally:
+            self._device.pop()
+
+    def _tensor(self, name: str) -> Tensor:
+        kind = self._engine.get_tensor_dtype(name).name
+        shape = [size if size >= 0 else None for size in self._engine.get_tensor_shape(name)]
+        return name, TYPES.get(kind, kind), shape
+
+
+def _profiler(trt: Any) -> Any:
+    """It keeps what TensorRT reports."""
+    class Profiler(trt.IProfiler):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.milliseconds: Dict[str, List[float]] = {}
+
+        def report_layer_time(self, layer_name: str, ms: float) -> None:
+            self.milliseconds.setdefault(layer_name, []).append(ms)
+
+    return Profiler()

@@ -1,0 +1,161 @@
+"""What a machine tells about its own power, clocks and temperatures, in sysfs: a Jetson's and a PC's."""
+
+import re
+import threading
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple, Type
+
+INTERVAL = 0.05
+"""Seconds between two readings of the rails. An INA3221 takes about 10 ms for a new value of its three channels."""
+
+TOTAL_RAILS = ("VDD_IN", "POM_5V_IN")
+"""The rail that feeds the whole module, on the Jetsons that have one. On others the rails add up to the total
+(https://forums.developer.nvidia.com/t/xavier-jetson-total-power-consumption/81016)."""
+
+THROTTLING = ("sys/class/hwmon/hwmon*/oc*_event_cnt",
+              "sys/devices/system/cpu/cpu*/thermal_throttle/core_throttle_count")
+"""Counters of events: over-current throttling of a Jetson (JetPack 5 and 6), thermal throttling of an x86 core."""
+
+
+class Sensors:
+    """The sensors of the machine whose file system begins at ``root``. What there is not, or is not readable, is left
+    out: every method then returns fewer entries, or None.
+    """
+
+    def __init__(self, root: Path = Path("/")) -> None:
+        self._root = root
+        self._rails = dict(self._find_rails())
+        self._packages = [path.parent for path in self._glob("sys/class/powercap/intel-rapl:*/energy_uj")
+                          if (_text(path.parent / "name") or "").startswith("package")]
+
+    def rails(self) -> Dict[str, float]:
+        """The power of each rail now, in watts."""
+        watts = {name: read() for name, read in self._rails.items()}
+        return {name: value for name, value in watts.items() if value is not None}
+
+    def energy(self) -> Dict[str, Tuple[float, float]]:
+        """Counters of energy of each processor package (RAPL): joules now, and where the counter wraps around."""
+        found = {}
+        for path in self._packages:
+            now, wraps = _number(path / "energy_uj", 1e6), _number(path / "max_energy_range_uj", 1e6)
+            if now is not None and wraps:
+                found[str(_text(path / "name"))] = (now, wraps)
+        return found
+
+    def state(self) -> Dict[str, Any]:
+        """Power mode, clocks (MHz) and temperatures (degrees Celsius) now; ``throttling`` counts events since boot."""
+        clocks = {path.parent.parent.name: _number(path, 1000)
+                  for path in self._glob("sys/devices/system/cpu/cpu[0-9]*/cpufreq/scaling_cur_freq")}
+        for path in self._glob("sys/class/devfreq/*/cur_freq"):
+            if re.search(r"gpu|g[pva]\d+b", f"{path.parent.name} {_text(path.parent / 'device/of_node/name')}"):
+                clocks["gpu"] = _number(path, 1e6)
+        zones = {_text(path.parent / "type") or path.parent.name: _number(path, 1000)
+                 for path in self._glob("sys/class/thermal/thermal_zone*/temp")}
+        counts = [_number(path) for pattern in THROTTLING for path in self._glob(pattern)]
+        found = {"power_mode": self._power_mode(), "clocks_mhz": _known(clocks), "temperatures_c": _known(zones),
+                 "throttling": int(sum(count for count in counts if count is not None)) if counts else None}
+        return _known(found)
+
+    def _find_rails(self) -> Iterator[Tuple[str, Callable[[], Optional[float]]]]:
+        """Name of each rail of the INA3221 monitors, and what reads it."""
+        for name in self._glob("sys/class/hwmon/hwmon*/name"):  # JetPack 5 and later
+            if _text(name) != "ina3221":
+                continue
+            for label in sorted(name.parent.glob("in[1-3]_label")):
+                channel, rail = label.name[2], _text(label)
+                if rail and rail != "NC":  # not connected
+                    yield rail, _product(name.parent / f"in{channel}_input", name.parent / f"curr{channel}_input")
+        for label in self._glob("sys/bus/i2c/drivers/ina3221x/*/iio:device*/rail_name_*"):  # JetPack 4
+            rail, path = _text(label), label.parent / f"in_power{label.name[-1]}_input"
+            if rail and rail != "NC":
+                yield rail, lambda path=path: _number(path, 1000)  # type: ignore[misc]
+
+    def _power_mode(self) -> Optional[str]:
+        """What ``nvpmodel -q`` says, from the files that it reads."""
+        status = _text(self._root / "var/lib/nvpmodel/status") or ""
+        modes = _text(self._root / "etc/nvpmodel.conf") or ""
+        number = re.search(r"pmode:(\d+)", status)
+        if not number:
+            return None
+        name = re.search(rf"POWER_MODEL\s+ID={int(number[1])}\s+NAME=(\S+)", modes)
+        return name[1] if name else str(int(number[1]))
+
+    def _glob(self, pattern: str) -> List[Path]:
+        return sorted(self._root.glob(pattern))
+
+
+class PowerMeter:
+    """Energy from entering to leaving a ``with`` block: rails are read in a thread of its own, counters at both ends.
+
+    ``joules`` is by rail or package, afterwards; ``seconds`` how long the block took.
+    """
+
+    def __init__(self, sensors: Sensors) -> None:
+        self._sensors = sensors
+        self._done = threading.Event()
+        self.joules: Dict[str, float] = {}
+        self.seconds = 0.0
+
+    def __enter__(self) -> "PowerMeter":
+        self._counters = self._sensors.energy()
+        self._began = time.perf_counter()
+        self._thread = threading.Thread(target=self._sample, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: Optional[Type[BaseException]], error: Optional[BaseException],
+                 trace: Optional[TracebackType]) -> None:
+        self._done.set()
+        self._thread.join()
+        self.seconds = time.perf_counter() - self._began
+        for name, (after, wraps) in self._sensors.energy().items():
+            if name in self._counters:
+                self.joules[name] = (after - self._counters[name][0]) % wraps
+
+    def _sample(self) -> None:
+        """Each reading counts for the time since the one before."""
+        last, watts = self._began, self._sensors.rails()
+        while watts:
+            ended = self._done.wait(INTERVAL)
+            now, watts = time.perf_counter(), self._sensors.rails()
+            for name, value in watts.items():
+                self.joules[name] = self.joules.get(name, 0.0) + value * (now - last)
+            last = now
+            if ended:
+                return
+
+
+def total(by_rail: Dict[str, float]) -> Optional[float]:
+    """Of the whole board, from a figure of each rail; None if there is none."""
+    for name in TOTAL_RAILS:
+        if name in by_rail:
+            return by_rail[name]
+    return sum(by_rail.values()) if by_rail else None
+
+
+def _product(millivolts: Path, milliamperes: Path) -> Callable[[], Optional[float]]:
+    def watts() -> Optional[float]:
+        volts, amperes = _number(millivolts, 1000), _number(milliamperes, 1000)
+        return None if volts is None or amperes is None else volts * amperes
+
+    return watts
+
+
+def _text(path: Path) -> Optional[str]:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace").strip("\0\n ")
+    except OSError:  # also what a driver answers while its device sleeps
+        return None
+
+
+def _number(path: Path, divisor: float = 1) -> Optional[float]:
+    try:
+        return float(_text(path) or "") / divisor
+    except ValueError:
+        return None
+
+
+def _known(values: Dict[str, Any]) -> Dict[str, Any]:
+    return {name: value for name, value in values.items() if value not in (None, {})}
