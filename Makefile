@@ -1,13 +1,14 @@
 # Development and the demo. `make help` lists the targets; examples/Makefile is the chain to copy for your own data.
 PYTHON ?= python3
+PYTHON3_8 ?= python3.8
 VENV := .venv
 BIN := $(abspath $(VENV))/bin
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint clean
+.PHONY: help demo test test-gpu check-tensorrt-api lint clean
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 28
 
 demo: demo/solar-cells ## train, quantize and compare on real images of solar cells (about 7 minutes on 2 cores)
 	@$(MAKE) --no-print-directory -f examples/Makefile UADTOOL=$(BIN)/uadtool DATA=demo/solar-cells OUT=demo \
@@ -19,6 +20,25 @@ demo/solar-cells: examples/solar_cells.py | $(VENV)/.demo
 
 test: $(VENV)/.dev ## run the tests
 	$(BIN)/python -m pytest -n auto --dist loadfile
+
+test-gpu: $(VENV)/.dev ## build and run engines on this machine's NVIDIA GPU (needs driver and CUDA toolkit)
+	$(BIN)/python -m pip install --quiet tensorrt pycuda
+	$(BIN)/python -m pytest -m gpu -rs -s tests/test_gpu.py
+
+check-tensorrt-api: $(VENV)/.dev build/tensorrt-8.5/done build/tensorrt-stubs/done ## look up the names of TensorRT's API in 8.5, 10 and RTX (half a gigabyte)
+	LD_LIBRARY_PATH=$$(find build/tensorrt-8.5 -type d \( -path '*nvidia/*/lib' -o -name tensorrt \) | paste -sd:) \
+		build/tensorrt-8.5/bin/python tests/check_tensorrt_api.py tensorrt
+	$(BIN)/python tests/check_tensorrt_api.py build/tensorrt-stubs/*/*.pyi
+	$(BIN)/python tests/check_tensorrt_api.py tensorrt_rtx
+
+build/tensorrt-8.5/done: # the version of JetPack 5; it has wheels for Python 3.8
+	$(PYTHON3_8) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet tensorrt==8.5.3.1 'nvidia-cudnn-cu11<9' nvidia-cublas-cu11 nvidia-cuda-runtime-cu11
+	touch $@
+
+build/tensorrt-stubs/done: | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --no-deps --target $(@D) tensorrt-stubs
+	touch $@
 
 lint: $(VENV)/.dev ## ruff and mypy
 	$(BIN)/ruff check .

@@ -1,0 +1,145 @@
+"""examples/jetson against a real sshd, whose login has Python 3.8 and nothing else, as a Jetson with JetPack 5 has.
+
+There is no GPU: ONNX Runtime runs the model there.
+"""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+EXAMPLE = Path(__file__).parents[1] / "examples/jetson"
+SSHD = shutil.which("sshd", path=f"{os.environ['PATH']}{os.pathsep}/usr/sbin")
+
+LOGIN = """#!/bin/sh
+cd {home} && exec env -i HOME={home} PATH={home}/bin:/usr/bin:/bin PIP_CONFIG_FILE="{pip_config}" {pip_index} \\
+    sh -c "$SSH_ORIGINAL_COMMAND"
+"""
+
+
+@pytest.fixture(scope="module")
+def device(python38, tmp_path_factory):
+    """The home folder on the device, and the command that logs in."""
+    if not (SSHD and shutil.which("ssh")):
+        pytest.skip("no sshd or no ssh on this machine")
+    folder = tmp_path_factory.mktemp("device")
+    home = folder / "home"
+    (home / "bin").mkdir(parents=True)
+    (home / "bin" / "python3").symlink_to(python38)
+    for name in ("host", "user"):
+        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", folder / name], check=True)
+    login = folder / "login"
+    pip_index = " ".join(f"{name}='{value}'" for name, value in os.environ.items() if name.startswith("PIP_"))
+    config = subprocess.run([sys.executable, "-m", "pip", "config", "debug"], capture_output=True, text=True).stdout
+    existing = [line.split(",")[0].strip() for line in config.splitlines() if "exists: True" in line]
+    login.write_text(LOGIN.format(home=home, pip_index=pip_index, pip_config=existing[-1] if existing else ""))
+    login.chmod(0o755)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    if os.geteuid() == 0:
+        Path("/run/sshd").mkdir(exist_ok=True)
+    settings = {"Port": port, "ListenAddress": "127.0.0.1", "HostKey": folder / "host", "PidFile": "none",
+                "AuthorizedKeysFile": folder / "user.pub", "StrictModes": "no", "UsePAM": "no", "ForceCommand": login,
+                "PermitRootLogin": "yes", "PasswordAuthentication": "no"}
+    (folder / "config").write_text("".join(f"{name} {value}\n" for name, value in settings.items()))
+    sshd = subprocess.Popen([SSHD, "-D", "-e", "-f", folder / "config"], stderr=subprocess.PIPE)
+    ssh = (f"ssh -p {port} -i {folder / 'user'} -o BatchMode=yes -o StrictHostKeyChecking=no -o LogLevel=ERROR "
+           f"-o UserKnownHostsFile=/dev/null")
+    for _ in range(100):
+        if subprocess.run([*ssh.split(), "127.0.0.1", "true"], capture_output=True).returncode == 0:
+            break
+        assert sshd.poll() is None, sshd.stderr.read()
+        time.sleep(0.1)
+    yield home, ssh
+    sshd.terminate()
+    sshd.wait()
+
+
+@pytest.fixture(scope="module")
+def make(device, int8, textures, tmp_path_factory):
+    """Run a target of the example for the device; gives the finished process, and the folder of results."""
+    out = tmp_path_factory.mktemp("deploy") / "out"
+
+    def make(target, **variables):
+        settings = {"JETSON": "127.0.0.1", "SSH": device[1], "MODEL": int8.path, "DATA": textures, "OUT": out,
+                    "RUNTIME": "onnxruntime", "UADTOOL": f"{sys.executable} -m uadtool", "PYTHON": sys.executable,
+                    "BENCH_OPTIONS": "--duration 0.2 --repetitions 1", **variables}
+        command = ["make", "-C", str(EXAMPLE), target, *(f"{name}={value}" for name, value in settings.items())]
+        return subprocess.run(command, capture_output=True, text=True)
+
+    make.out = out
+    return make
+
+
+@pytest.fixture(scope="module")
+def deployed(make):
+    done = make("deploy")
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def test_the_device_scores_what_the_workstation_scores(deployed, make, textures, device):
+    scores = {name: [json.loads(line) for line in (make.out / f"{name}.scores.jsonl").read_text().splitlines()]
+              for name in ("workstation", "device")}
+    assert scores["device"][0]["host"]["python"].startswith("3.8.")
+    assert [record.get("path") for record in scores["device"]] == [record.get("path") for record in
+                                                                  scores["workstation"]]
+    for here, there in zip(scores["workstation"][1:-1], scores["device"][1:-1]):
+        assert there["score"] == pytest.approx(here["score"], abs=0.05)
+    assert scores["device"][-1]["errors"] == 0
+    bench = json.loads((make.out / "device.bench.json").read_text())
+    assert bench["host"]["python"].startswith("3.8.")
+    packages = {path.name for path in device[0].glob("uadtool/.venv/lib/*/site-packages/*")}
+    assert packages >= {"uadtool", "onnxruntime"}
+    assert not packages & {"torch", "onnx"}
+
+
+def test_the_comparison_has_both(deployed):
+    header, = [line for line in deployed.stdout.splitlines() if line.startswith("metric")]
+    assert header.split()[1:] == ["int8.onnx", "int8.onnx", "change"]
+    assert len([line for line in deployed.stdout.splitlines() if line.startswith("runtime")]) == 1
+    rows = {line[:20].strip(): line for line in deployed.stdout.splitlines()}
+    for name in ("image AUROC, mean", "latency p50, ms", "95% interval"):
+        assert name in rows
+
+
+def test_what_is_done_is_not_done_again(deployed, make, int8):
+    files = sorted(make.out.glob("*.*"))
+    before = [path.stat().st_mtime_ns for path in files]
+    again = make("deploy")
+    assert again.returncode == 0, again.stderr
+    assert [path.stat().st_mtime_ns for path in files] == before
+    (make.out / "device.scores.jsonl").unlink()  # as if it had been interrupted there
+    assert make("deploy").returncode == 0
+    changed = [path.name for path, time in zip(files, before) if path.stat().st_mtime_ns != time]
+    assert changed == ["device.scores.jsonl"]
+
+
+def test_a_gate_that_is_not_met(deployed, make):
+    done = make("deploy", GATES="'image_auroc>=1.5'")
+    assert done.returncode == 2
+    assert "gate failed" in done.stderr
+
+
+def test_a_device_that_is_not_there(make, tmp_path):
+    done = make("deploy", SSH="ssh -p 1 -o BatchMode=yes -o ConnectTimeout=2 -o LogLevel=ERROR", OUT=tmp_path / "out")
+    assert done.returncode == 2
+    assert "cannot log in to 127.0.0.1: is it on and on this network, and does it have your key" in done.stderr
+    assert "name the device: make deploy JETSON=user@host" in make("deploy", JETSON="", OUT=tmp_path / "out").stderr
+
+
+def test_the_commands_for_tensorrt(make, tmp_path):
+    """What would run there, for here is no GPU."""
+    done = make("deploy", RUNTIME="tensorrt", OUT=tmp_path / "out", MAKEFLAGS="n")
+    assert done.returncode == 0, done.stderr
+    assert "[jetson]" in done.stdout
+    assert "export int8.onnx -o int8.engine --timing-cache timing --workspace 1024" in done.stdout
+    assert "score int8.engine data" in done.stdout
+    assert "bench int8.engine" in done.stdout
