@@ -16,8 +16,8 @@ from typing import Iterator, List, Set, Tuple
 PACKAGE = Path(__file__).parents[1] / "uadtool"
 SOURCES = [*sorted((PACKAGE / "tensorrt").glob("*.py")), PACKAGE / "runtimes" / "tensorrt.py"]
 CLASSES = {"builder": "Builder", "network": "INetworkDefinition", "parser": "OnnxParser", "config": "IBuilderConfig",
-           "profile": "IOptimizationProfile", "error": "ParserError", "_runtime": "Runtime", "_engine": "ICudaEngine",
-           "_execution": "IExecutionContext"}
+           "profile": "IOptimizationProfile", "layer": "ILayer", "error": "ParserError", "_runtime": "Runtime",
+           "_engine": "ICudaEngine", "_execution": "IExecutionContext"}
 """Class of what the variables and attributes of these names hold, in the sources."""
 BY_NAME = {"IProfiler.report_layer_time", "ILogger.log", "BuilderFlag.FP16", "BuilderFlag.INT8",
            *(f"DataType.{name}" for name in ("UINT8", "INT32", "FLOAT"))}
@@ -34,6 +34,7 @@ ONLY_IN = {
     "DeviceType.DLA": lambda version, rtx: not rtx,
     "Builder.num_DLA_cores": lambda version, rtx: not rtx,
     "IBuilderConfig.DLA_core": lambda version, rtx: not rtx,
+    "IBuilderConfig.can_run_on_DLA": lambda version, rtx: not rtx,
     "BuilderFlag.GPU_FALLBACK": lambda version, rtx: not rtx,
 }
 """Where the sources use a name that not all versions have; they ask for the version, or for the name, first."""

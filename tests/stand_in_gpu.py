@@ -22,6 +22,7 @@ class Gpu:
         self.allocations = 0
         self.shapes_set = 0
         self.synchronized = True
+        self.min_batch = 1
         self.page_locked: Set[int] = set()
 
     def driver(self) -> ModuleType:
@@ -102,11 +103,11 @@ class Gpu:
             def set_input_shape(self, name: str, shape: Any) -> bool:
                 gpu.shapes_set += 1
                 self.shape = tuple(shape)
-                return shape[0] <= MAX_BATCH
+                return gpu.min_batch <= shape[0] <= MAX_BATCH
 
             def execute_async_v3(self, handle: int) -> bool:
                 assert gpu.current
-                if self.shape[0] > MAX_BATCH:
+                if not gpu.min_batch <= self.shape[0] <= MAX_BATCH:
                     return False
                 image = gpu.memory[self.addresses["image"]][:int(np.prod(self.shape))].reshape(self.shape)
                 names = [output.name for output in self.session.get_outputs()]
@@ -136,7 +137,7 @@ class Gpu:
 
             def get_tensor_profile_shape(self, name: str, profile: int) -> Any:
                 shape = tuple(self.get_tensor_shape(name)[1:])
-                return [(1, *shape), (MAX_BATCH, *shape), (MAX_BATCH, *shape)]
+                return [(gpu.min_batch, *shape), (MAX_BATCH, *shape), (MAX_BATCH, *shape)]
 
             def create_execution_context(self) -> Execution:
                 return Execution(self.session)

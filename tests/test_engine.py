@@ -1,6 +1,7 @@
 """`export MODEL.onnx -o MODEL.engine`: the files, the options, and what is refused."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 from conftest import validate
@@ -10,7 +11,7 @@ from uadtool.artifacts import file_digest
 from uadtool.errors import UadtoolError
 from uadtool.onnx_export import save_onnx
 from uadtool.tensorrt import versions
-from uadtool.tensorrt.builder import BuildOptions, build_engine
+from uadtool.tensorrt.builder import BuildOptions, _use_dla, build_engine
 from uadtool.tensorrt.files import read_engine_metadata
 from uadtool.tensorrt.gpu import current_gpu
 
@@ -98,6 +99,46 @@ def test_a_graph_that_tensorrt_does_not_take_is_refused_with_the_node(onnx, tmp_
     with pytest.raises(UadtoolError, match=r"does not take .*damaged\.onnx: MinPool "):
         build_engine(str(damaged), flavour("resnet18", "tensorrt", "fp32").metadata,
                      BuildOptions(compute_capability="8.6"))
+
+
+class Dla:
+    """A builder of a device with two DLA cores that run convolutions alone, its configuration and a network."""
+
+    num_DLA_cores = 2
+    num_layers = 3
+
+    def __init__(self):
+        self.flags = []
+        self.set_flag = self.flags.append
+
+    def get_layer(self, index):
+        return SimpleNamespace(name=("image_cast", "conv1", "score_topk")[index])
+
+    def can_run_on_DLA(self, layer):
+        return layer.name == "conv1"
+
+
+@pytest.fixture
+def jetson():
+    return SimpleNamespace(__name__="tensorrt", __version__="8.5.2.2", DeviceType=SimpleNamespace(DLA="dla"),
+                           BuilderFlag=SimpleNamespace(GPU_FALLBACK="fallback"))
+
+
+def test_layers_that_a_dla_cannot_run_are_told(jetson):
+    dla = Dla()
+    found = _use_dla(jetson, dla, dla, dla, BuildOptions(dla=1, gpu_fallback=True), "fp16")
+    assert found == ["image_cast", "score_topk"]
+    assert (dla.default_device_type, dla.DLA_core, dla.flags) == ("dla", 1, ["fallback"])
+
+
+@pytest.mark.parametrize(("options", "precision", "message"), [
+    ({"dla": 2}, "fp16", "there is no DLA core 2; this device has 2"),
+    ({"dla": 0}, "fp16", "cannot run 2 of 3 layers, first image_cast; let the GPU run those: --gpu-fallback"),
+    ({"dla": 0, "gpu_fallback": True}, "int8", "takes no graph with ranges in it .* give it the fp16 one"),
+])
+def test_what_a_dla_does_not_take(jetson, options, precision, message):
+    with pytest.raises(UadtoolError, match=message):
+        _use_dla(jetson, Dla(), Dla(), Dla(), BuildOptions(**options), precision)
 
 
 @pytest.mark.parametrize(("arguments", "message"), [

@@ -5,6 +5,7 @@ There is no GPU: ONNX Runtime runs the model there.
 
 import json
 import os
+import platform
 import shutil
 import socket
 import subprocess
@@ -133,6 +134,31 @@ def test_a_device_that_is_not_there(make, tmp_path):
     assert done.returncode == 2
     assert "cannot log in to 127.0.0.1: is it on and on this network, and does it have your key" in done.stderr
     assert "name the device: make deploy JETSON=user@host" in make("deploy", JETSON="", OUT=tmp_path / "out").stderr
+
+
+def test_a_device_without_internet_installs_from_the_wheelhouse(make, device, tmp_path):
+    out, machine = tmp_path / "out", platform.machine()
+    done = make("wheelhouse", OUT=out, MACHINE=machine)
+    assert done.returncode == 0, done.stderr
+    names = {path.name.split("-")[0].lower() for path in (out / "wheelhouse").glob("*-*")}
+    assert names >= {"uadtool", "click", "numpy", "pillow", "scipy", "tabulate", "onnxruntime", "pycuda", "pytools"}
+    assert list((out / "wheelhouse").glob(f"numpy-*-cp38-*{machine}.whl"))
+    done = make(f"{out}/installed.stamp", OUT=out, REMOTE="offline")
+    assert done.returncode == 0, done.stderr
+    assert "--no-index --find-links wheelhouse" in done.stdout
+    assert next(device[0].glob("offline/.venv/lib/python3.8/site-packages/onnxruntime")).is_dir()
+
+
+def test_the_wheelhouse_of_a_jetson_is_complete(make, tmp_path):
+    done = make("wheelhouse", OUT=tmp_path)
+    assert done.returncode == 0, done.stderr
+    wheel, = (tmp_path / "wheelhouse").glob("uadtool-*.whl")
+    command = [sys.executable, "-m", "pip", "install", "--dry-run", "--no-index", "--find-links", wheel.parent,
+               "--only-binary=:all:", "--target", tmp_path / "target", "--python-version", "3.8",
+               *(f"--platform=manylinux{glibc}_aarch64" for glibc in ("2014", "_2_17", "_2_27", "_2_28")),
+               f"{wheel}[onnxruntime]", "pytools"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_commands_for_tensorrt(make, tmp_path):

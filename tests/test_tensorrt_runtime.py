@@ -22,7 +22,7 @@ from uadtool.tensorrt.gpu import Gpu as CurrentGpu
 XAVIER = CurrentGpu("Xavier", "7.2")
 BUILD = {"package": "tensorrt", "version": VERSION, "gpu": XAVIER.name, "compute_capability": XAVIER.compute_capability,
          "precision": "fp16", "workspace": None, "max_batch": MAX_BATCH, "timing_cache": None, "dla": None,
-         "gpu_fallback": False}
+         "gpu_fallback": False, "dla_fallback": []}
 
 
 @pytest.fixture
@@ -63,6 +63,14 @@ def test_an_engine_gives_what_the_onnx_file_gives(gpu, engine, detector):
             assert (found.dtype, found.shape) == (wanted.dtype, wanted.shape)
             np.testing.assert_allclose(found, wanted, rtol=1e-6)
         assert (gpu.synchronized, gpu.current) == (True, 0)
+
+
+def test_fewer_images_than_the_engine_takes(gpu, engine, detector):
+    gpu.min_batch = MAX_BATCH  # as a DLA has it
+    model, expected = open_model(engine()), open_model(str(detector), 1, "onnxruntime")
+    for count in (1, 3, MAX_BATCH + 1):
+        np.testing.assert_allclose(model.run(images(count)).score, expected.run(images(count)).score, rtol=1e-6)
+    assert gpu.shapes_set == 1
 
 
 def test_results_are_not_overwritten_by_the_next_run(gpu, engine):

@@ -48,7 +48,8 @@ class TensorRt:
             tensors = [self._tensor(name) for name in names]
             check_signature(self, [tensor for tensor in tensors if tensor[0] == "image"],
                             [tensor for tensor in tensors if tensor[0] != "image"])
-            self.max_batch = self._engine.get_tensor_profile_shape("image", 0)[2][0]
+            self._min_batch, _, self.max_batch = (
+                shape[0] for shape in self._engine.get_tensor_profile_shape("image", 0))
             self._execution = self._engine.create_execution_context()
             self._stream = self._cuda.Stream()
             self._host = {name: self._cuda.pagelocked_empty((self.max_batch, *shape[1:]), kind)
@@ -72,12 +73,13 @@ class TensorRt:
 
     def _run(self, images: np.ndarray) -> Output:
         count = len(images)
+        batch = max(count, self._min_batch)  # what lies behind the images is run, too, and not looked at
         with self._current():
             self._host["image"][:count] = images
-            if count != self._batch:  # shapes are worked out anew
-                self._execution.set_input_shape("image", images.shape)
-                self._batch = count
-            self._cuda.memcpy_htod_async(self._on_device["image"], self._host["image"][:count], self._stream)
+            if batch != self._batch:  # shapes are worked out anew
+                self._execution.set_input_shape("image", (batch, *images.shape[1:]))
+                self._batch = batch
+            self._cuda.memcpy_htod_async(self._on_device["image"], self._host["image"][:batch], self._stream)
             if not self._execution.execute_async_v3(self._stream.handle):
                 raise UadtoolError(f"TensorRT {self.version} cannot run {self.path}: {self._logger.reason}")
             for name in Output._fields:

@@ -2,7 +2,7 @@
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Dict, NamedTuple, Optional
+from typing import Any, Dict, List, NamedTuple, Optional
 
 from uadtool.artifacts import atomic_write
 from uadtool.errors import UadtoolError
@@ -26,7 +26,8 @@ class BuildOptions:
 
     ``precision`` is fp32, fp16 or int8, or None: that of the graph. ``workspace`` is in MiB, None: as much as there is.
     Batches have 1 to ``max_batch`` images. ``timing_cache`` is a file that is read, if it is there, and written: so the
-    next build is faster. ``dla`` is the number of a DLA core, ``gpu_fallback`` lets the GPU compute what that cannot.
+    next build is faster. ``dla`` is the number of a DLA core, which takes batches of ``max_batch`` alone;
+    ``gpu_fallback`` lets the GPU compute what that cannot.
     ``compute_capability`` is that of the GPU, None: of the one that is here; only TensorRT-RTX builds for others.
     """
 
@@ -40,7 +41,9 @@ class BuildOptions:
 
 
 class Engine(NamedTuple):
-    """A serialized engine, and the package, its version, the GPU and the options that made it."""
+    """A serialized engine; and the package, its version, the GPU and the options that made it, and the layers that the
+    GPU runs although a DLA core was wanted.
+    """
 
     plan: bytes
     build: Dict[str, Any]
@@ -76,11 +79,11 @@ def build_engine(onnx: str, metadata: Metadata, options: BuildOptions) -> Engine
     if not takes_precision_from_graph(trt):
         for flag in {"fp32": [], "fp16": ["FP16"], "int8": ["INT8", "FP16"]}[precision]:
             config.set_flag(getattr(trt.BuilderFlag, flag))
-    if options.dla is not None:
-        _use_dla(trt, builder, config, options)
+    on_gpu = [] if options.dla is None else _use_dla(trt, builder, network, config, options, precision)
     profile = builder.create_optimization_profile()
-    size = (*metadata.image_size, 3)
-    profile.set_shape("image", (1, *size), (options.max_batch, *size), (options.max_batch, *size))
+    least, most = ((count, *metadata.image_size, 3) for count in (1 if options.dla is None else options.max_batch,
+                                                                  options.max_batch))
+    profile.set_shape("image", least, most, most)
     config.add_optimization_profile(profile)
     cache = Path(options.timing_cache) if options.timing_cache else None
     if cache:
@@ -94,7 +97,7 @@ def build_engine(onnx: str, metadata: Metadata, options: BuildOptions) -> Engine
             temporary.write_bytes(bytes(config.get_timing_cache().serialize()))
     return Engine(bytes(plan), {
         "package": trt.__name__, "version": trt.__version__, "gpu": gpu.name if gpu else None,
-        **asdict(options), "compute_capability": capability, "precision": precision})
+        **asdict(options), "compute_capability": capability, "precision": precision, "dla_fallback": on_gpu})
 
 
 def _precision(trt: Any, onnx: str, metadata: Metadata, wanted: Optional[str]) -> str:
@@ -127,10 +130,20 @@ def _build_for(trt: Any, config: Any, capability: str) -> None:
     config.set_compute_capability(getattr(trt.ComputeCapability, name), 0)
 
 
-def _use_dla(trt: Any, builder: Any, config: Any, options: BuildOptions) -> None:
+def _use_dla(trt: Any, builder: Any, network: Any, config: Any, options: BuildOptions, precision: str) -> List[str]:
+    """Let the DLA core run the network; returns the names of the layers that it cannot run."""
     if options.dla is None or options.dla >= builder.num_DLA_cores:
         raise UadtoolError(f"there is no DLA core {options.dla}; this device has {builder.num_DLA_cores}")
+    if precision == "int8" and not takes_precision_from_graph(trt):
+        # https://developer.nvidia.com/blog/tensorrt-deep-learning-accelerator-cn
+        raise UadtoolError("a DLA takes no graph with ranges in it (explicit quantization); give it the fp16 one")
     config.default_device_type = trt.DeviceType.DLA
     config.DLA_core = options.dla
+    layers = [network.get_layer(index) for index in range(network.num_layers)]
+    others = [layer.name for layer in layers if not config.can_run_on_DLA(layer)]
     if options.gpu_fallback:
         config.set_flag(trt.BuilderFlag.GPU_FALLBACK)
+    elif others:
+        raise UadtoolError(f"the DLA cannot run {len(others)} of {len(layers)} layers, first {others[0]}; let the GPU "
+                           "run those: --gpu-fallback")
+    return others
