@@ -8,7 +8,8 @@ from hypothesis.extra import numpy as stn
 from torch import nn
 from torch.nn import functional as F
 
-from uadtool.detectors import Detector, Output, build_detector
+from uadtool.commands.train import train
+from uadtool.detectors import Detector, Output, build_detector, method_options
 from uadtool.detectors.base import describe
 from uadtool.detectors.complexity import count_macs, count_parameters
 from uadtool.detectors.stfpm import FUSIONS, STFPM, cosine_distance, distillation_loss
@@ -221,6 +222,14 @@ def test_complexity_counts_what_there_is():
     assert count_parameters(network) == (8 * 3 * 9 + 8) + 8 * 25
     assert count_macs(network, (32, 64)) == 16 * 32 * 8 * 27 + 16 * 32 * 8 * 25
     assert not any(module._forward_hooks for module in network.modules())
+
+
+def test_the_help_of_train_names_every_option():
+    (text,) = [option.help for option in train.params if option.name == "method_options"]
+    for part, method in zip(text.split(";"), ("stfpm", "rd", "dinomaly", "duet")):
+        assert method in part
+        assert all(name in part for name in method_options(method, {}))
+    assert method_options("us", {}).keys() == method_options("rd", {}).keys()
 
 
 @pytest.mark.parametrize(("changes", "message"), [

@@ -31,8 +31,8 @@ def _pairs(ctx: click.Context, param: click.Parameter, value: Tuple[str, ...]) -
 @click.option("--method", default="stfpm", show_default=True, metavar="NAME",
               help="Detection method: stfpm, rd, us, dinomaly, duet, or one that an installed package adds.")
 @click.option("--option", "method_options", metavar="NAME=VALUE", multiple=True, callback=_pairs,
-              help="Of the method; of stfpm: fusion=sum or product of the maps of all stages, dcam=true for attention "
-                   "in training, shared_stages=1 or 2 for a student that starts from a feature map of the teacher.")
+              help="Of the method: stfpm has fusion, dcam and shared_stages; rd and us have width; dinomaly width, "
+                   "depth, bottleneck and dropout; duet small, large, components and width. The README explains them.")
 @click.option("--teacher", default="tf_efficientnet_lite0", show_default=True, metavar="NAME",
               help="A CNN of timm, by name; for dinomaly a vision transformer, too.")
 @click.option("--teacher-weights", metavar="FILE", type=click.Path(exists=True, dir_okay=False),
