@@ -89,7 +89,7 @@ def test_both_give_an_int8_model_almost_the_same_scores(int8, pictures):
 @needs_openvino
 def test_openvino_computes_an_int8_model_in_integers(int8):
     model = open_model(str(int8.path), 1, "openvino")
-    nodes = [node.get_rt_info() for node in model._requests[1].get_compiled_model().get_runtime_model().get_ops()]
+    nodes = [node.get_rt_info() for node in model._compiled[1].get_runtime_model().get_ops()]
     types = [node["runtimePrecision"].astype(str) for node in nodes if node["layerType"].astype(str) == "Convolution"]
     assert len(types) > 10
     assert set(types) <= {"u8", "i8"}

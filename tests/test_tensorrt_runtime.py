@@ -56,7 +56,7 @@ def images(count):
 
 def test_an_engine_gives_what_the_onnx_file_gives(gpu, engine, detector):
     model, expected = open_model(engine(), 2), open_model(str(detector), 1, "onnxruntime")
-    assert describe(model)["runtime"] == {"name": "tensorrt", "version": VERSION, "threads": 2}
+    assert describe(model)["runtime"] == {"name": "tensorrt", "version": VERSION, "threads": 2, "streams": 1}
     assert model.metadata == METADATA
     for count in (1, MAX_BATCH, 2, 3 * MAX_BATCH + 1, 1):  # in parts where there are more than the engine takes
         for found, wanted in zip(model.run(images(count)), expected.run(images(count))):

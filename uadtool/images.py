@@ -5,10 +5,10 @@ import queue
 import stat
 import threading
 import warnings
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Callable, Iterable, Iterator, Optional, Tuple, TypeVar, Union
+from typing import Callable, Iterable, Iterator, Optional, Set, Tuple, TypeVar, Union
 
 import numpy as np
 from numpy.typing import NDArray
@@ -79,11 +79,14 @@ def read_mask(path: str, size: Tuple[int, int]) -> NDArray[np.bool_]:
         ImageError: as ``read_image``.
     """
     with _opened(path) as image:
+        black = 127 if image.format == "JPEG" else 0
         if image.mode.startswith(("I", "F")):
             marked = np.asarray(image) != 0
+        elif image.mode in ("1", "L") and "transparency" not in image.info:
+            marked = np.asarray(image) > black
         else:
             channels = np.asarray(image.convert("RGBA"))
-            marked = (channels[..., :3].max(-1) > (127 if image.format == "JPEG" else 0)) & (channels[..., 3] > 0)
+            marked = (channels[..., :3].max(-1) > black) & (channels[..., 3] > 0)
         mask = _turned(Image.fromarray(marked), _orientation(image))
         return np.array(mask.resize(size[::-1], Image.Resampling.NEAREST))
 
@@ -108,7 +111,8 @@ def read_ahead(
 
     At most ``ahead`` items (at least 1) are taken from ``items`` beyond those yielded. A result is yielded as soon as
     it and those before it are known, even while ``items`` blocks, and closing the generator does not wait for
-    ``items`` either. ``items`` is iterated in these threads, by one at a time.
+    ``items`` either, but for the calls of ``function`` that have begun. ``items`` is iterated in these threads, by one
+    at a time.
 
     A UadtoolError that ``function`` raises is yielded in place of a result; other exceptions of ``function``, and all
     those of ``items``, are raised.
@@ -117,6 +121,7 @@ def read_ahead(
     taking = threading.Lock()
     room = threading.Semaphore(ahead)
     line: "queue.SimpleQueue[Optional[Tuple[T, Future[Union[R, UadtoolError]]]]]" = queue.SimpleQueue()
+    running: "Set[Future[Union[R, UadtoolError]]]" = set()
     over = threading.Event()
     failure = []
 
@@ -134,7 +139,10 @@ def read_ahead(
                     over.set()
                     line.put(None)
                     return
+                if over.is_set():
+                    return
                 future: "Future[Union[R, UadtoolError]]" = Future()
+                running.add(future)
                 line.put((item, future))
             try:
                 future.set_result(function(item))
@@ -142,21 +150,29 @@ def read_ahead(
                 future.set_result(error)
             except BaseException as error:
                 future.set_exception(error)
+            running.discard(future)
 
     # Not a ThreadPoolExecutor: the interpreter would wait at exit for a thread that waits for items.
-    for _ in range(threads):
-        threading.Thread(target=work, daemon=True).start()
+    workers = [threading.Thread(target=work, daemon=True) for _ in range(threads)]
+    for worker in workers:
+        worker.start()
+    exhausted = False
     try:
         for item, future in iter(line.get, None):
             result = future.result()
             room.release()
             yield item, result
+        exhausted = True
         for error in failure:
             raise error
     finally:
+        # None may be at work when the interpreter ends: it stops threads anywhere, and native code aborts at that.
         over.set()
-        for _ in range(threads):
+        for _ in workers:
             room.release()
+        wait(list(running))
+        for worker in workers if exhausted else []:
+            worker.join()
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """Scoring images with an exported detector, and how well the scores agree with the labels that the folders tell."""
 
 import time
+from itertools import islice
 from typing import (
     TYPE_CHECKING,
     Any,
@@ -31,19 +32,14 @@ if TYPE_CHECKING:
 
 SCHEMA = "uadtool.score/1"
 
-MAX_READERS = 4
-"""Threads that decode images while the detector runs; it has most of the work."""
-
 Record = Dict[str, Any]
-Content = Union[Tuple[np.ndarray, Optional[np.ndarray]], UadtoolError]
-"""An image and its mask, or why they could not be read."""
 
 
 class Prediction(NamedTuple):
     """What is known about one image; see ``uadtool.runtimes.Output`` for the units.
 
     ``anomaly_map`` is float32 [h, w], ``mask`` the ground truth, bool [H, W], if there is one. ``milliseconds`` is the
-    inference time of its batch divided by the images in it.
+    inference time of its batch, beside those of other streams, divided by the images in it.
     """
 
     score: float
@@ -112,24 +108,35 @@ def score(
 def predict(
     runtime: Runtime, samples: Iterable[Sample], batch_size: int = 1
 ) -> Iterator[Tuple[Sample, Union[Prediction, UadtoolError]]]:
-    """Run the detector over ``samples``, in order, decoding ahead of it. What cannot be read comes as its error."""
+    """Run the detector over ``samples``, in order. What cannot be read comes as its error.
+
+    As many threads as the runtime has ``streams``, but at least two, each decode a batch and run it.
+    """
     size = runtime.metadata.image_size
 
-    def read(sample: Sample) -> Content:
-        return read_image(sample.path, size), read_mask(sample.mask, size) if sample.mask else None
+    def read(sample: Sample) -> Union[Tuple[np.ndarray, Optional[np.ndarray]], UadtoolError]:
+        try:
+            return read_image(sample.path, size), read_mask(sample.mask, size) if sample.mask else None
+        except UadtoolError as error:
+            return error
 
-    readers = min(runtime.threads, MAX_READERS)
-    for batch in _batches(read_ahead(read, samples, readers, readers + 2 * batch_size), batch_size):
-        images = [content[0] for _, content in batch if not isinstance(content, UadtoolError)]
+    def run(batch: List[Sample]) -> List[Union[Prediction, UadtoolError]]:
+        contents = [read(sample) for sample in batch]
+        images = [content[0] for content in contents if not isinstance(content, UadtoolError)]
         if images:
             began = time.perf_counter()
             outputs = zip(*runtime.run(np.stack(images)))
             milliseconds = _round(1000 * (time.perf_counter() - began) / len(images))
-        for sample, content in batch:
-            if isinstance(content, UadtoolError):
-                yield sample, content
-            else:
-                yield sample, _prediction(runtime.metadata, sample, *next(outputs), content[1], milliseconds)
+        return [content if isinstance(content, UadtoolError)
+                else _prediction(runtime.metadata, sample, *next(outputs), content[1], milliseconds)
+                for sample, content in zip(batch, contents)]
+
+    source, workers = iter(samples), max(2, runtime.streams)
+    batches: Iterator[List[Sample]] = iter(lambda: list(islice(source, batch_size)), [])
+    for batch, found in read_ahead(run, batches, workers, 2 * workers):
+        if isinstance(found, UadtoolError):  # not of an image: the runtime failed
+            raise found
+        yield from zip(batch, found)
 
 
 class Evaluation:
@@ -201,20 +208,6 @@ class Evaluation:
 def upsample(anomaly_map: np.ndarray, size: Tuple[int, int]) -> np.ndarray:
     """Resize a float32 map [h, w] to ``size`` (height, width) bilinearly, pixel centres aligned."""
     return np.asarray(Image.fromarray(anomaly_map).resize(size[::-1], Image.Resampling.BILINEAR))
-
-
-
-def _batches(contents: Iterable[Tuple[Sample, Content]], size: int) -> Iterator[List[Tuple[Sample, Content]]]:
-    """Groups of ``size`` images. What could not be read keeps its place, and waits only if an image does."""
-    batch, images = [], 0
-    for sample, content in contents:
-        batch.append((sample, content))
-        images += not isinstance(content, UadtoolError)
-        if images in (0, size):
-            yield batch
-            batch, images = [], 0
-    if batch:
-        yield batch
 
 
 def _prediction(metadata: Metadata, sample: Sample, score: np.float32, raw_score: np.float32, anomaly_map: np.ndarray,

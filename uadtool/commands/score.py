@@ -59,10 +59,11 @@ def score(model: str, paths: Tuple[str, ...], threshold: Optional[float], fail_a
 
     from uadtool import scoring
     from uadtool.dataset import scoring_samples
+    from uadtool.host import available_cores
     from uadtool.progress import Progress
     from uadtool.runtimes import open_model
 
-    detector = open_model(model, threads, runtime)
+    detector = open_model(model, threads, runtime, streams=threads or available_cores())
     total = None
     if paths == ("-",):
         samples = scoring_samples(_stdin_paths(b"\0" if null else b"\n"))

@@ -48,29 +48,32 @@ class LayerTime(NamedTuple):
 
 
 class Runtime(Protocol):
-    """A detector ready to run: ``path`` of its file, ``name`` and ``version`` of the runtime, ``threads`` it uses.
+    """A detector ready to run: ``path`` of its file, ``name`` and ``version`` of the runtime.
 
-    ``gpu_bytes`` is the memory that it holds on a GPU, None where it uses none.
+    It uses ``threads`` cores, shared by ``streams`` runs that go on at once. ``gpu_bytes`` is the memory that it holds
+    on a GPU, None where it uses none.
     """
 
     path: str
     name: str
     version: str
     threads: int
+    streams: int
     metadata: Metadata
     gpu_bytes: Optional[int]
 
     def run(self, images: np.ndarray) -> Output:
-        """Score ``images``, uint8 [N, H, W, 3] RGB of the size that the metadata says."""
+        """Score ``images``, uint8 [N, H, W, 3] RGB of the size that the metadata says. Any thread may call it."""
 
     def layer_times(self, images: np.ndarray, runs: int) -> List[LayerTime]:
         """The mean time of each layer over some runs, in the order of the network. Measuring slows later runs."""
 
 
-def open_model(path: str, threads: Optional[int] = None, runtime: str = "auto") -> Runtime:
+def open_model(path: str, threads: Optional[int] = None, runtime: str = "auto", streams: int = 1) -> Runtime:
     """Open the model file ``path`` on ``threads`` cores (all available ones if None).
 
     Args:
+        streams: runs that share the cores; one is fastest for an image, as many as cores for many images.
         runtime: one of ``RUNTIMES``; "auto" takes what suits the model best of those that are installed.
 
     Raises:
@@ -102,7 +105,7 @@ def open_model(path: str, threads: Optional[int] = None, runtime: str = "auto") 
             log.info("%s runs on %s", path, runtime)
     module = importlib.import_module(f"uadtool.runtimes.{runtime}")
     try:
-        model: Runtime = getattr(module, RUNTIMES[runtime])(path, metadata, threads or available_cores())
+        model: Runtime = getattr(module, RUNTIMES[runtime])(path, metadata, threads or available_cores(), streams)
     except UadtoolError:
         raise
     except Exception as error:  # those of the runtimes have no common base
@@ -163,5 +166,6 @@ def describe(runtime: Runtime) -> Dict[str, Any]:
             **({"quantization": {**dataclasses.asdict(quantization), "float_layers": len(quantization.float_layers)}}
                if quantization else {}),
         },
-        "runtime": {"name": runtime.name, "version": runtime.version, "threads": runtime.threads},
+        "runtime": {"name": runtime.name, "version": runtime.version, "threads": runtime.threads,
+                    "streams": runtime.streams},
     }

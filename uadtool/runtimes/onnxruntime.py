@@ -24,12 +24,13 @@ class OnnxRuntime:
     name = "onnxruntime"
     gpu_bytes: Optional[int] = None
 
-    def __init__(self, path: str, metadata: Metadata, threads: int) -> None:
+    def __init__(self, path: str, metadata: Metadata, threads: int, streams: int = 1) -> None:
         self._ort = require("onnxruntime", "onnxruntime")
         self._ort.set_default_logger_severity(FATAL)
         self.path = path
         self.version = self._ort.__version__
         self.threads = threads
+        self.streams = streams
         self.metadata = metadata
         self._session = self._open(self._options())
         check_signature(self, map(_tensor, self._session.get_inputs()), map(_tensor, self._session.get_outputs()))
@@ -57,7 +58,7 @@ class OnnxRuntime:
 
     def _options(self) -> Any:
         options = self._ort.SessionOptions()
-        options.intra_op_num_threads = self.threads
+        options.intra_op_num_threads = max(1, self.threads // self.streams)
         options.inter_op_num_threads = 1
         options.log_severity_level = FATAL
         return options

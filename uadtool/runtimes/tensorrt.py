@@ -1,5 +1,6 @@
 """TensorRT on an NVIDIA GPU, with pycuda."""
 
+import threading
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Dict, Iterator, List
@@ -22,18 +23,20 @@ class TensorRt:
 
     It shares the GPU's primary context with whatever else the process runs there. All its memory is taken at the start,
     for the largest batch of the engine: page-locked on the host, so that copies do not pass through a buffer of the
-    driver's. While the GPU computes, other threads decode images. What it took is freed with the object.
+    driver's. What it took is freed with the object.
     """
 
     name = "tensorrt"
 
-    def __init__(self, path: str, metadata: Metadata, threads: int) -> None:
+    def __init__(self, path: str, metadata: Metadata, threads: int, streams: int = 1) -> None:
         _, build = read_engine_metadata(path)
         self._trt = trt = import_tensorrt(build["package"])
         self._cuda = require("pycuda.driver", "jetson")
         self.path = path
         self.version = trt.__version__
         self.threads = threads
+        self.streams = streams
+        self._running = threading.Lock()  # the GPU has enough to do with one run; other threads decode meanwhile
         self.metadata = metadata
         self._cuda.init()
         self._device = self._cuda.Device(0).retain_primary_context()
@@ -61,6 +64,10 @@ class TensorRt:
             self.gpu_bytes = free - self._cuda.mem_get_info()[0]
 
     def run(self, images: np.ndarray) -> Output:
+        with self._running:
+            return self._run_all(images)
+
+    def _run_all(self, images: np.ndarray) -> Output:
         parts = [self._run(images[start:start + self.max_batch]) for start in range(0, len(images), self.max_batch)]
         return parts[0] if len(parts) == 1 else Output(*map(np.concatenate, zip(*parts)))
 

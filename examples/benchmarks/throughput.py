@@ -1,0 +1,62 @@
+"""What `uadtool score` reaches of the slower of its two stages, each measured alone: images per second, in one run.
+
+usage: python throughput.py MODEL FOLDER [ROUNDS]
+
+Stages and whole take turns. `decode` reads and resizes on all cores, `inference` runs decoded images on all cores, one
+after the other; `score` is a process, without its start: the time from its first image to its last.
+"""
+
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections import defaultdict
+
+import numpy as np
+
+from uadtool.dataset import scoring_samples
+from uadtool.host import available_cores
+from uadtool.images import read_ahead, read_image
+from uadtool.runtimes import open_model
+
+
+def main(model: str, folder: str, rounds: int = 5) -> None:
+    paths = [sample.path for sample in scoring_samples([folder])]
+    runtime = open_model(model)
+    size = runtime.metadata.image_size
+    images = [read_image(path, size)[None] for path in paths[:200]]
+    readers = available_cores()
+    rates = defaultdict(list)
+    for _ in range(rounds):
+        began = time.perf_counter()
+        for _ in read_ahead(lambda path: read_image(path, size), paths, readers, 2 * readers):
+            pass
+        rates["decode"].append(len(paths) / (time.perf_counter() - began))
+        began = time.perf_counter()
+        for image in images:
+            runtime.run(image)
+        rates["inference"].append(len(images) / (time.perf_counter() - began))
+        rates["score"].append(_score(model, folder))
+    medians = {name: statistics.median(values) for name, values in rates.items()}
+    for name, values in rates.items():
+        print(f"{name:10} {medians[name]:7.1f} images/s   ({min(values):.1f} to {max(values):.1f})")
+    slower = np.minimum(rates["decode"], rates["inference"])
+    shares = np.array(rates["score"]) / slower
+    print(f"score reaches {100 * np.median(shares):.0f} % of the slower stage "
+          f"({100 * shares.min():.0f} to {100 * shares.max():.0f} %)")
+
+
+def _score(model: str, folder: str) -> float:
+    """Images per second between the first image and the last one."""
+    command = [sys.executable, "-m", "uadtool", "score", "-q", model, folder]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        assert process.stdout
+        times = [time.perf_counter() for line in process.stdout if json.loads(line)["type"] == "image"]
+    return (len(times) - 1) / (times[-1] - times[0])
+
+
+if __name__ == "__main__":
+    if len(sys.argv) not in (3, 4):
+        sys.exit(__doc__)
+    main(sys.argv[1], sys.argv[2], *map(int, sys.argv[3:]))
