@@ -28,7 +28,8 @@ keep_freed_memory()  # a third of the time for what tests compute in torch
 
 METADATA = Metadata(
     method="brightness", teacher="none", classes=["green", "red"], image_size=(32, 32), map_size=(8, 8), threshold=3.0,
-    false_positive_rate=0.05, parameters=6, macs=1024, target="onnxruntime", tool_version="0.1.0",
+    false_positive_rate=0.05, parameters=6, macs=1024, good_scores=[index / 10 for index in range(-20, 20)],
+    target="onnxruntime", tool_version="0.1.0",
 )
 STATISTICS = {"green": (40.0, 20.0), "red": (40.0, 10.0)}
 """Mean and standard deviation of the brightness of good images: they are dark."""

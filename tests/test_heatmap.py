@@ -8,8 +8,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from uadtool.errors import UadtoolError
+from uadtool.images import read_mask
 from uadtool.reports import heatmap
-from uadtool.reports.heatmap import CAPTION_WIDTH, MARGIN, Heatmaps, render
+from uadtool.reports.files import AnomalousImages, Folder, Masks
+from uadtool.reports.heatmap import CAPTION_WIDTH, MARGIN, TILE, ContactSheet, Heatmaps, render
 
 THRESHOLD = 3.0
 
@@ -52,8 +54,9 @@ def test_no_contour_when_nothing_is_above_the_threshold(photo):
 
 @pytest.mark.parametrize(("size", "panels"), [
     ((300, 300), (2 * 400 + MARGIN, 400)),
-    ((3000, 1500), (1024, 2 * 512 + MARGIN)),
-    ((1500, 3000), (2 * 512 + MARGIN, 1024)),
+    ((3000, 1500), (3000, 2 * 1500 + MARGIN)),
+    ((1500, 3000), (2 * 1500 + MARGIN, 3000)),
+    ((8000, 100), (4096, 2 * 51 + MARGIN)),
     ((10, 400), (CAPTION_WIDTH, 400)),
 ])
 def test_layout(tmp_path, size, panels):
@@ -99,7 +102,7 @@ def test_names_keep_class_and_defect_and_are_unique(photo, tmp_path):
     for path in paths:
         (root / path).parent.mkdir(parents=True, exist_ok=True)
         Image.open(photo).save(root / path)
-        drawn.append(Path(heatmaps.draw(record(root / path), np.zeros((4, 4), np.float32), THRESHOLD)))
+        drawn.append(Path(heatmaps.add(record(root / path), np.zeros((4, 4), np.float32), THRESHOLD)["heatmap"]))
     assert [path.name for path in drawn] == [
         "screw-test-scratch-000.png", "screw-test-good-000.png", "nut-test-good-000.png", "nut-test-good-000-2.png"]
     for path in drawn:
@@ -111,8 +114,8 @@ def test_names_keep_class_and_defect_and_are_unique(photo, tmp_path):
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.text(st.characters(exclude_characters="\0"), min_size=1, max_size=300), min_size=1))
 def test_names_are_those_of_files(tmp_path_factory, paths):
-    heatmaps = Heatmaps(str(tmp_path_factory.getbasetemp()))
-    names = [heatmaps._name(path) for path in paths]
+    folder = Folder(str(tmp_path_factory.getbasetemp()))
+    names = [folder.path(path, ".png").name for path in paths]
     assert len(set(names)) == len(names)
     for name in names:
         assert len(os.fsencode(name)) < 240
@@ -122,3 +125,54 @@ def test_names_are_those_of_files(tmp_path_factory, paths):
 def test_a_folder_that_cannot_be_made(photo):
     with pytest.raises(UadtoolError, match="cannot make the folder"):
         Heatmaps(str(photo / "pictures"))
+
+
+def test_a_mask_has_the_size_of_the_image_and_is_white_where_the_map_is_above_the_threshold(photo, tmp_path):
+    values = np.zeros((8, 8), np.float32)
+    values[2:4, 4:6] = 2 * THRESHOLD
+    path = Masks(str(tmp_path / "masks")).add(record(photo), values, THRESHOLD)["mask"]
+    mask = np.asarray(Image.open(path)).astype(bool)
+    assert mask.shape == (480, 480)
+    rows, columns = np.nonzero(mask)
+    assert (rows.min(), rows.max()) == (pytest.approx(120, abs=2), pytest.approx(240, abs=2))
+    assert (columns.min(), columns.max()) == (pytest.approx(240, abs=2), pytest.approx(360, abs=2))
+    assert read_mask(path, (480, 480)).sum() == mask.sum()  # it can serve as ground truth
+
+
+@pytest.mark.parametrize("link", [False, True])
+def test_anomalous_images_alone_are_copied(photo, tmp_path, link):
+    photo.chmod(0o444)
+    images = AnomalousImages(str(tmp_path / "suspicious"), link)
+    assert images.add(record(photo, anomalous=False), np.zeros((4, 4)), THRESHOLD) == {}
+    copy = Path(images.add(record(photo), np.zeros((4, 4)), THRESHOLD)["copy"])
+    assert list((tmp_path / "suspicious").iterdir()) == [copy]
+    assert copy.suffix == ".png"
+    assert copy.is_symlink() == link
+    assert copy.read_bytes() == photo.read_bytes()
+    assert photo.stat().st_mode & 0o777 == 0o444
+    again = AnomalousImages(str(tmp_path / "suspicious"), link)  # of the next run
+    assert Path(again.add(record(photo), np.zeros((4, 4)), THRESHOLD)["copy"]) == copy
+
+
+@pytest.mark.parametrize(("images", "columns"), [(1, 1), (2, 2), (5, 3), (12, 5)])
+def test_the_contact_sheet_shows_the_highest_scores_first(tmp_path, images, columns):
+    """Each image is of a grey that tells its score."""
+    for score in range(20):
+        Image.new("RGB", (300, 150), (10 * score,) * 3).save(tmp_path / f"{score}.png")
+    sheet = ContactSheet(str(tmp_path / "sheet.png"), images)
+    for score in np.random.default_rng(0).permutation(20):
+        sheet.add(record(tmp_path / f"{score}.png", score=float(score)), np.zeros((4, 4), np.float32), THRESHOLD)
+    sheet.save()
+    picture = np.asarray(Image.open(tmp_path / "sheet.png"))
+    found = []
+    for place in range(images):
+        row, column = divmod(place, columns)
+        top, left = MARGIN + row * (TILE + 44 + MARGIN), MARGIN + column * (TILE + MARGIN)
+        found.append(picture[top + TILE // 2, left + TILE // 2, 0])
+    assert found == [10 * score for score in range(19, 19 - images, -1)]
+    assert picture.shape[1] == columns * (TILE + MARGIN) + MARGIN
+
+
+def test_without_images_there_is_no_contact_sheet(tmp_path):
+    ContactSheet(str(tmp_path / "sheet.png"), 4).save()
+    assert list(tmp_path.iterdir()) == []

@@ -1,9 +1,12 @@
+import csv
+import io
 import json
 import os
 import pty
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any, Dict, List
 
@@ -161,7 +164,120 @@ def test_fail_above(uadtool, detector, photos):
     assert uadtool("score", detector, photos, "--fail-above", "50").returncode == 0
 
 
+def test_fail_anomalous(uadtool, detector, photos):
+    (photos / "b.jpg").unlink()
+    assert uadtool("score", detector, photos, "--fail-anomalous").returncode == 4
+    assert uadtool("score", detector, photos, "--fail-anomalous", "--threshold", "50").returncode == 0
+
+
+def test_a_false_positive_rate_is_looked_up_in_what_good_images_scored(uadtool, detector, photos, make_detector,
+                                                                       tmp_path):
+    (photos / "b.jpg").unlink()
+    for rate, threshold in ((0, 1.9), (0.05, 1.7), (0.5, -0.1)):  # of forty
+        run, *_ = records(uadtool("score", detector, photos, "--false-positive-rate", rate).stdout)
+        assert run["threshold"] == threshold
+    without = make_detector(tmp_path / "old.onnx", METADATA.replace(good_scores=[]))
+    done = uadtool("score", without, photos, "--false-positive-rate", 0.1)
+    assert done.returncode == 1
+    assert "does not hold the scores of good images" in done.stderr
+
+
+def test_csv(uadtool, detector, mvtec, photos):
+    done = uadtool("score", detector, mvtec, photos, "--format", "csv")
+    assert done.returncode == 1
+    rows = list(csv.DictReader(io.StringIO(done.stdout)))
+    _, *lines, _ = records(uadtool("score", detector, mvtec, photos).stdout)
+    assert [row["path"] for row in rows] == [line["path"] for line in lines]
+    for row, line in zip(rows, lines):
+        assert row["error"] == line.get("error", "")
+        assert row["score"] == str(line.get("score", ""))
+        assert row["anomalous"] == str(line.get("anomalous", ""))
+        assert row["class"] == line.get("class", "")
+
+
+def test_csv_of_names_that_are_not_utf8(detector, mvtec, tmp_path):
+    path = os.fsencode(tmp_path) + b"/latin-\xe9.png"
+    Path(os.fsdecode(path)).write_bytes((mvtec / "red/test/good/000.png").read_bytes())
+    done = subprocess.run([*COMMAND, str(detector), path, "--format", "csv"], capture_output=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert done.stdout.splitlines()[1].startswith(path)
+
+
+def test_what_is_made_of_the_images_is_in_their_records(uadtool, detector, mvtec, tmp_path):
+    done = uadtool("score", detector, mvtec, "--masks", tmp_path / "masks", "--link-anomalous", tmp_path / "links",
+                   "--copy-anomalous", tmp_path / "copies", "--contact-sheet", tmp_path / "sheet.png", "--top", 4)
+    assert done.returncode == 0, done.stderr
+    _, *images, _ = records(done.stdout)
+    assert {image["mask"] for image in images} == {str(path) for path in (tmp_path / "masks").iterdir()}
+    anomalous = [image for image in images if image["anomalous"]]
+    assert 0 < len(anomalous) < len(images)
+    for folder in ("links", "copies"):
+        assert len(list((tmp_path / folder).iterdir())) == len(anomalous)
+    assert (tmp_path / "sheet.png").stat().st_size > 0
+
+
+# Following a folder
+
+
+@pytest.fixture
+def following(detector, tmp_path):
+    """A process that follows ``folder``; it has told that it runs."""
+    pytest.importorskip("watchdog")
+    folder = tmp_path / "incoming"
+    folder.mkdir()
+    with subprocess.Popen([*COMMAND, str(detector), "--follow", str(folder)], stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE) as process:
+        assert json.loads(process.stdout.readline())["type"] == "run"
+        yield process, folder
+        process.kill()
+
+
+def test_images_are_answered_as_they_appear(following, mvtec):
+    process, folder = following
+    pixels = (mvtec / "red/test/spot/003.png").read_bytes()
+    (folder / "inner").mkdir()
+    time.sleep(0.2)  # until it is watched, too
+    for name in ("a.png", "inner/b.png", "c.png"):
+        (folder / "notes.txt").write_text("no image")
+        (folder / ".hidden.png").write_bytes(pixels)
+        (folder / name).write_bytes(pixels)
+        answer = json.loads(process.stdout.readline())
+        assert (answer["path"], answer["anomalous"]) == (str(folder / name), True)
+    process.send_signal(signal.SIGTERM)
+    summary = json.loads(process.stdout.readline())
+    assert (summary["type"], summary["images"], summary["errors"]) == ("summary", 3, 0)
+    assert process.wait(30) == 0
+
+
+def test_a_half_written_image_is_waited_for(following, mvtec):
+    process, folder = following
+    pixels = (mvtec / "red/test/spot/003.png").read_bytes()
+    with (folder / "slow.png").open("wb") as file:
+        file.write(pixels[:100])
+        file.flush()
+        time.sleep(0.3)
+        file.write(pixels[100:])
+    (folder / ".moved.part").write_bytes(pixels)
+    (folder / ".moved.part").rename(folder / "moved.png")
+    answers = [json.loads(process.stdout.readline()) for _ in range(2)]
+    assert [Path(answer["path"]).name for answer in answers] == ["slow.png", "moved.png"]
+    assert all("error" not in answer for answer in answers)
+
+
+@pytest.mark.parametrize(("arguments", "code", "message"), [
+    (["--follow", "a", "b"], 2, "--follow takes one folder"),
+    (["--follow", "missing"], 1, "missing is no folder to follow"),
+])
+def test_what_cannot_be_followed(uadtool, detector, arguments, code, message):
+    pytest.importorskip("watchdog")
+    done = uadtool("score", detector, *arguments)
+    assert done.returncode == code
+    assert message in done.stderr
+
+
 @pytest.mark.parametrize(("arguments", "message"), [
+    (["--threshold", "1", "--false-positive-rate", "0.1", "x.png"], "exclude each other"),
+    (["--fail-above", "1", "--fail-anomalous", "x.png"], "exclude each other"),
     (["-0", "x.png"], "-0 is for paths on stdin"),
     (["x.png", "-"], "either PATHs or -"),
     (["--threshold", "nan", "x.png"], "not a finite number"),

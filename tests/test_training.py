@@ -24,12 +24,13 @@ from uadtool.detectors.base import describe
 from uadtool.detectors.stfpm import distillation_loss
 from uadtool.errors import UadtoolError
 from uadtool.images import ImageError
+from uadtool.metadata import bounded_scores, threshold_at
 from uadtool.models import load_model, save_model
 from uadtool.training import TrainingOptions, data, loop, train
 from uadtool.training.data import TeacherFeatures
 from uadtool.training.loop import batch_indices, steps_per_epoch
 from uadtool.training.precision import choose_device, large_depthwise_float
-from uadtool.training.statistics import class_statistics, threshold_at
+from uadtool.training.statistics import class_statistics
 
 TEACHER = "mobilenetv2_035"
 
@@ -358,6 +359,16 @@ def test_the_threshold_is_exceeded_at_the_wanted_rate(scores, rate):
     if lower:  # the next lower one would be exceeded too often
         assert np.mean(np.array(scores) > max(lower)) > rate - 1e-9
     assert threshold_at(scores, 0) == threshold_at(scores, 0.99 / len(scores)) == max(scores)
+
+
+def test_very_many_scores_are_kept_as_quantiles():
+    scores = np.random.default_rng(0).normal(size=20_000)
+    kept = bounded_scores(scores)
+    assert len(kept) == 1001
+    assert kept == sorted(kept)
+    for rate in (0, 0.001, 0.01, 0.1, 0.5):
+        assert threshold_at(kept, rate) == pytest.approx(threshold_at(scores, rate), abs=0.02)
+    assert bounded_scores([2.0, 1.0]) == [1.0, 2.0]
 
 
 def test_what_does_not_fit_into_memory_gives_the_same_batches(samples, monkeypatch):

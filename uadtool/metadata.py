@@ -3,7 +3,7 @@
 import dataclasses
 import json
 from dataclasses import dataclass, field
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 from uadtool.errors import UadtoolError
 
@@ -11,6 +11,8 @@ KEY = "uadtool"
 """Under this key the JSON lies in a safetensors header and in an ONNX file's ``metadata_props``."""
 
 SCHEMA = "uadtool.model/1"
+
+MOST_SCORES = 1001
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,8 @@ class Metadata:
     """Everything about a detector that is not a weight.
 
     ``image_size`` and ``map_size`` are (height, width) in pixels. ``threshold`` is in units of the normalised score
-    (standard deviations above the mean of good images); held-out good images exceed it at ``false_positive_rate``.
+    (standard deviations above the mean of good images); held-out good images exceed it at ``false_positive_rate``, and
+    ``good_scores`` are theirs, sorted.
     ``provenance`` lists the steps that made the file, oldest first, each with the digests of what went in.
     ``parameters`` counts weights and biases of both networks and ``macs`` the multiply-accumulates for one image.
     ``precision`` is fp32, fp16, int8, or mixed: int8 with layers that stay float.
@@ -48,6 +51,7 @@ class Metadata:
     false_positive_rate: float
     parameters: int
     macs: int
+    good_scores: List[float] = field(default_factory=list)
     options: Dict[str, Any] = field(default_factory=dict)
     precision: str = "fp32"
     target: Optional[str] = None
@@ -82,3 +86,19 @@ class Metadata:
     def replace(self, **changes: Any) -> "Metadata":
         """A copy with some fields changed."""
         return dataclasses.replace(self, **changes)
+
+
+def threshold_at(scores: Sequence[float], false_positive_rate: float) -> float:
+    """The lowest of the scores that no more than this share of them exceeds.
+
+    A rate below 1 / (number of scores) gives the highest one.
+    """
+    allowed = int(false_positive_rate * len(scores) + 1e-9)
+    return sorted(scores)[len(scores) - 1 - allowed]
+
+
+def bounded_scores(scores: Sequence[float]) -> List[float]:
+    """The scores, sorted; of very many, as many quantiles as a file should hold."""
+    count = min(len(scores), MOST_SCORES)
+    quantiles = (sorted(scores)[round(place * (len(scores) - 1) / max(1, count - 1))] for place in range(count))
+    return [float(f"{score:.6g}") for score in quantiles]

@@ -13,6 +13,7 @@ from typing import (
     List,
     NamedTuple,
     Optional,
+    Sequence,
     Tuple,
     Union,
 )
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
 SCHEMA = "uadtool.score/1"
 
 Record = Dict[str, Any]
+PerImage = Callable[[Record, np.ndarray, float], Record]
+"""Makes something of an image: a picture, a copy."""
 
 
 class Prediction(NamedTuple):
@@ -55,13 +58,13 @@ def score(
     samples: Iterable[Sample],
     threshold: Optional[float] = None,
     batch_size: int = 1,
-    draw: Optional[Callable[[Record, np.ndarray, float], str]] = None,
+    outputs: Sequence[PerImage] = (),
 ) -> Generator[Record, None, None]:
     """Yield the records of a run (schemas/score.json): ``run``, an ``image`` as soon as it is known, ``summary``.
 
     ``threshold`` is the model's if None; an image above it is anomalous. What cannot be read becomes an ``image`` with
-    ``error``. ``draw`` takes the record, the anomaly map and the threshold, and returns the path of the picture it
-    made. Metrics come from the scores as they stand in the records, rounded to 6 digits.
+    ``error``. ``outputs`` are called with each record, its anomaly map, float32 [h, w], and the threshold; what they
+    return joins the record. Metrics come from the scores as they stand in the records, rounded to 6 digits.
     """
     threshold = runtime.metadata.threshold if threshold is None else threshold
     yield {"schema": SCHEMA, "type": "run", **host.opening(), **describe(runtime), "threshold": threshold}
@@ -87,8 +90,8 @@ def score(
         }
         record = {key: value for key, value in record.items() if value is not None}
         anomalous += found.score > threshold
-        if draw:
-            record["heatmap"] = draw(record, found.anomaly_map, threshold)
+        for output in outputs:
+            record.update(output(record, found.anomaly_map, threshold))
         yield record
         if sample.label:
             evaluation.add(sample, found)

@@ -134,8 +134,7 @@ class Study:
 
     @torch.inference_mode()
     def _evaluate(self, detector: Detector, metadata: Metadata, raw_maps: RawMaps) -> dict[str, float]:
-        fit_statistics(detector, raw_maps, metadata.classes, self._batches("held_out", self.held_out),
-                       metadata.false_positive_rate)
+        fit_statistics(detector, raw_maps, metadata.classes, self._batches("held_out", self.held_out))
         maps = [detector.normalize_maps(*raw_maps(images)) for _, images in self._batches("test", self.test)]
         scores = torch.cat([detector.image_score(part) for part in maps]).numpy()
         labels = np.array([sample.label != "good" for sample in self.test])

@@ -54,7 +54,7 @@ def main(data: str, model: str) -> None:
         def batches() -> Iterator[tuple[list[Sample], Tensor]]:
             yield held_out, known[0][:, list(chosen)]
 
-        fit_statistics(detector, lambda part: (part, known[1]), metadata.classes, batches(), 0.01)
+        fit_statistics(detector, lambda part: (part, known[1]), metadata.classes, batches())
         found = detector.normalize_maps(raw[:, list(chosen)], nearest)
         scores = detector.image_score(found).numpy()
         pixels = {name: PixelMetrics() for name in metadata.classes}

@@ -1,15 +1,22 @@
+import csv
+import io
 import json
 import logging
 import math
 import os
+import signal
 import sys
 from contextlib import closing
-from typing import Iterator, List, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
 import click
 
 from uadtool import options
 from uadtool.errors import GateFailed, UadtoolError
+
+COLUMNS = ("path", "class", "label", "score", "raw_score", "anomalous", "nearest_class", "milliseconds", "heatmap",
+           "mask", "copy", "error")
+"""Of CSV."""
 
 
 def _finite(ctx: click.Context, param: click.Parameter, value: Optional[float]) -> Optional[float]:
@@ -23,18 +30,37 @@ def _finite(ctx: click.Context, param: click.Parameter, value: Optional[float]) 
 @click.argument("paths", metavar="[PATH...|-]", nargs=-1)
 @click.option("--threshold", metavar="SCORE", type=float, callback=_finite,
               help="An image that scores above it is anomalous  [default: the model's]")
+@click.option("--false-positive-rate", metavar="SHARE", type=click.FloatRange(0, 0.5),
+              help="Instead: the threshold that this share of the good images held out at training exceeds.")
 @click.option("--fail-above", type=float, callback=_finite, metavar="SCORE",
               help="Exit with 4 in the end if an image scores above it.")
+@click.option("--fail-anomalous", is_flag=True, help="Exit with 4 in the end if an image is anomalous.")
 @click.option("--batch-size", type=click.IntRange(1), metavar="N", default=1, show_default=True,
               help="Images per inference.")
 @options.runtime
 @options.threads
+@click.option("--format", "layout", type=click.Choice(["jsonl", "csv"]), default="jsonl", show_default=True,
+              help="csv: a line per image, and no others.")
 @click.option("--heatmaps", type=click.Path(file_okay=False), metavar="DIR",
               help="Draw each image and its anomaly map into this folder.")
+@click.option("--masks", type=click.Path(file_okay=False), metavar="DIR",
+              help="Write where each image is anomalous, white on black and as large as the image.")
+@click.option("--contact-sheet", type=click.Path(dir_okay=False), metavar="FILE",
+              help="Draw the most suspicious images of the run into one picture (.png).")
+@click.option("--top", type=click.IntRange(1, 500), metavar="N", default=24, show_default=True,
+              help="How many images --contact-sheet shows.")
+@click.option("--copy-anomalous", type=click.Path(file_okay=False), metavar="DIR",
+              help="Copy anomalous images into this folder.")
+@click.option("--link-anomalous", type=click.Path(file_okay=False), metavar="DIR",
+              help="Put symbolic links to anomalous images into this folder.")
+@click.option("--follow", is_flag=True,
+              help="PATH is a folder: score each image that appears in it from now on, until Ctrl-C.")
 @click.option("-0", "--null", is_flag=True, help="Paths on stdin end with NUL (find -print0).")
 @options.verbosity
-def score(model: str, paths: Tuple[str, ...], threshold: Optional[float], fail_above: Optional[float], batch_size: int,
-          runtime: str, threads: Optional[int], heatmaps: Optional[str], null: bool) -> None:
+def score(model: str, paths: Tuple[str, ...], threshold: Optional[float], false_positive_rate: Optional[float],
+          fail_above: Optional[float], fail_anomalous: bool, batch_size: int, runtime: str, threads: Optional[int],
+          layout: str, heatmaps: Optional[str], masks: Optional[str], contact_sheet: Optional[str], top: int,
+          copy_anomalous: Optional[str], link_anomalous: Optional[str], follow: bool, null: bool) -> None:
     """Score images with an exported MODEL: one JSON line per image, as soon as it is known.
 
     PATH is an image, a folder, a dataset in MVTec layout or a manifest (CSV, JSONL). With `-`, or no PATH, paths come
@@ -47,7 +73,10 @@ def score(model: str, paths: Tuple[str, ...], threshold: Optional[float], fail_a
       uadtool score model.onnx photos/ | jq -r 'select(.anomalous) | .path'
       uadtool score model.onnx mvtec/ --heatmaps pictures > scores.jsonl
       find photos -print0 | uadtool score model.onnx - -0 --fail-above 6
+      uadtool score model.onnx --follow incoming/ --copy-anomalous suspicious/
     """
+    if follow and len(paths) != 1:
+        raise click.UsageError("--follow takes one folder.")
     if not paths:
         if sys.stdin.isatty():
             raise click.UsageError("Give a PATH, or paths on stdin.")
@@ -56,32 +85,61 @@ def score(model: str, paths: Tuple[str, ...], threshold: Optional[float], fail_a
         raise click.UsageError("Give either PATHs or -.")
     if null and paths != ("-",):
         raise click.UsageError("-0 is for paths on stdin.")
+    if threshold is not None and false_positive_rate is not None:
+        raise click.UsageError("--threshold and --false-positive-rate exclude each other.")
+    if fail_anomalous and fail_above is not None:
+        raise click.UsageError("--fail-above and --fail-anomalous exclude each other.")
 
     from uadtool import scoring
+    from uadtool.artifacts import check_writable
     from uadtool.dataset import scoring_samples
     from uadtool.host import available_cores
     from uadtool.progress import Progress
     from uadtool.runtimes import open_model
 
-    detector = open_model(model, threads, runtime, streams=threads or available_cores())
+    # One image after the other is answered soonest by all cores together, many images by each core alone.
+    detector = open_model(model, threads, runtime, streams=1 if follow else threads or available_cores())
+    if false_positive_rate is not None:
+        threshold = _threshold_at(detector.metadata, false_positive_rate, model)
+    if fail_anomalous:
+        fail_above = detector.metadata.threshold if threshold is None else threshold
     total = None
-    if paths == ("-",):
+    if follow:
+        samples = scoring_samples(_watched(paths[0]))
+    elif paths == ("-",):
         samples = scoring_samples(_stdin_paths(b"\0" if null else b"\n"))
     else:
         listed = list(scoring_samples(paths))
         samples, total = iter(listed), len(listed)
-    draw = None
+    outputs: List[Any] = []
     if heatmaps:
         from uadtool.reports.heatmap import Heatmaps
 
-        draw = Heatmaps(heatmaps).draw
+        outputs.append(Heatmaps(heatmaps))
+    if masks:
+        from uadtool.reports.files import Masks
+
+        outputs.append(Masks(masks))
+    for directory, link in ((copy_anomalous, False), (link_anomalous, True)):
+        if directory:
+            from uadtool.reports.files import AnomalousImages
+
+            outputs.append(AnomalousImages(directory, link))
+    sheet = None
+    if contact_sheet:
+        from uadtool.reports.heatmap import ContactSheet
+
+        check_writable(contact_sheet)
+        sheet = ContactSheet(contact_sheet, top)
+        outputs.append(sheet)
+    write = _write_json if layout == "jsonl" else _csv_writer()
     images = 0
     errors: List[str] = []
     above: List[Tuple[float, str]] = []
     with Progress("score", total) as progress, \
-            closing(scoring.score(detector, samples, threshold, batch_size, draw)) as records:
+            closing(scoring.score(detector, samples, threshold, batch_size, [one.add for one in outputs])) as records:
         for record in records:
-            print(json.dumps(record, allow_nan=False), flush=True)
+            write(record)
             if record["type"] != "image":
                 continue
             images += 1
@@ -91,6 +149,8 @@ def score(model: str, paths: Tuple[str, ...], threshold: Optional[float], fail_a
                 above.append((record["score"], record["path"]))
             if not sys.stdout.isatty():  # on a terminal the lines show the progress
                 progress.update()
+    if sheet:
+        sheet.save()
     unscored = f"{len(errors)} of {images} images could not be scored; first: {errors[0]}" if errors else ""
     if above:
         if unscored:
@@ -99,8 +159,45 @@ def score(model: str, paths: Tuple[str, ...], threshold: Optional[float], fail_a
         raise GateFailed(f"{len(above)} of {images} images score above {fail_above:g}; worst: {path} with {worst:g}")
     if unscored:
         raise UadtoolError(unscored)
-    if not images:
+    if not images and not follow:
         raise UadtoolError("there was no image to score")
+
+
+def _threshold_at(metadata: Any, false_positive_rate: float, model: str) -> float:
+    from uadtool.metadata import threshold_at
+
+    if not metadata.good_scores:
+        raise UadtoolError(f"{model} does not hold the scores of good images; train or quantize it again, or give a "
+                           "--threshold")
+    return threshold_at(metadata.good_scores, false_positive_rate)
+
+
+def _watched(folder: str) -> Iterator[str]:
+    """The images that appear in the folder, until an interrupt."""
+    from uadtool.watch import Watch
+
+    watch = Watch(folder)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: watch.stop())
+    return iter(watch)
+
+
+def _write_json(record: Dict[str, Any]) -> None:
+    print(json.dumps(record, allow_nan=False), flush=True)
+
+
+def _csv_writer() -> Callable[[Dict[str, Any]], None]:
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="surrogateescape")  # names are bytes
+    writer = csv.DictWriter(sys.stdout, COLUMNS, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+
+    def write(record: Dict[str, Any]) -> None:
+        if record["type"] == "image":
+            writer.writerow(record)
+            sys.stdout.flush()
+
+    return write
 
 
 def _stdin_paths(separator: bytes) -> Iterator[str]:

@@ -1,19 +1,25 @@
 """Pictures of where a detector saw something: the image, and beside it the image under its anomaly map."""
 
+import heapq
+import itertools
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Dict, Set, Tuple
+from typing import Any, Dict, List, Tuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 from uadtool.artifacts import atomic_write
-from uadtool.errors import UadtoolError
 from uadtool.images import image_size, read_image
+from uadtool.reports.files import Folder
 from uadtool.scoring import upsample
 
-LONGEST_SIDE = (400, 1024)
-"""Bounds in pixels of each of the two panels: small images grow so that the contour and the caption can be read."""
+LONGEST_SIDE = (400, 4096)
+"""Bounds in pixels of each of the two panels, which otherwise have the image's own size: small images grow so that the
+contour and the caption can be read, and none takes more memory than there is."""
+
+TILE = 240
+"""Pixels of an image on the contact sheet."""
 
 INFERNO = ("000004", "160b39", "420a68", "6a176e", "932667", "bc3754", "dd513a", "f37819", "fca50a", "f6d746", "fcffa4")
 """Equally spaced colours of matplotlib's inferno (CC0): readable with any colour vision, and in grey."""
@@ -26,37 +32,71 @@ SCALE_BAR = (160, 14)
 
 
 class Heatmaps:
-    """Draws pictures into ``directory``, one PNG per image, named after the last parts of the image's path.
+    """Draws pictures into ``directory``, one PNG per image.
 
     The colours of every picture of a run go from 0 to twice the threshold, so that pictures can be compared.
     """
 
     def __init__(self, directory: str) -> None:
-        self._directory = Path(directory)
-        self._names: Set[str] = set()
-        try:
-            self._directory.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UadtoolError(f"cannot make the folder {directory}: {error.strerror}") from error
+        self._folder = Folder(directory)
 
-    def draw(self, record: Dict[str, Any], anomaly_map: np.ndarray, threshold: float) -> str:
-        """Write the picture for an ``image`` record and its map, float32 [h, w]; returns the path of the PNG."""
+    def add(self, record: Dict[str, Any], anomaly_map: np.ndarray, threshold: float) -> Dict[str, str]:
+        """Write the picture for an ``image`` record and its map, float32 [h, w]; returns the record's ``heatmap``."""
         picture = render(record, anomaly_map, threshold)
-        path = self._directory / self._name(record["path"])
+        path = self._folder.path(record["path"], ".png")
         with atomic_write(path) as temporary:
             picture.save(temporary, format="PNG", compress_level=1)  # 5 times as fast as the default, 15 % larger
-        return str(path)
+        return {"heatmap": str(path)}
 
-    def _name(self, path: str) -> str:
-        # Class, split, defect and file of a dataset's image; bytes that are not UTF-8 and slashes cannot stay.
-        parts = [part for part in Path(path).parts if part not in ("/", "..")][-4:]
-        stem = "-".join([*parts[:-1], Path(path).stem]).encode("utf-8", "replace")[-200:].decode("utf-8", "ignore")
-        name, count = f"{stem}.png", 1
-        while name in self._names:
-            count += 1
-            name = f"{stem}-{count}.png"
-        self._names.add(name)
-        return name
+
+class ContactSheet:
+    """One picture of the most suspicious images of a run, the highest score first, each under its anomaly map."""
+
+    def __init__(self, path: str, count: int) -> None:
+        self._path, self._count = path, count
+        self._highest: List[Tuple[float, int, Dict[str, Any], np.ndarray]] = []
+        self._threshold = 0.0
+        self._order = itertools.count()
+
+    def add(self, record: Dict[str, Any], anomaly_map: np.ndarray, threshold: float) -> Dict[str, str]:
+        """Take note of an ``image`` record and its map, float32 [h, w]; adds nothing to the record."""
+        self._threshold = threshold
+        heapq.heappush(self._highest, (record["score"], -next(self._order), record, anomaly_map))
+        if len(self._highest) > self._count:
+            heapq.heappop(self._highest)
+        return {}
+
+    def save(self) -> None:
+        """Draw the picture; without any image there is none."""
+        tiles = [self._tile(record, anomaly_map) for _, _, record, anomaly_map in sorted(
+            self._highest, key=lambda found: found[:2], reverse=True)]
+        if not tiles:
+            return
+        columns = min(len(tiles), max(2, round((2 * len(tiles)) ** 0.5)))
+        rows = -(-len(tiles) // columns)
+        width, height = tiles[0].size
+        sheet = Image.new("RGB", (columns * (width + MARGIN) + MARGIN, rows * (height + MARGIN) + MARGIN), BACKGROUND)
+        for place, tile in enumerate(tiles):
+            row, column = divmod(place, columns)
+            sheet.paste(tile, (MARGIN + column * (width + MARGIN), MARGIN + row * (height + MARGIN)))
+        with atomic_write(self._path) as temporary:
+            sheet.save(temporary, format="PNG")
+
+    def _tile(self, record: Dict[str, Any], anomaly_map: np.ndarray) -> Image.Image:
+        tile = Image.new("RGB", (TILE, TILE + 44), BACKGROUND)
+        height, width = image_size(record["path"])
+        scale = TILE / max(height, width)
+        size = max(1, round(height * scale)), max(1, round(width * scale))
+        overlay = _overlay(read_image(record["path"], size), upsample(anomaly_map, size), self._threshold)
+        tile.paste(Image.fromarray(overlay), ((TILE - size[1]) // 2, (TILE - size[0]) // 2))
+        draw = ImageDraw.Draw(tile)
+        verdict = "anomalous" if record["anomalous"] else "good"
+        _text(draw, (0, TILE + 4), f"{record['score']:.2f}  {verdict}, {record['nearest_class']}", TEXT)
+        name = "/".join(Path(record["path"]).parts[-2:])
+        while draw.textlength(_latin(name), _font()) > TILE:
+            name = f"...{name[4:]}"
+        _text(draw, (0, TILE + 23), name, FAINT)
+        return tile
 
 
 def render(record: Dict[str, Any], anomaly_map: np.ndarray, threshold: float) -> Image.Image:
@@ -116,8 +156,12 @@ def _caption(record: Dict[str, Any], threshold: float, width: int) -> Image.Imag
 
 
 def _text(draw: ImageDraw.ImageDraw, position: Tuple[float, float], text: str, colour: Tuple[int, int, int]) -> None:
-    # The font has no other letters.
-    draw.text(position, text.encode("latin-1", "replace").decode("latin-1"), fill=colour, font=_font())
+    draw.text(position, _latin(text), fill=colour, font=_font())
+
+
+def _latin(text: str) -> str:
+    """The font has no other letters."""
+    return text.encode("latin-1", "replace").decode("latin-1")
 
 
 @lru_cache(maxsize=1)

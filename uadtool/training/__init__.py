@@ -17,7 +17,7 @@ from uadtool.detectors import Detector, find_method, method_options
 from uadtool.detectors.backbones import DEFAULT_TEACHER, load_teacher_weights
 from uadtool.detectors.complexity import count_macs, count_parameters
 from uadtool.host import available_cores
-from uadtool.metadata import Metadata
+from uadtool.metadata import Metadata, bounded_scores, threshold_at
 from uadtool.progress import Progress
 from uadtool.quantization import TARGETS, Ranges
 from uadtool.quantization.bias_correction import CORRECTION_IMAGES
@@ -110,8 +110,8 @@ def train(samples: Sequence[Sample], options: TrainingOptions, checkpoint: Path,
     outcome = detector.fit(Run(training, held_out, steps, options.seed, device, dtype, checkpoint, config, resume))
     detector.fold_batch_norm()
     fit_prototypes(detector, classes, training)
-    threshold = _fit_statistics(detector, detector.raw_maps_and_class, classes, held_out_samples,
-                                options.image_size, options.false_positive_rate, device)
+    scores = _fit_statistics(detector, detector.raw_maps_and_class, classes, held_out_samples, options.image_size,
+                             device)
     detector.to(device="cpu", memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     report = {
         "classes": {name: {"training": sum(s.class_name == name for s in rest),
@@ -122,7 +122,8 @@ def train(samples: Sequence[Sample], options: TrainingOptions, checkpoint: Path,
     }
     metadata = Metadata(
         method=options.method, teacher=options.teacher, classes=classes, image_size=options.image_size,
-        map_size=detector.map_size, threshold=threshold, false_positive_rate=options.false_positive_rate,
+        map_size=detector.map_size, threshold=threshold_at(scores, options.false_positive_rate),
+        false_positive_rate=options.false_positive_rate, good_scores=bounded_scores(scores),
         parameters=count_parameters(detector), macs=count_macs(detector, options.image_size),
         options=chosen, tool_version=__version__,
         provenance=[{"command": "train", "tool_version": __version__, "images": images_digest,
@@ -164,15 +165,15 @@ def refit_statistics(detector: Detector, raw_maps: RawMaps, metadata: Metadata, 
     """
     step = metadata.provenance[0]
     _, held_out = split_training(samples, step["held_out"], step["seed"])
-    threshold = _fit_statistics(detector, raw_maps, metadata.classes, held_out, metadata.image_size,
-                                metadata.false_positive_rate, torch.device("cpu"))
+    scores = _fit_statistics(detector, raw_maps, metadata.classes, held_out, metadata.image_size, torch.device("cpu"))
     *before, last = metadata.provenance
-    return metadata.replace(threshold=threshold, provenance=[*before, {
+    threshold = threshold_at(scores, metadata.false_positive_rate)
+    return metadata.replace(threshold=threshold, good_scores=bounded_scores(scores), provenance=[*before, {
         **last, "statistics": {"images": list_digest(sample.path for sample in samples), "count": len(samples)}}])
 
 
 def _fit_statistics(detector: Detector, raw_maps: RawMaps, classes: Sequence[str], held_out: Sequence[Sample],
-                    image_size: tuple[int, int], false_positive_rate: float, device: torch.device) -> float:
+                    image_size: tuple[int, int], device: torch.device) -> list[float]:
     """``fit_statistics`` with images read from files, and progress."""
     with Progress("score statistics", len(held_out)) as progress:
         def batches() -> Iterator[tuple[Sequence[Sample], Tensor]]:
@@ -180,4 +181,4 @@ def _fit_statistics(detector: Detector, raw_maps: RawMaps, classes: Sequence[str
                 yield part, images.to(device)
                 progress.update(len(part))
 
-        return fit_statistics(detector, raw_maps, classes, batches(), false_positive_rate)
+        return fit_statistics(detector, raw_maps, classes, batches())

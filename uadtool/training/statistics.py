@@ -44,14 +44,6 @@ def class_statistics(scores: Sequence[Sequence[float]]) -> list[ScoreStatistics]
             for mean, square, n in zip(means, squares, degrees)]
 
 
-def threshold_at(scores: Iterable[float], false_positive_rate: float) -> float:
-    """The lowest of the scores that no more than this share of them exceeds.
-
-    A rate below 1 / (number of scores) gives the highest one.
-    """
-    return float(np.quantile(list(scores), 1 - false_positive_rate, method="inverted_cdf"))
-
-
 @torch.inference_mode()
 def fit_prototypes(detector: Detector, classes: Sequence[str], training: TeacherFeatures) -> None:
     """Set the prototypes of a deployed detector, in place: the mean descriptor of each class's training images.
@@ -69,9 +61,8 @@ def fit_prototypes(detector: Detector, classes: Sequence[str], training: Teacher
 
 
 @torch.inference_mode()
-def fit_statistics(detector: Detector, raw_maps: RawMaps, classes: Sequence[str], held_out: Batches,
-                   false_positive_rate: float) -> float:
-    """Set map and score statistics of a detector, in place; returns the threshold.
+def fit_statistics(detector: Detector, raw_maps: RawMaps, classes: Sequence[str], held_out: Batches) -> list[float]:
+    """Set map and score statistics of a detector, in place; returns the scores of the held-out images.
 
     The images that trained a detector tell little of what its maps show on others. And each held-out image is scored
     with what the others of its class show: else its own noise would be expected, and the threshold too low.
@@ -80,8 +71,7 @@ def fit_statistics(detector: Detector, raw_maps: RawMaps, classes: Sequence[str]
         detector: one with prototypes.
         raw_maps: the detector's own ``raw_maps_and_class``, or that of what was made from it.
         classes: their names, in the order of the prototypes.
-        held_out: good images of every class that trained nothing, of which the ``false_positive_rate`` may exceed the
-            threshold. Their maps must fit into memory.
+        held_out: good images of every class that trained nothing. Their maps must fit into memory.
     """
     owners, parts = [], []
     for samples, images in held_out:
@@ -109,7 +99,8 @@ def fit_statistics(detector: Detector, raw_maps: RawMaps, classes: Sequence[str]
     mean, std = (scores.new_tensor(values) for values in zip(*statistics))
     detector.score_mean.copy_(mean)
     detector.score_std.copy_(std)
-    return threshold_at(((scores - mean[nearest]) / std[nearest]).tolist(), false_positive_rate)
+    normalised: list[float] = ((scores - mean[nearest]) / std[nearest]).tolist()
+    return normalised
 
 
 def _map_statistics(sums: Tensor, count: int) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,79 @@
+"""A file for each image in a folder: masks of what is anomalous, and the anomalous images themselves."""
+
+import shutil
+from pathlib import Path
+from typing import Any, Dict, Set
+
+import numpy as np
+from PIL import Image
+
+from uadtool.artifacts import atomic_write
+from uadtool.errors import UadtoolError
+from uadtool.images import image_size
+from uadtool.scoring import upsample
+
+
+class Folder:
+    """A folder that is made if need be, for one file per image.
+
+    Raises:
+        UadtoolError: it cannot be made.
+    """
+
+    def __init__(self, directory: str) -> None:
+        self._directory = Path(directory)
+        self._names: Set[str] = set()
+        try:
+            self._directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UadtoolError(f"cannot make the folder {directory}: {error.strerror}") from error
+
+    def path(self, image: str, suffix: str) -> Path:
+        """A file for an image, named after the last parts of its path; every call gives another one."""
+        # Class, split, defect and file of a dataset's image; bytes that are not UTF-8 and slashes cannot stay.
+        parts = [part for part in Path(image).parts if part not in ("/", "..")][-4:]
+        stem = "-".join([*parts[:-1], Path(image).stem]).encode("utf-8", "replace")[-200:].decode("utf-8", "ignore")
+        name, count = f"{stem}{suffix}", 1
+        while name in self._names:
+            count += 1
+            name = f"{stem}-{count}{suffix}"
+        self._names.add(name)
+        return self._directory / name
+
+
+class Masks:
+    """Writes where each image is anomalous, white on black, at the image's own size, as PNG into ``directory``."""
+
+    def __init__(self, directory: str) -> None:
+        self._folder = Folder(directory)
+
+    def add(self, record: Dict[str, Any], anomaly_map: np.ndarray, threshold: float) -> Dict[str, str]:
+        """Write the mask of an ``image`` record and its map, float32 [h, w]; returns the record's ``mask``."""
+        above = upsample(anomaly_map, image_size(record["path"])) > threshold
+        path = self._folder.path(record["path"], ".png")
+        with atomic_write(path) as temporary:
+            Image.fromarray(above).save(temporary, format="PNG")
+        return {"mask": str(path)}
+
+
+class AnomalousImages:
+    """Copies anomalous images into ``directory``, or puts links to them there."""
+
+    def __init__(self, directory: str, link: bool = False) -> None:
+        self._folder, self._link = Folder(directory), link
+
+    def add(self, record: Dict[str, Any], anomaly_map: np.ndarray, threshold: float) -> Dict[str, str]:
+        """Copy the image of a record if it is anomalous; returns the record's ``copy``."""
+        if not record["anomalous"]:
+            return {}
+        path = self._folder.path(record["path"], Path(record["path"]).suffix)
+        if self._link:
+            try:
+                path.unlink(missing_ok=True)
+                path.symlink_to(Path(record["path"]).resolve())
+            except OSError as error:
+                raise UadtoolError(f"cannot write {path}: {error.strerror}") from error
+        else:
+            with atomic_write(path) as temporary:
+                shutil.copyfile(record["path"], temporary)
+        return {"copy": str(path)}
