@@ -10,7 +10,7 @@ from conftest import METADATA
 
 import uadtool
 from uadtool.artifacts import file_digest
-from uadtool.benchmark import bench
+from uadtool.benchmark import _thread_counts, bench
 from uadtool.errors import UadtoolError
 
 SCHEMA = json.loads((Path(uadtool.__file__).parent / "schemas" / "bench.json").read_text())
@@ -38,6 +38,25 @@ def test_two_models(uadtool, detector, make_detector, tmp_path):
             assert spread["min"] <= spread["median"] <= spread["max"]
             assert spread["n"] == 2
         assert entry["peak_rss_bytes"] > 10e6
+    first, second = record["models"]
+    assert "ratios" not in first
+    assert second["ratios"]["latency"]["n"] == 2
+    assert [one["batch_size"] for one in second["ratios"]["throughput"]] == [2, 4]
+    for ratio, *rates in zip(second["ratios"]["throughput"], first["throughput"], second["throughput"]):
+        low, high = (rates[1]["images_per_second"][a] / rates[0]["images_per_second"][b]
+                     for a, b in (("min", "max"), ("max", "min")))
+        assert low - 0.01 <= ratio["ratio"]["min"] <= ratio["ratio"]["max"] <= high + 0.01
+
+
+@pytest.mark.parametrize(("most", "counts"), [(1, [1]), (2, [1, 2]), (6, [1, 2, 4, 6]), (8, [1, 2, 4, 8])])
+def test_threads_of_the_sweep(most, counts):
+    assert _thread_counts(most) == counts
+
+
+def test_a_sweep_over_threads(detector):
+    record = bench([str(detector)], repetitions=1, duration=0.02, threads=2, sweep=True)
+    jsonschema.validate(record, SCHEMA, cls=jsonschema.Draft202012Validator)
+    assert [one["threads"] for one in record["models"][0]["threads"]] == [1, 2]
 
 
 @pytest.mark.parametrize("sizes", ["0", "2,-1", "1,x", ""])

@@ -58,19 +58,22 @@ class _Measured:
         self.cold_starts: List[float] = []
         self.peaks: List[int] = []
         self.latencies: List[float] = []
+        self.medians: List[float] = []  # of the latencies of each round
         self.loads = {size: _Load() for size in batch_sizes}
         self.layers: List[LayerTime] = []
+        self.sweep: Dict[int, List[float]] = {}  # latencies by number of threads
 
 
 def bench(paths: Sequence[str], repetitions: int = 5, duration: float = 3.0, warmup: int = 3,
           batch_sizes: Sequence[int] = (1, 8), threads: Optional[int] = None, runtime: str = "auto",
-          layers: bool = False, sensors: Optional[Sensors] = None) -> Dict[str, Any]:
+          layers: bool = False, sweep: bool = False, sensors: Optional[Sensors] = None) -> Dict[str, Any]:
     """Measure the detectors in the files ``paths`` and return the record (schemas/bench.json).
 
     In each of ``repetitions`` rounds every detector in turn is started in a fresh process, and then runs for
     ``duration / repetitions`` seconds at each batch size, after ``warmup`` runs that do not count. Latency is that of
-    batch size 1, which is measured whether or not it is among ``batch_sizes``. With ``layers`` each layer is timed in
-    the end, at batch size 1, too. ``sensors`` are this machine's if None.
+    batch size 1, which is measured whether or not it is among ``batch_sizes``. Further models are set against the first
+    round by round. In the end, at batch size 1, each layer is timed with ``layers``, and with ``sweep`` each model on
+    1, 2, 4, ... threads. ``sensors`` are this machine's if None.
 
     Raises:
         UadtoolError: a file cannot be opened, or not in a fresh process.
@@ -107,14 +110,26 @@ def bench(paths: Sequence[str], repetitions: int = 5, duration: float = 3.0, war
                         times = _run_times(model.runtime, images, duration / repetitions)
                     if size == 1:
                         model.latencies += times
+                        model.medians.append(float(np.median(times)))
                     if size in model.loads:
                         model.loads[size].add(size * len(times), times, meter)
                     progress.update()
-    for model in models if layers else []:
-        images = random.integers(0, 256, (1, *model.runtime.metadata.image_size, 3), np.uint8)
-        model.layers = model.runtime.layer_times(images, LAYER_RUNS)
+    for model in models:
+        one = random.integers(0, 256, (1, *model.runtime.metadata.image_size, 3), np.uint8)
+        for count in _thread_counts(model.runtime.threads) if sweep else []:
+            alone = open_model(model.runtime.path, count, runtime)
+            for _ in range(1 + warmup):
+                alone.run(one)
+            model.sweep[count] = _run_times(alone, one, duration / repetitions)
+        if layers:
+            model.layers = model.runtime.layer_times(one, LAYER_RUNS)
     machine = {"before": before, "after": sensors.state(), **({"idle_watts": idle} if idle else {})}
-    return {**record, "machine": machine, "models": [_figures(model) for model in models]}
+    return {**record, "machine": machine, "models": [_figures(model, models[0]) for model in models]}
+
+
+def _thread_counts(most: int) -> List[int]:
+    """1, 2, 4, ... and the most."""
+    return sorted({*(1 << power for power in range(most.bit_length()) if 1 << power <= most), most})
 
 
 def _idle_power(sensors: Sensors) -> Dict[str, float]:
@@ -152,7 +167,7 @@ def _run_times(runtime: Runtime, images: np.ndarray, seconds: float) -> List[flo
     return times
 
 
-def _figures(model: _Measured) -> Dict[str, Any]:
+def _figures(model: _Measured, first: _Measured) -> Dict[str, Any]:
     milliseconds = 1000 * np.array(model.latencies)
     p50, p90, p95, p99 = np.percentile(milliseconds, [50, 90, 95, 99])
     latency = {"p50": p50, "p90": p90, "p95": p95, "p99": p99, "mean": milliseconds.mean(), "std": milliseconds.std(),
@@ -167,6 +182,16 @@ def _figures(model: _Measured) -> Dict[str, Any]:
         "latency_ms": {**{name: round(float(value), 4) for name, value in latency.items()}, "n": len(milliseconds)},
         "throughput": [{"batch_size": size, **_load_figures(load)} for size, load in model.loads.items()],
     }
+    if model is not first:
+        found["ratios"] = {
+            "latency": _spread([one / other for one, other in zip(model.medians, first.medians)]),
+            "throughput": [{"batch_size": size, "ratio": _spread([one / other for one, other in zip(
+                load.rates, first.loads[size].rates)])} for size, load in model.loads.items()],
+        }
+    if model.sweep:
+        found["threads"] = [{"threads": count, "latency_ms": round(1000 * float(np.median(times)), 4),
+                             "images_per_second": round(len(times) / sum(times), 3)}
+                            for count, times in model.sweep.items()]
     if model.runtime.gpu_bytes is not None:
         found["gpu_bytes"] = model.runtime.gpu_bytes
     if model.layers:

@@ -26,17 +26,18 @@ def _sizes(ctx: click.Context, param: click.Parameter, value: str) -> List[int]:
 @click.option("--batch-sizes", metavar="N,N", default="1,8", show_default=True, callback=_sizes,
               help="Measure throughput at these; latency is always that of one image.")
 @click.option("--layers", is_flag=True, help="Time each layer, too.")
+@click.option("--sweep-threads", "sweep", is_flag=True, help="Time each model on 1, 2, 4, ... threads, too.")
 @options.runtime
 @options.threads
 @options.verbosity
 def bench(models: Tuple[str, ...], repetitions: int, duration: float, warmup: int, batch_sizes: List[int],
-          layers: bool, runtime: str, threads: Optional[int]) -> None:
+          layers: bool, sweep: bool, runtime: str, threads: Optional[int]) -> None:
     """Time exported MODELs: latency, throughput, cold start, memory, and energy where it can be read, as JSON.
 
     Models take turns, round by round, so that a machine that slows down slows all of them. Every figure carries its
-    spread. Cold start is from starting Python to the first score. Images are random: only inference is timed, no
-    decoding. Power and energy come from the sensors of a Jetson, or from the processor's own counters where they may
-    be read; with them go power mode, clocks, temperatures and throttling.
+    spread, also the ratios to the first model. Cold start is from starting Python to the first score. Images are
+    random: only inference is timed, no decoding. Power and energy come from the sensors of a Jetson, or from the
+    processor's own counters where they may be read; with them go power mode, clocks, temperatures and throttling.
 
     \b
     Examples:
@@ -47,4 +48,4 @@ def bench(models: Tuple[str, ...], repetitions: int, duration: float, warmup: in
     from uadtool.artifacts import write_json
     from uadtool.benchmark import bench as measure
 
-    write_json(measure(models, repetitions, duration, warmup, batch_sizes, threads, runtime, layers))
+    write_json(measure(models, repetitions, duration, warmup, batch_sizes, threads, runtime, layers, sweep))
