@@ -95,6 +95,32 @@ def test_openvino_computes_an_int8_model_in_integers(int8):
     assert set(types) <= {"u8", "i8"}
 
 
+@pytest.mark.parametrize("name", ["trained", "quantized"])
+def test_torch_runs_what_is_exported_from(request, fp32, int8, name, pictures):
+    path = str(request.getfixturevalue(name).path)
+    found = open_model(path, 1, "torch").run(pictures)
+    expected = open_model(str({"trained": fp32, "quantized": int8}[name].path), 1, "onnxruntime").run(pictures)
+    for one, other in zip(found, expected):
+        assert (one.dtype, one.shape) == (other.dtype, other.shape)
+    np.testing.assert_allclose(found.score, expected.score, rtol=0, atol=1e-3 if name == "trained" else 0.25)
+
+
+def test_torch_times_layers(trained):
+    layers = open_model(str(trained.path), 1, "torch").layer_times(np.zeros((1, 64, 64, 3), np.uint8), runs=2)
+    assert sum("Conv2d" in layer.kind for layer in layers) == 2 * 33
+    assert all(layer.milliseconds > 0 for layer in layers)
+
+
+def test_score_runs_torch_when_asked(uadtool, trained, fp32, textures, detector):
+    image = textures / "dots/test/blot/000.png"
+    found, expected = (json.loads(uadtool("score", *command).stdout.splitlines()[1])["score"] for command in (
+        (trained.path, image, "--runtime", "torch"), (fp32.path, image)))
+    assert found == pytest.approx(expected, abs=1e-3)
+    refused = uadtool("score", detector, image, "--runtime", "torch")
+    assert refused.returncode == 1
+    assert "torch runs .safetensors files, and not" in refused.stderr
+
+
 # What takes how long
 
 
@@ -202,7 +228,7 @@ print(*(name for name in sys.modules if name.startswith(("openvino_telemetry", "
     ("missing.onnx", "no such model file"),
     ("model.safetensors", "export it first: uadtool export .*model.safetensors -o model.onnx"),
     ("model.engine", "has no model.engine.json beside it"),
-    ("model.pb", "its name must end in .onnx or .engine"),
+    ("model.pb", r"its name must end in \.onnx, \.engine or \.safetensors"),
     ("model.onnx", "model.onnx is damaged, or no ONNX file"),
 ])
 def test_files_that_are_no_exported_detector(tmp_path, name, message):

@@ -1,7 +1,9 @@
 """Model files of the lab half: a float or quantized detector as safetensors, its metadata in the header."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Union
+from typing import Any, Union
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -27,15 +29,9 @@ def load_model(path: Union[str, Path]) -> tuple[nn.Module, Metadata]:
     Raises:
         UadtoolError: the file cannot be read, is not a model of uadtool, or its tensors do not fit its metadata.
     """
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            header = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - safe_open is no dict
-    except OSError as error:
-        raise UadtoolError(f"cannot read {path}: {error.strerror or error}") from error
-    except SafetensorError as error:
-        raise UadtoolError(f"{path} is not a safetensors file: {error}") from error
-    metadata = Metadata.from_json(header.get(KEY), str(path))
+    with _opened(path) as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - safe_open is no dict
+    metadata = read_metadata(path)
     detector = build_detector(metadata)
     model = detector if metadata.precision == "fp32" else _quantized_graph(detector, metadata, str(path))
     try:
@@ -44,6 +40,27 @@ def load_model(path: Union[str, Path]) -> tuple[nn.Module, Metadata]:
         first = str(error).splitlines()[-1].strip()
         raise UadtoolError(f"the tensors of {path} do not fit its metadata: {first}") from error
     return model.eval(), metadata
+
+
+def read_metadata(path: Union[str, Path]) -> Metadata:
+    """Those in the header.
+
+    Raises:
+        UadtoolError: the file cannot be read, or is not a model of uadtool.
+    """
+    with _opened(path) as file:
+        return Metadata.from_json((file.metadata() or {}).get(KEY), str(path))
+
+
+@contextmanager
+def _opened(path: Union[str, Path]) -> Iterator[Any]:
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            yield file
+    except OSError as error:
+        raise UadtoolError(f"cannot read {path}: {error.strerror or error}") from error
+    except SafetensorError as error:
+        raise UadtoolError(f"{path} is not a safetensors file: {error}") from error
 
 
 def _quantized_graph(detector: Detector, metadata: Metadata, path: str) -> nn.Module:

@@ -42,7 +42,7 @@ device = click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), de
                       help="Where torch computes.")
 seed = click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True,
                     help="Source of all randomness.")
-runtime = click.option("--runtime", type=click.Choice(["auto", "onnxruntime", "openvino", "tensorrt"]), default="auto",
-                       show_default=True, help="What runs the model; auto takes what suits it best.")
+runtime = click.option("--runtime", type=click.Choice(["auto", "onnxruntime", "openvino", "tensorrt", "torch"]),
+                       default="auto", show_default=True, help="What runs the model; auto takes what suits it best.")
 threads = click.option("--threads", type=click.IntRange(1), metavar="N",
                        help="Cores to use  [default: all]")

@@ -10,13 +10,13 @@ from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Protocol, Se
 import numpy as np
 
 from uadtool.artifacts import file_digest
-from uadtool.errors import UadtoolError
+from uadtool.errors import UadtoolError, require_lab
 from uadtool.host import available_cores
 from uadtool.metadata import Metadata
 from uadtool.runtimes.onnx_metadata import read_metadata
 from uadtool.tensorrt.files import read_engine_metadata, require_fit
 
-RUNTIMES = {"onnxruntime": "OnnxRuntime", "openvino": "OpenVino", "tensorrt": "TensorRt"}
+RUNTIMES = {"onnxruntime": "OnnxRuntime", "openvino": "OpenVino", "tensorrt": "TensorRt", "torch": "Torch"}
 """Class of each, in the module here that has the name of the package it needs."""
 
 OPENVINO_TARGETS = ("openvino", "tensorrt")
@@ -83,23 +83,10 @@ def open_model(path: str, threads: Optional[int] = None, runtime: str = "auto", 
     """
     if not Path(path).is_file():
         raise UadtoolError(f"{path}: no such model file")
-    suffix = Path(path).suffix
-    if suffix == ".safetensors":
-        raise UadtoolError(f"{path} cannot be run as it is; export it first: uadtool export {path} -o model.onnx")
-    if suffix not in (".onnx", ".engine"):
-        raise UadtoolError(f"{path} is not a model that can be run: its name must end in .onnx or .engine")
-    if suffix == ".engine":
-        if runtime not in ("auto", "tensorrt"):
-            raise UadtoolError(f"{path} is an engine, which {runtime} cannot run; give it the .onnx file")
+    metadata = _metadata(path, runtime)
+    if runtime == "auto" and Path(path).suffix == ".engine":
         runtime = "tensorrt"
-        metadata, build = read_engine_metadata(path)
-        require_fit(path, build)
-    else:
-        if runtime == "tensorrt":
-            raise UadtoolError(f"TensorRT runs engines; first, on this device: uadtool export {path} -o "
-                               f"{Path(path).with_suffix('.engine')}")
-        metadata = read_metadata(path)
-    if runtime == "auto":
+    elif runtime == "auto":
         runtime = _best_installed(metadata.target)
         if runtime != "onnxruntime":
             log.info("%s runs on %s", path, runtime)
@@ -111,6 +98,34 @@ def open_model(path: str, threads: Optional[int] = None, runtime: str = "auto", 
     except Exception as error:  # those of the runtimes have no common base
         raise UadtoolError(f"{path} cannot be loaded by {runtime}: {' '.join(str(error).split())}") from error
     return model
+
+
+def _metadata(path: str, runtime: str) -> Metadata:
+    """Those of a model file that the runtime runs."""
+    suffix = Path(path).suffix
+    if suffix == ".safetensors":
+        if runtime != "torch":
+            raise UadtoolError(f"{path} cannot be run as it is; export it first: uadtool export {path} -o model.onnx "
+                               "(or take --runtime torch)")
+        require_lab()
+        from uadtool.models import read_metadata as of_safetensors
+
+        return of_safetensors(path)
+    if suffix not in (".onnx", ".engine"):
+        raise UadtoolError(f"{path} is not a model that can be run: its name must end in .onnx, .engine or "
+                           ".safetensors")
+    if runtime == "torch":
+        raise UadtoolError(f"torch runs .safetensors files, and not {path}")
+    if suffix == ".engine":
+        if runtime not in ("auto", "tensorrt"):
+            raise UadtoolError(f"{path} is an engine, which {runtime} cannot run; give it the .onnx file")
+        metadata, build = read_engine_metadata(path)
+        require_fit(path, build)
+        return metadata
+    if runtime == "tensorrt":
+        raise UadtoolError(f"TensorRT runs engines; first, on this device: uadtool export {path} -o "
+                           f"{Path(path).with_suffix('.engine')}")
+    return read_metadata(path)
 
 
 def _best_installed(target: Optional[str]) -> str:

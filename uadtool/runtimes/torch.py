@@ -1,0 +1,63 @@
+"""PyTorch on the CPU: a model before it is exported, quantized ones with their rounding computed in float."""
+
+import time
+from typing import Any, Dict, List, Optional, Tuple
+
+import numpy as np
+
+from uadtool.metadata import Metadata
+from uadtool.runtimes import LayerTime, Output
+
+
+class Torch:
+    """A detector in a .safetensors file; see ``uadtool.runtimes.Runtime``."""
+
+    name = "torch"
+    gpu_bytes: Optional[int] = None
+
+    def __init__(self, path: str, metadata: Metadata, threads: int, streams: int = 1) -> None:
+        import torch
+
+        from uadtool.models import load_model
+
+        self.path = path
+        self.version = torch.__version__
+        self.threads = threads
+        self.streams = streams
+        self.metadata = metadata
+        self._torch = torch
+        torch.set_num_threads(max(1, threads // streams))  # of all that torch does in this process
+        self._model = load_model(path)[0].eval()
+
+    def run(self, images: np.ndarray) -> Output:
+        with self._torch.inference_mode():
+            found = self._model(self._torch.from_numpy(images))
+        return Output(*(getattr(found, name).numpy() for name in Output._fields))
+
+    def layer_times(self, images: np.ndarray, runs: int) -> List[LayerTime]:
+        seconds: Dict[str, float] = {}
+        kinds: Dict[str, str] = {}
+        hooks: List[Any] = []
+        for name, module in self._model.named_modules():
+            if next(module.children(), None) is None:
+                kinds[name] = type(module).__name__
+                hooks += _timing(module, name, seconds)
+        self.run(images)
+        seconds.clear()  # of the first run, which is slower
+        for _ in range(runs):
+            self.run(images)
+        for hook in hooks:
+            hook.remove()
+        return [LayerTime(name, kinds[name], 1000 * total / runs) for name, total in seconds.items()]
+
+
+def _timing(module: Any, name: str, seconds: Dict[str, float]) -> Tuple[Any, Any]:
+    began = [0.0]
+
+    def before(*_: Any) -> None:
+        began[0] = time.perf_counter()
+
+    def after(*_: Any) -> None:
+        seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - began[0]
+
+    return module.register_forward_pre_hook(before), module.register_forward_hook(after)
