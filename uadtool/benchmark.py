@@ -61,22 +61,25 @@ class _Measured:
         self.medians: List[float] = []  # of the latencies of each round
         self.loads = {size: _Load() for size in batch_sizes}
         self.layers: List[LayerTime] = []
+        self.roofline: Dict[str, Any] = {}
         self.sweep: Dict[int, List[float]] = {}  # latencies by number of threads
 
 
 def bench(paths: Sequence[str], repetitions: int = 5, duration: float = 3.0, warmup: int = 3,
           batch_sizes: Sequence[int] = (1, 8), threads: Optional[int] = None, runtime: str = "auto",
-          layers: bool = False, sweep: bool = False, sensors: Optional[Sensors] = None) -> Dict[str, Any]:
+          layers: bool = False, sweep: bool = False, against_peak: bool = False,
+          sensors: Optional[Sensors] = None) -> Dict[str, Any]:
     """Measure the detectors in the files ``paths`` and return the record (schemas/bench.json).
 
     In each of ``repetitions`` rounds every detector in turn is started in a fresh process, and then runs for
     ``duration / repetitions`` seconds at each batch size, after ``warmup`` runs that do not count. Latency is that of
     batch size 1, which is measured whether or not it is among ``batch_sizes``. Further models are set against the first
     round by round. In the end, at batch size 1, each layer is timed with ``layers``, and with ``sweep`` each model on
-    1, 2, 4, ... threads. ``sensors`` are this machine's if None.
+    1, 2, 4, ... threads; with ``against_peak`` its rate is set against the peak of the runtime here. ``sensors`` are
+    this machine's if None.
 
     Raises:
-        UadtoolError: a file cannot be opened, or not in a fresh process.
+        UadtoolError: a file cannot be opened, or not in a fresh process, or its runtime has no known peak.
     """
     sizes = sorted({1, *batch_sizes})
     models = [_Measured(open_model(path, threads, runtime), batch_sizes) for path in paths]
@@ -91,6 +94,11 @@ def bench(paths: Sequence[str], repetitions: int = 5, duration: float = 3.0, war
             "batch_sizes": list(batch_sizes),
         },
     }
+    if against_peak:
+        from uadtool.roofline import require_peak, roofline
+
+        for model in models:
+            require_peak(model.runtime)
     sensors = sensors or Sensors()
     before = sensors.state()
     idle = _idle_power(sensors)
@@ -121,6 +129,8 @@ def bench(paths: Sequence[str], repetitions: int = 5, duration: float = 3.0, war
             for _ in range(1 + warmup):
                 alone.run(one)
             model.sweep[count] = _run_times(alone, one, duration / repetitions)
+        if against_peak:
+            model.roofline = roofline(model.runtime, float(np.median(model.latencies)))
         if layers:
             model.layers = model.runtime.layer_times(one, LAYER_RUNS)
     machine = {"before": before, "after": sensors.state(), **({"idle_watts": idle} if idle else {})}
@@ -192,6 +202,8 @@ def _figures(model: _Measured, first: _Measured) -> Dict[str, Any]:
         found["threads"] = [{"threads": count, "latency_ms": round(1000 * float(np.median(times)), 4),
                              "images_per_second": round(len(times) / sum(times), 3)}
                             for count, times in model.sweep.items()]
+    if model.roofline:
+        found["roofline"] = model.roofline
     if model.runtime.gpu_bytes is not None:
         found["gpu_bytes"] = model.runtime.gpu_bytes
     if model.layers:

@@ -1,6 +1,8 @@
 """Does memory stay while one process scores more and more images? Resident memory after so many of them.
 
-usage: python scoring_memory.py MODEL IMAGE...       an .onnx file, or an engine
+usage: python scoring_memory.py MODEL COUNT IMAGE...       MODEL is an .onnx file, or an engine
+
+The images are scored again and again until there were COUNT.
 """
 
 import itertools
@@ -10,27 +12,28 @@ import threading
 from pathlib import Path
 from typing import TextIO
 
-STOPS = (50, 100, 200, 500, 1000, 2000)
+STOPS = (50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000)
 
 
-def feed(stdin: TextIO, images: list[str]) -> None:
-    """All of the images, again and again."""
-    stdin.writelines(f"{path}\n" for path in itertools.islice(itertools.cycle(images), STOPS[-1]))
+def feed(stdin: TextIO, images: list[str], count: int) -> None:
+    stdin.writelines(f"{path}\n" for path in itertools.islice(itertools.cycle(images), count))
     stdin.close()
 
 
-def main(model: str, images: list[str]) -> None:
-    command = [sys.executable, "-m", "uadtool", "score", model, "-"]
+def main(model: str, count: int, images: list[str]) -> None:
+    command = [sys.executable, "-m", "uadtool", "score", "-q", model, "-"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout
-        threading.Thread(target=feed, args=(process.stdin, images), daemon=True).start()
+        threading.Thread(target=feed, args=(process.stdin, images, count), daemon=True).start()
         print("images  resident MiB")
         process.stdout.readline()  # about the run
-        for count, _ in enumerate(process.stdout, 1):
-            if count in STOPS:
+        for number, _ in enumerate(process.stdout, 1):
+            if number in STOPS:
                 status = Path(f"/proc/{process.pid}/status").read_text()
-                print(f"{count:6} {int(status.partition('VmRSS:')[2].split()[0]) / 1024:13.1f}")
+                print(f"{number:6} {int(status.partition('VmRSS:')[2].split()[0]) / 1024:13.1f}", flush=True)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2:]) if len(sys.argv) > 2 else sys.exit(__doc__)
+    if len(sys.argv) < 4:
+        sys.exit(__doc__)
+    main(sys.argv[1], int(sys.argv[2]), sys.argv[3:])

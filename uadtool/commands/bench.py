@@ -27,11 +27,13 @@ def _sizes(ctx: click.Context, param: click.Parameter, value: str) -> List[int]:
               help="Measure throughput at these; latency is always that of one image.")
 @click.option("--layers", is_flag=True, help="Time each layer, too.")
 @click.option("--sweep-threads", "sweep", is_flag=True, help="Time each model on 1, 2, 4, ... threads, too.")
+@click.option("--roofline", is_flag=True,
+              help="Set the rate of each model against a matrix product in its runtime and precision (needs onnx).")
 @options.runtime
 @options.threads
 @options.verbosity
 def bench(models: Tuple[str, ...], repetitions: int, duration: float, warmup: int, batch_sizes: List[int],
-          layers: bool, sweep: bool, runtime: str, threads: Optional[int]) -> None:
+          layers: bool, sweep: bool, roofline: bool, runtime: str, threads: Optional[int]) -> None:
     """Time exported MODELs: latency, throughput, cold start, memory, and energy where it can be read, as JSON.
 
     Models take turns, round by round, so that a machine that slows down slows all of them. Every figure carries its
@@ -48,4 +50,4 @@ def bench(models: Tuple[str, ...], repetitions: int, duration: float, warmup: in
     from uadtool.artifacts import write_json
     from uadtool.benchmark import bench as measure
 
-    write_json(measure(models, repetitions, duration, warmup, batch_sizes, threads, runtime, layers, sweep))
+    write_json(measure(models, repetitions, duration, warmup, batch_sizes, threads, runtime, layers, sweep, roofline))

@@ -29,7 +29,7 @@ class OpenVino:
     gpu_bytes: Optional[int] = None
 
     def __init__(self, path: str, metadata: Metadata, threads: int, streams: int = 1) -> None:
-        openvino = _import()
+        openvino = import_openvino()
         self.path = path
         self.version = openvino.__version__.partition("-")[0]  # without commit and branch
         self.threads = threads
@@ -79,7 +79,7 @@ class OpenVino:
         return self._core.compile_model(self._model, "CPU", settings)
 
 
-def _import() -> ModuleType:
+def import_openvino() -> ModuleType:
     """The package without its converter, which would report the import to the makers and write to the home folder."""
     converter = "openvino.tools.ovc"
     if converter in sys.modules:
