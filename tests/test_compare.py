@@ -150,11 +150,12 @@ def test_order_of_files_decides_only_the_order_of_models(files):
 
 def test_intervals_are_around_the_differences_of_image_auroc(files):
     record = compare(["fp32.jsonl", "int8.jsonl"])
-    assert {row["metric"] for row in record["rows"] if "intervals" in row} == {"image_auroc", "image_auroc.pooled"}
-    for metric in ("image_auroc", "image_auroc.pooled"):
+    metrics = [row["metric"] for row in record["rows"] if "intervals" in row]
+    assert metrics == ["image_auroc", "image_auroc.pooled", "image_auroc.bolt", "image_auroc.nut"]
+    for metric in metrics:
         none, (low, high) = row(record, metric)["intervals"]
         assert none is None
-        assert low < row(record, metric)["changes"][1] < high < 0
+        assert low < row(record, metric)["changes"][1] < high <= 0
 
 
 def test_different_images_cost_the_intervals_and_a_warning(files, caplog):
@@ -163,12 +164,6 @@ def test_different_images_cost_the_intervals_and_a_warning(files, caplog):
     assert "fp32.jsonl and other.jsonl are about different images" in caplog.text
     assert [bool(interval) for interval in row(record, "image_auroc")["intervals"]] == [False, False, True]
     assert row(record, "image_auroc")["changes"][1] == 0
-
-
-def test_one_model_scored_on_different_images_is_refused(files):
-    Path("other.jsonl").write_text(lines(score_records("build/fp32.onnx", folder="elsewhere")))
-    with pytest.raises(UadtoolError, match=r"fp32.jsonl and other.jsonl hold scores of one model .* different images"):
-        compare(["fp32.jsonl", "other.jsonl"])
 
 
 def test_one_model_measured_twice_gets_two_columns(files):

@@ -117,8 +117,8 @@ class PixelMetrics:
     def to_json(self) -> Dict[str, Any]:
         """All that was counted, to be merged elsewhere: usually 5 to 35 KB of text, whatever the number of images.
 
-        ``regions`` is their number. ``bins`` is the base64 of the zlib-compressed JSON text of four lists about the bins
-        that are not empty, ascending: the distance to the bin before, good pixels, anomalous pixels, and their overlap.
+        ``regions`` is their number. ``bins`` is the base64 of the zlib-compressed JSON text of four lists about the
+        bins that are not empty, ascending: distance to the bin before, good pixels, anomalous ones, their overlap.
         """
         filled = np.flatnonzero(self._good + self._anomalous)
         lists = [np.diff(filled, prepend=0), self._good[filled], self._anomalous[filled], self._overlap[filled]]
