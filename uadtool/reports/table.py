@@ -9,7 +9,7 @@ from tabulate import tabulate
 
 from uadtool.comparison import METRICS
 
-_DECIMALS = {"": 4, "ms": 2, "images/s": 1, "MB": 1, "mJ": 1, "M": 2, "G": 3}
+DECIMALS = {"": 4, "ms": 2, "images/s": 1, "MB": 1, "mJ": 1, "M": 2, "G": 3}
 """Digits after the point, by unit."""
 
 _HEADER_WIDTH = 12
@@ -36,7 +36,7 @@ def as_table(record: Dict[str, Any], markdown: bool = False) -> str:
     with_interval = [row for row in record["rows"] if "intervals" in row]
     fits = len(lines) + len(record["rows"]) + len(with_interval) <= _LINES
     for row in record["rows"]:
-        decimals = _DECIMALS[row["unit"]]
+        decimals = DECIMALS[row["unit"]]
         line, below = [f"{row['label']}, {row['unit']}" if row["unit"] else row["label"]], [""]
         intervals = row.get("intervals", [None] * len(headers))
         for index, (value, change, interval) in enumerate(zip(row["values"], row["changes"], intervals)):
