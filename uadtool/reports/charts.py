@@ -15,6 +15,9 @@ from uadtool.reports.svg import Scale, number
 BINS = 32
 """Of a histogram."""
 
+WIDTH = 480.0
+"""Of all charts but histograms, so that their letters are of one size."""
+
 
 _BESIDE = ((-17, -13), (17, 13), (17, -13), (-17, 13))
 """Where the number of a point stands: points of similar models lie on each other."""
@@ -32,7 +35,7 @@ class Point(NamedTuple):
 
 def trade_off(points: Sequence[Point]) -> Markup:
     """Accuracy over latency; the area of a circle is the file size."""
-    width, height = 560.0, 360.0
+    width, height = WIDTH, 420.0
     lowest, highest = (pick(point.auroc for point in points) for pick in (min, max))
     margin = max(0.02, 0.25 * (highest - lowest))
     x = Scale(0, 1.25 * max(point.latency for point in points), 48, width - 12)
@@ -44,7 +47,7 @@ def trade_off(points: Sequence[Point]) -> Markup:
     marks: List[str] = []
     for point, cx, cy, r in sorted(circles, key=lambda circle: -circle[3]):  # small ones above large ones
         size = f", {number(point.size, 1)} MB" if point.size else ""
-        text = svg.shortened(point.name, 190) + size
+        text = f"{svg.shortened(point.name, 170)}{size}" if r > 8 else f"{point.model + 1} {point.name}{size}"
         wide = svg.width_of(text)
         places = [(cx + r + 6, cy + 4), (cx - r - 6 - wide, cy + 4), (cx - wide / 2, cy - r - 6),
                   (cx - wide / 2, cy + r + 16), (x.end - wide, cy - r - 6), (x.end - wide, cy + r + 16)]
@@ -53,7 +56,7 @@ def trade_off(points: Sequence[Point]) -> Markup:
         marks += [
             tag("g", tag("circle", tag("title", _told(point)), cx=cx, cy=cy, r=r, class_="disc"),
                 class_=svg.model_class(point.model)),
-            svg.badge(cx, cy, point.model) if r < 9 else svg.label(cx, cy + 4, str(point.model + 1), "middle", "strong"),
+            svg.label(cx, cy + 4, str(point.model + 1), "middle", "strong") if r > 8 else "",
             svg.label(left, base, text),
         ]
     return svg.drawing(
@@ -67,36 +70,82 @@ def _told(point: Point) -> str:
     return f"{point.name}: {number(point.latency, 2)} ms, image AUROC {number(point.auroc, 4)}{size}"
 
 
+class _Blocks(NamedTuple):
+    """The rows of a chart by class: for each class its name, and below it a row for each of the models."""
+
+    models: int
+    top: float = 26.0
+    row: float = 14.0
+
+    def head(self, place: int) -> float:
+        """Where the class ``place`` begins."""
+        return self.top + place * (18 + self.row * self.models + 18)
+
+    def middle(self, place: int, model: int) -> float:
+        """The middle of a model's row in it."""
+        return self.head(place) + 18 + self.row * (model + 0.5)
+
+
 def class_bars(classes: Sequence[str], names: Sequence[str], values: Sequence[Sequence[Optional[float]]]) -> Markup:
     """A bar for each class and model; ``values`` are [classes][models]. Bars start at 0.5, which is chance."""
-    width, bar, gap, head, top = 560.0, 14.0, 20.0, 18.0, 26.0
-    known = [value for of_class in values for value in of_class if value is not None]
-    lowest = min([0.5, *known])
-    x = Scale(lowest if lowest == 0.5 else max(0.0, lowest - 0.05), 1, 30, width - 60)
-    block = head + bar * len(names) + gap
-    bottom = top + block * len(classes) - gap / 2
+    blocks = _Blocks(len(names))
+    lowest = min([0.5, *(value for of_class in values for value in of_class if value is not None)])
+    x = Scale(lowest if lowest == 0.5 else max(0.0, lowest - 0.05), 1, 26, WIDTH - 48)
+    bottom = blocks.head(len(classes)) - 8
     marks: List[str] = []
     told = []
     for place, (name, of_class) in enumerate(zip(classes, values)):
-        base = top + place * block
-        marks.append(svg.label(x.start, base + 12, svg.shortened(name, 400), class_="strong"))
+        marks.append(svg.label(x.start, blocks.head(place) + 12, svg.shortened(name, 380), class_="strong halo"))
         told.append(f"{name}: " + ", ".join("unknown" if value is None else number(value, 3) for value in of_class))
-        for index, value in enumerate(of_class):
-            y = base + head + bar * index
-            marks.append(svg.label(x.start - 22, y + 11, str(index + 1), class_="soft"))
+        for model, value in enumerate(of_class):
+            y = blocks.middle(place, model)
+            marks.append(svg.label(x.start - 20, y + 4, str(model + 1), class_="soft"))
             if value is None:
-                marks.append(svg.label(x.start + 6, y + 11, "unknown", class_="soft"))
+                marks.append(svg.label(x(0.5) + 6, y + 4, "unknown", class_="soft"))
                 continue
             left, right = sorted((x(0.5), x(value)))
-            title = tag("title", f"{name}, {names[index]}: {number(value, 4)}")
-            marks += [tag("rect", title, x=left, y=y + 1, width=max(1.0, right - left), height=bar - 3,
-                          class_=f"bar {svg.model_class(index)}"),
-                      svg.label(right + 6, y + 11, number(value, 3))]
+            title = tag("title", f"{name}, {names[model]}: {number(value, 4)}")
+            marks += [tag("rect", title, x=left, y=y - 5.5, width=max(1.0, right - left), height=11,
+                          class_=f"bar {svg.model_class(model)}"),
+                      svg.label(right + 6, y + 4, number(value, 3), class_="halo")]
     return svg.drawing(
-        width, bottom + 40, "classes", "Image AUROC of each class",
+        WIDTH, bottom + 40, "classes", "Image AUROC of each class",
         f"Values of {', '.join(names)}. {'; '.join(told)}",
-        svg.x_axis(x, bottom, top - 8, "image AUROC (0.5 is chance)"),
-        *marks, svg.line(x(0.5), top - 8, x(0.5), bottom, "axis"),
+        svg.x_axis(x, bottom, blocks.top - 8, "image AUROC (0.5 is chance)"),
+        *marks, svg.line(x(0.5), blocks.top - 8, x(0.5), bottom, "axis"),
+    )
+
+
+Interval = Optional[Tuple[float, float, float]]
+"""Low end, difference, high end."""
+
+
+def class_changes(classes: Sequence[str], names: Sequence[str], intervals: Sequence[Sequence[Interval]],
+                  confidence: float) -> Markup:
+    """The change of each class and model with its interval, in the rows that ``class_bars`` has for them."""
+    blocks = _Blocks(len(names))
+    bounds = [0.0, *(bound for of_class in intervals for interval in of_class for bound in interval or ())]
+    margin = 0.06 * (max(bounds) - min(bounds)) or 0.01
+    x = Scale(min(bounds) - margin, max(bounds) + margin, 26, WIDTH - 12)
+    bottom = blocks.head(len(classes)) - 8
+    marks: List[str] = []
+    told = []
+    for place, (name, of_class) in enumerate(zip(classes, intervals)):
+        marks.append(svg.label(x.start, blocks.head(place) + 12, svg.shortened(name, 380), class_="strong halo"))
+        for model, interval in enumerate(of_class):
+            if not interval:
+                continue
+            y, (low, middle, high) = blocks.middle(place, model), interval
+            text = (f"{name}, {names[model]}: {number(middle, 4, '+')}, "
+                    f"{confidence:.0%} interval {number(low, 3, '+')} to {number(high, 3, '+')}")
+            told.append(text)
+            marks += [svg.label(x.start - 20, y + 4, str(model + 1), class_="soft"),
+                      tag("g", tag("title", text), svg.line(x(low), y, x(high), y, "whisker"),
+                          tag("circle", cx=x(middle), cy=y, r=4.5, class_="dot"), class_=svg.model_class(model))]
+    return svg.drawing(
+        WIDTH, bottom + 40, "changes", f"Change of image AUROC against {names[0]}", "; ".join(told),
+        svg.x_axis(x, bottom, blocks.top - 8, "change of image AUROC", sign="+"),
+        svg.line(x(0), blocks.top - 8, x(0), bottom, "axis"), *marks,
     )
 
 
@@ -113,8 +162,8 @@ class Curve(NamedTuple):
 
 def roc(curves: Sequence[Curve]) -> Markup:
     """ROC curves of all images in one list, with the point where each model's threshold lies."""
-    side, left, top = 360.0, 44.0, 34.0
-    width, height = left + side + 12, top + side + 48
+    left, top, height = 44.0, 34.0, 420.0
+    side = height - top - 48
     x, y = Scale(0, 1, left, left + side), Scale(0, 1, top + side, top)
     marks: List[str] = []
     told = []
@@ -139,7 +188,7 @@ def roc(curves: Sequence[Curve]) -> Markup:
                       class_=svg.model_class(curve.model)),
                   svg.badge(*beside, curve.model)]
     return svg.drawing(
-        width, height, "roc", "ROC curves, all images in one list", "; ".join(told),
+        WIDTH, height, "roc", "ROC curves, all images in one list", "; ".join(told),
         svg.y_axis(y, left, left + side, "defective images found"), svg.x_axis(x, y.start, y.end, "good images above"),
         svg.line(x(0), y(0), x(1), y(1), "chance"), *marks,
     )
@@ -156,9 +205,10 @@ class Scores(NamedTuple):
 def histograms(name: str, title: str, found: Sequence[Tuple[int, Scores]]) -> Markup:
     """Score histograms, a panel per model (its index and scores): good images upwards, defective ones downwards.
 
-    They share an axis. What lies far beyond the thresholds is counted in the last bins, so that it does not squeeze the rest.
+    They share an axis. What lies far above the thresholds is counted in the last bin, so that it does not squeeze the
+    rest.
     """
-    width, panel, head = 340.0, 66.0, 18.0
+    width, panel, head = 340.0, 80.0, 20.0
     models = [scores for _, scores in found]
     everything = np.concatenate([scores for model in models for scores in (model.good, model.defective)])
     thresholds = [model.threshold for model in models]
@@ -193,17 +243,8 @@ def histograms(name: str, title: str, found: Sequence[Tuple[int, Scores]]) -> Ma
                       f"{caught}/{len(model.defective)} defective", "end", "small"),
         ]
     clipped = float(everything.max()) > high
-    ticks = [(value, text) for value, text in x.ticks(6) if not clipped or x(value) < x.end - 30]
+    ticks = [(value, text) for value, text in x.ticks(6) if not clipped or x(value) < x.end - 52]
     marks += [svg.label(x(value), bottom + 16, text, "middle", "soft") for value, text in ticks]
     if clipped:
         marks.append(svg.label(x.end, bottom + 16, f"\u2265 {number(high, 1)}", "end", "soft"))
     return svg.drawing(width, bottom + 22, name, f"Scores of {title}", "; ".join(told), join(marks))
-
-
-def interval_glyph(low: float, value: float, high: float, reach: float) -> Markup:
-    """An interval and its middle on a line from -``reach`` to ``reach``; the numbers stand beside it."""
-    x = Scale(-reach, reach, 2, 94)
-    return tag(
-        "svg", svg.line(x(0), 0, x(0), 14, "axis"), svg.line(x(low), 7, x(high), 7, "whisker"),
-        tag("circle", cx=x(value), cy=7, r=3), viewBox="0 0 96 14", class_="glyph", aria_hidden="true",
-    )

@@ -50,6 +50,7 @@ def as_html(models: Sequence[Model], record: Record, verdicts: Sequence[Verdict]
         tag("body",
             tag("a", "Skip to the comparison", href="#main", class_="skip"),
             tag("header",
+                tag("p", "uadtool compare", class_="eyebrow"),
                 tag("h1", title),
                 tag("p", _subject(models), class_="lead"),
                 tag("nav", tag("ul", *(tag("li", tag("a", heading, href=f"#{name}")) for name, heading, _ in sections)),
@@ -101,10 +102,10 @@ def _cards(record: Record) -> List[str]:
     cards = []
     for index, model in enumerate(record["models"]):
         figures = join(
-            join([tag("dt", label), tag("dd", _value(row, index)), tag("dd", _change(row, index) if index else "")])
+            join([tag("dt", label), tag("dd", _value(row, index)), tag("dd", _change(row, index)) if index else ""])
             for label, row in keys)
         cards.append(tag("li", tag("h3", _named(index, model["label"])), tag("p", _precision(model), class_="note"),
-                         tag("dl", figures, class_="key"), class_=model_class(index)))
+                         tag("dl", figures, class_="key" if index else "key first"), class_=model_class(index)))
     return [tag("ul", *cards, class_="cards")]
 
 
@@ -145,7 +146,7 @@ def _gates(verdicts: Sequence[Verdict]) -> List[str]:
                 tag("td", tag("span", "✗ not met" if verdict.failures else "✓ met",
                               class_="worse" if verdict.failures else "better"), class_="left"),
                 tag("td", "; ".join(verdict.failures), class_="left")) for verdict in verdicts]
-    summary = "All gates are met." if not missed else f"{missed} of {len(verdicts)} gates are not met."
+    summary = "All gates are met." if not missed else f"{missed} of {len(verdicts)} gates {'is' if missed == 1 else 'are'} not met."
     head = tag("tr", *(tag("th", text, scope="col", class_="left") for text in ("Gate", "Verdict", "Why not")))
     return [tag("p", summary),
             _scrolled("Gates", tag("table", tag("caption", "Conditions on the figures below", class_="hidden"),
@@ -159,8 +160,6 @@ def _table(record: Record) -> List[str]:
     models, rows = record["models"], record["rows"]
     with_interval = [any(row.get("intervals", [None] * len(models))[index] for row in rows)
                      for index in range(len(models))]
-    bounds = [bound for row in rows for interval in row.get("intervals", []) for bound in interval or []]
-    reach = max(map(abs, bounds), default=0.0) or 1.0
     head = [tag("th", "Metric", scope="col")]
     columns = 1
     for index, model in enumerate(models):
@@ -172,10 +171,11 @@ def _table(record: Record) -> List[str]:
         columns += 1 + len(extra)
     bodies = []
     for title, of_group in _groups(rows):
+        by_class = of_group[0]["metric"] not in METRICS
         lines = [tag("tr", tag("th", title, scope="rowgroup", colspan=columns))]
         for row in of_group:
             unit = tag("span", f", {row['unit']}", class_="unit") if row["unit"] else ""
-            cells = [tag("th", row["label"], unit, scope="row")]
+            cells = [tag("th", _class_of(row) if by_class else _capitalised(row["label"]), unit, scope="row")]
             for index in range(len(models)):
                 value = row["values"][index]
                 cells.append(tag("td", _value({**row, "unit": ""}, index) if value is None else
@@ -183,7 +183,7 @@ def _table(record: Record) -> List[str]:
                 if index:
                     cells.append(tag("td", _change(row, index), class_="change"))
                 if with_interval[index]:
-                    cells.append(tag("td", _interval(row, index, reach), class_="interval"))
+                    cells.append(tag("td", _interval(row, index), class_="interval"))
             lines.append(tag("tr", *cells))
         bodies.append(tag("tbody", *lines))
     caption = ("Changes are differences to the first model, and ratios (×) for speed and size. " if len(models) > 1
@@ -204,13 +204,17 @@ def _groups(rows: Sequence[Record]) -> Iterator[Tuple[str, List[Record]]]:
             yield title, of_group
 
 
-def _interval(row: Record, index: int, reach: float) -> Markup:
+def _interval(row: Record, index: int) -> str:
     interval = row.get("intervals", [None] * (index + 1))[index]
-    if not interval:
-        return Markup("")
-    low, high = interval
-    return join([charts.interval_glyph(low, row["changes"][index], high, reach),
-                 f"{number(low, 3, '+')} to {number(high, 3, '+')}"])
+    return f"{number(interval[0], 3, '+')} to {number(interval[1], 3, '+')}" if interval else ""
+
+
+def _class_of(row: Record) -> str:
+    return str(row["metric"][len("image_auroc."):])
+
+
+def _capitalised(text: str) -> str:
+    return text[:1].upper() + text[1:]
 
 
 def _scrolled(name: str, table: Markup) -> Markup:
@@ -241,15 +245,26 @@ def _accuracy(models: Sequence[Model], record: Record) -> List[str]:
     if curves:
         caption = "All images in one list, one threshold for all classes: the numbered point."
         figures.append(_figure("ROC", caption, charts.roc(curves)))
-    of_classes = [row for row in record["rows"] if row["metric"] not in METRICS]
-    shown = of_classes[:max(1, PANELS // len(models))]
-    if shown:
-        more = f" The first {len(shown)} of {len(of_classes)} classes." if len(shown) < len(of_classes) else ""
-        figures.append(_figure(
-            "Image AUROC of each class", f"A bar for each model, numbered as above.{more}",
-            charts.class_bars([row["metric"][len("image_auroc."):] for row in shown], names,
-                              [row["values"] for row in shown])))
-    return [tag("div", *figures, class_="charts")] if figures else []
+    return [tag("div", *figures, *_classes(names, record), class_="charts")]
+
+
+def _classes(names: Sequence[str], record: Record) -> Iterator[Markup]:
+    """AUROC and its change, of the mean and of each class."""
+    rows = [row for row in record["rows"] if row["metric"] == "image_auroc" or row["metric"] not in METRICS]
+    shown = rows[:max(2, PANELS // len(names))]
+    if not shown:
+        return
+    more = f" The first {len(shown) - 1} of {len(rows) - 1} classes." if len(shown) < len(rows) else ""
+    classes = ["Mean" if row["metric"] == "image_auroc" else _class_of(row) for row in shown]
+    yield _figure("Image AUROC of each class", f"A bar for each model, by its number.{more}",
+                  charts.class_bars(classes, names, [row["values"] for row in shown]))
+    if any("intervals" in row for row in shown):
+        intervals = [[interval and (interval[0], change, interval[1])
+                      for interval, change in zip(row.get("intervals", [None] * len(names)), row["changes"])]
+                     for row in shown]
+        confidence = record["confidence"]
+        caption = f"With {confidence:.0%} bootstrap intervals: what reaches over zero may be chance."
+        yield _figure(f"Change against {names[0]}", caption, charts.class_changes(classes, names, intervals, confidence))
 
 
 def _curve(index: int, model: Model) -> Iterator[charts.Curve]:
@@ -324,8 +339,8 @@ def _card(image: Shown, picture: Optional[str], numbers: Dict[str, int]) -> Mark
     scores = join(join([", " if place else "", _named(numbers[label], number(score, 2)),
                         " above " if score > threshold else " below ", number(threshold, 2)])
                   for place, (label, score, threshold) in enumerate(image.scores))
-    return tag("li", shown, tag("p", tag("strong", image.finding), f", {kind}"), tag("p", scores),
-               tag("p", name if picture else image.path, class_="path", title=image.path))
+    return tag("li", shown, tag("p", tag("strong", image.finding), f", {kind} {image.class_name or ''}"),
+               tag("p", scores), tag("p", name if picture else image.path, class_="path", title=image.path))
 
 
 # Provenance

@@ -25,30 +25,31 @@ class Scale(NamedTuple):
     def __call__(self, value: float) -> float:
         return self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start)
 
-    def ticks(self, count: int = 5) -> List[Tuple[float, str]]:
+    def ticks(self, count: int = 5, sign: str = "") -> List[Tuple[float, str]]:
         """About ``count`` round values between ``low`` and ``high``, and how they are written."""
         step = _round_step((self.high - self.low) / count)
         digits = max(0, -math.floor(math.log10(step) + 1e-9))
         first, last = math.ceil(self.low / step - 1e-9), math.floor(self.high / step + 1e-9)
-        return [(index * step, number(index * step, digits)) for index in range(first, last + 1)]
+        return [(index * step, number(index * step, digits, sign)) for index in range(first, last + 1)]
 
 
 def _round_step(wanted: float) -> float:
     power: float = 10.0 ** math.floor(math.log10(wanted))
-    return next(power * factor for factor in (1, 2, 5, 10) if power * factor >= wanted * 0.999)
+    return next(power * factor for factor in (1, 2, 5, 10) if power * factor >= 0.75 * wanted)
 
 
 def number(value: float, digits: int, sign: str = "") -> str:
     """A number as it is printed in a page, with a real minus."""
     text = f"{value:{sign}.{digits}f}"
-    return (text[1:] if text.strip("-0.") == "" and text[0] == "-" else text).replace("-", "\u2212")
+    return (text.lstrip("+-") if not text.strip("+-0.") else text).replace("-", "\u2212")  # zero has no sign
 
 
 def drawing(width: float, height: float, name: str, title: str, description: str, *content: str) -> Markup:
     """An ``svg`` that fills its box in width and is an image to a screen reader. ``name`` is unique in the page."""
+    ids = f"{name}-title", f"{name}-text"
     return tag(
-        "svg", tag("title", title, id=f"{name}-title"), tag("desc", description, id=f"{name}-text"), *content,
-        viewBox=f"0 0 {width:g} {height:g}", role="img", aria_labelledby=f"{name}-title", aria_describedby=f"{name}-text",
+        "svg", tag("title", title, id=ids[0]), tag("desc", description, id=ids[1]), *content,
+        viewBox=f"0 0 {width:g} {height:g}", role="img", aria_labelledby=ids[0], aria_describedby=ids[1],
     )
 
 
@@ -67,21 +68,21 @@ def path(points: Sequence[Tuple[float, float]], class_: str, closed: bool = Fals
     return tag("path", d=f"M{places}{'Z' if closed else ''}", class_=class_, stroke_dasharray=dashes or None)
 
 
-def x_axis(scale: Scale, y: float, top: float, title: str, count: int = 5) -> Markup:
+def x_axis(scale: Scale, y: float, top: float, title: str, sign: str = "") -> Markup:
     """Ticks below ``y`` with lines up to ``top``, and the title below them."""
     return join([
         *(join([line(scale(value), top, scale(value), y, "grid"),
-                label(scale(value), y + SIZE + 4, text, "middle", "soft")]) for value, text in scale.ticks(count)),
+                label(scale(value), y + SIZE + 4, text, "middle", "soft")]) for value, text in scale.ticks(sign=sign)),
         line(scale.start, y, scale.end, y, "axis"),
         label((scale.start + scale.end) / 2, y + 2 * SIZE + 10, title, "middle", "soft"),
     ])
 
 
-def y_axis(scale: Scale, x: float, right: float, title: str, count: int = 5) -> Markup:
+def y_axis(scale: Scale, x: float, right: float, title: str) -> Markup:
     """Ticks left of ``x`` with lines to ``right``, and the title above them."""
     return join([
         *(join([line(x, scale(value), right, scale(value), "grid"),
-                label(x - 6, scale(value) + 4, text, "end", "soft")]) for value, text in scale.ticks(count)),
+                label(x - 6, scale(value) + 4, text, "end", "soft")]) for value, text in scale.ticks()),
         label(x, scale.end - 10, title, class_="soft"),
     ])
 
@@ -104,12 +105,12 @@ def badge(x: float, y: float, index: int) -> Markup:
 
 def width_of(text: str) -> float:
     """About how wide a label is."""
-    return 0.54 * SIZE * len(text)
+    return 0.58 * SIZE * len(text)
 
 
 def shortened(text: str, width: float) -> str:
     """The text, or its beginning and end, in about ``width``."""
-    room = int(width / (0.54 * SIZE))
+    room = int(width / (0.58 * SIZE))
     return text if len(text) <= room else f"{text[:(room - 1) // 2]}\u2026{text[-(room // 2):]}"
 
 

@@ -11,7 +11,7 @@ from uadtool.errors import UadtoolError
 from uadtool.images import image_size, read_image
 from uadtool.results import Result, ScoredImage
 
-GROUP = 8
+GROUP = 6
 """Images of each kind."""
 
 SIDE = 160
