@@ -3,6 +3,7 @@
 It is made of numbers that do not grow with the number of images: histograms, thinned curves, 24 thumbnails.
 """
 
+import re
 from pathlib import Path, PurePath
 from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
@@ -82,6 +83,11 @@ def _named(index: int, label: str) -> Markup:
     return join([tag("span", str(index + 1), class_=f"number {model_class(index)}"), label])
 
 
+def _breakable(label: str) -> Markup:
+    """The label, which may go on in a new line after punctuation."""
+    return join(part for word in re.findall(r"[^-_/. ]*[-_/. ]|[^-_/. ]+", label) for part in (word, tag("wbr")))
+
+
 def _precision(model: Record) -> str:
     quantized = model.get("quantization")
     if not quantized:
@@ -146,7 +152,7 @@ def _gates(verdicts: Sequence[Verdict]) -> List[str]:
                 tag("td", tag("span", "✗ not met" if verdict.failures else "✓ met",
                               class_="worse" if verdict.failures else "better"), class_="left"),
                 tag("td", "; ".join(verdict.failures), class_="left")) for verdict in verdicts]
-    summary = "All gates are met." if not missed else f"{missed} of {len(verdicts)} gates {'is' if missed == 1 else 'are'} not met."
+    summary = f"{missed} of {len(verdicts)} not met." if missed else "All of them are met."
     head = tag("tr", *(tag("th", text, scope="col", class_="left") for text in ("Gate", "Verdict", "Why not")))
     return [tag("p", summary),
             _scrolled("Gates", tag("table", tag("caption", "Conditions on the figures below", class_="hidden"),
@@ -165,7 +171,7 @@ def _table(record: Record) -> List[str]:
     for index, model in enumerate(models):
         extra = [text for text, wanted in (("change", index > 0),
                                            (f"{record['confidence']:.0%} interval", with_interval[index])) if wanted]
-        head += [tag("th", _named(index, model["label"]), scope="col"),
+        head += [tag("th", _named(index, _breakable(model["label"])), scope="col"),
                  *(tag("th", text, tag("span", f" of {model['label']}", class_="hidden"), scope="col", class_="small")
                    for text in extra)]
         columns += 1 + len(extra)
@@ -264,7 +270,8 @@ def _classes(names: Sequence[str], record: Record) -> Iterator[Markup]:
                      for row in shown]
         confidence = record["confidence"]
         caption = f"With {confidence:.0%} bootstrap intervals: what reaches over zero may be chance."
-        yield _figure(f"Change against {names[0]}", caption, charts.class_changes(classes, names, intervals, confidence))
+        drawing = charts.class_changes(classes, names, intervals, confidence)
+        yield _figure(f"Change against {names[0]}", caption, drawing)
 
 
 def _curve(index: int, model: Model) -> Iterator[charts.Curve]:
@@ -336,9 +343,9 @@ def _card(image: Shown, picture: Optional[str], numbers: Dict[str, int]) -> Mark
     described = f"{kind} image{f' of {image.class_name}' if image.class_name else ''}, {name}"
     shown = (tag("img", src=picture, alt=described, loading="lazy", decoding="async") if picture
              else tag("span", "not there any more", class_="gone"))
-    scores = join(join([", " if place else "", _named(numbers[label], number(score, 2)),
-                        " above " if score > threshold else " below ", number(threshold, 2)])
-                  for place, (label, score, threshold) in enumerate(image.scores))
+    scores = join(tag("span", _named(numbers[label], number(score, 2)),
+                      " above " if score > threshold else " below ", number(threshold, 2), class_="score")
+                  for label, score, threshold in image.scores)
     return tag("li", shown, tag("p", tag("strong", image.finding), f", {kind} {image.class_name or ''}"),
                tag("p", scores), tag("p", name if picture else image.path, class_="path", title=image.path))
 

@@ -3,7 +3,7 @@
 from html import escape
 from typing import Iterable, Union
 
-_VOID = {"img", "meta"}
+_VOID = {"img", "meta", "wbr"}
 """Elements of HTML that have no end tag."""
 
 
