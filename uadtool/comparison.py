@@ -126,7 +126,7 @@ def set_side_by_side(models: Sequence[Model]) -> Dict[str, Any]:
 def changed(models: Sequence[Model]) -> List[Dict[str, Any]]:
     """The images that are on different sides of the threshold for the first model and another (schemas/changed.json).
 
-    The one that moved furthest comes first, its distance taken from the threshold of each model. Images that only one
+    The one that moved farthest comes first, its distance taken from the threshold of each model. Images that only one
     of two models scored are left out, with a warning.
 
     Raises:

@@ -86,9 +86,13 @@ class _Blocks(NamedTuple):
         return self.head(place) + 18 + self.row * (model + 0.5)
 
 
-def class_bars(classes: Sequence[str], names: Sequence[str], values: Sequence[Sequence[Optional[float]]]) -> Markup:
+Named = Sequence[Tuple[int, str]]
+"""Models by index and name."""
+
+
+def class_bars(classes: Sequence[str], models: Named, values: Sequence[Sequence[Optional[float]]]) -> Markup:
     """A bar for each class and model; ``values`` are [classes][models]. Bars start at 0.5, which is chance."""
-    blocks = _Blocks(len(names))
+    blocks = _Blocks(len(models))
     lowest = min([0.5, *(value for of_class in values for value in of_class if value is not None)])
     x = Scale(lowest if lowest == 0.5 else max(0.0, lowest - 0.05), 1, 26, WIDTH - 48)
     bottom = blocks.head(len(classes)) - 8
@@ -97,20 +101,20 @@ def class_bars(classes: Sequence[str], names: Sequence[str], values: Sequence[Se
     for place, (name, of_class) in enumerate(zip(classes, values)):
         marks.append(svg.label(x.start, blocks.head(place) + 12, svg.shortened(name, 380), class_="strong halo"))
         told.append(f"{name}: " + ", ".join("unknown" if value is None else number(value, 3) for value in of_class))
-        for model, value in enumerate(of_class):
-            y = blocks.middle(place, model)
+        for row, ((model, of_model), value) in enumerate(zip(models, of_class)):
+            y = blocks.middle(place, row)
             marks.append(svg.label(x.start - 20, y + 4, str(model + 1), class_="soft"))
             if value is None:
                 marks.append(svg.label(x(0.5) + 6, y + 4, "unknown", class_="soft"))
                 continue
             left, right = sorted((x(0.5), x(value)))
-            title = tag("title", f"{name}, {names[model]}: {number(value, 4)}")
+            title = tag("title", f"{name}, {of_model}: {number(value, 4)}")
             marks += [tag("rect", title, x=left, y=y - 5.5, width=max(1.0, right - left), height=11,
                           class_=f"bar {svg.model_class(model)}"),
                       svg.label(right + 6, y + 4, number(value, 3), class_="halo")]
     return svg.drawing(
         WIDTH, bottom + 40, "classes", "Image AUROC of each class",
-        f"Values of {', '.join(names)}. {'; '.join(told)}",
+        f"Values of {', '.join(name for _, name in models)}. {'; '.join(told)}",
         svg.x_axis(x, bottom, blocks.top - 8, "image AUROC (0.5 is chance)"),
         *marks, svg.line(x(0.5), blocks.top - 8, x(0.5), bottom, "axis"),
     )
@@ -120,10 +124,10 @@ Interval = Optional[Tuple[float, float, float]]
 """Low end, difference, high end."""
 
 
-def class_changes(classes: Sequence[str], names: Sequence[str], intervals: Sequence[Sequence[Interval]],
+def class_changes(classes: Sequence[str], models: Named, intervals: Sequence[Sequence[Interval]],
                   confidence: float) -> Markup:
     """The change of each class and model with its interval, in the rows that ``class_bars`` has for them."""
-    blocks = _Blocks(len(names))
+    blocks = _Blocks(len(models))
     bounds = [0.0, *(bound for of_class in intervals for interval in of_class for bound in interval or ())]
     margin = 0.06 * (max(bounds) - min(bounds)) or 0.01
     x = Scale(min(bounds) - margin, max(bounds) + margin, 26, WIDTH - 12)
@@ -132,18 +136,18 @@ def class_changes(classes: Sequence[str], names: Sequence[str], intervals: Seque
     told = []
     for place, (name, of_class) in enumerate(zip(classes, intervals)):
         marks.append(svg.label(x.start, blocks.head(place) + 12, svg.shortened(name, 380), class_="strong halo"))
-        for model, interval in enumerate(of_class):
+        for row, ((model, of_model), interval) in enumerate(zip(models, of_class)):
             if not interval:
                 continue
-            y, (low, middle, high) = blocks.middle(place, model), interval
-            text = (f"{name}, {names[model]}: {number(middle, 4, '+')}, "
+            y, (low, middle, high) = blocks.middle(place, row), interval
+            text = (f"{name}, {of_model}: {number(middle, 4, '+')}, "
                     f"{confidence:.0%} interval {number(low, 3, '+')} to {number(high, 3, '+')}")
             told.append(text)
             marks += [svg.label(x.start - 20, y + 4, str(model + 1), class_="soft"),
                       tag("g", tag("title", text), svg.line(x(low), y, x(high), y, "whisker"),
                           tag("circle", cx=x(middle), cy=y, r=4.5, class_="dot"), class_=svg.model_class(model))]
     return svg.drawing(
-        WIDTH, bottom + 40, "changes", f"Change of image AUROC against {names[0]}", "; ".join(told),
+        WIDTH, bottom + 40, "changes", f"Change of image AUROC against {models[0][1]}", "; ".join(told),
         svg.x_axis(x, bottom, blocks.top - 8, "change of image AUROC", sign="+"),
         svg.line(x(0), blocks.top - 8, x(0), bottom, "axis"), *marks,
     )

@@ -192,13 +192,15 @@ def _table(record: Record) -> List[str]:
                     cells.append(tag("td", _interval(row, index), class_="interval"))
             lines.append(tag("tr", *cells))
         bodies.append(tag("tbody", *lines))
-    caption = ("Changes are differences to the first model, and ratios (×) for speed and size. " if len(models) > 1
-               else "")
+    notes = []
+    if len(models) > 1:
+        notes.append("Changes are differences to the first model, and ratios (×) for speed and size.")
     if any(with_interval):
-        caption += (f"Intervals: paired bootstrap, {record['resamples']} resamples of the images; ▲ ▼ where zero is "
-                    "outside.")
-    return [_scrolled("All figures", tag("table", tag("caption", caption or "Figures"),
-                                         tag("thead", tag("tr", *head)), *bodies))]
+        notes.append(f"Intervals: paired bootstrap, {record['resamples']} resamples of the images; ▲ ▼ where zero is "
+                     "outside.")
+    caption = tag("caption", f"Figures of {', '.join(model['label'] for model in models)}", class_="hidden")
+    return [*([tag("p", " ".join(notes), class_="note")] if notes else []),
+            _scrolled("All figures", tag("table", caption, tag("thead", tag("tr", *head)), *bodies))]
 
 
 def _groups(rows: Sequence[Record]) -> Iterator[Tuple[str, List[Record]]]:
@@ -257,21 +259,26 @@ def _accuracy(models: Sequence[Model], record: Record) -> List[str]:
 def _classes(names: Sequence[str], record: Record) -> Iterator[Markup]:
     """AUROC and its change, of the mean and of each class."""
     rows = [row for row in record["rows"] if row["metric"] == "image_auroc" or row["metric"] not in METRICS]
-    shown = rows[:max(2, PANELS // len(names))]
-    if not shown:
+    models = [(index, name) for index, name in enumerate(names) if any(row["values"][index] is not None for row in rows)]
+    if not models:
         return
+    shown = rows[:max(2, PANELS // len(models))]
     more = f" The first {len(shown) - 1} of {len(rows) - 1} classes." if len(shown) < len(rows) else ""
     classes = ["Mean" if row["metric"] == "image_auroc" else _class_of(row) for row in shown]
+    values = [[row["values"][index] for index, _ in models] for row in shown]
     yield _figure("Image AUROC of each class", f"A bar for each model, by its number.{more}",
-                  charts.class_bars(classes, names, [row["values"] for row in shown]))
+                  charts.class_bars(classes, models, values))
     if any("intervals" in row for row in shown):
-        intervals = [[interval and (interval[0], change, interval[1])
-                      for interval, change in zip(row.get("intervals", [None] * len(names)), row["changes"])]
-                     for row in shown]
+        intervals = [[_with_change(row, index) for index, _ in models] for row in shown]
         confidence = record["confidence"]
         caption = f"With {confidence:.0%} bootstrap intervals: what reaches over zero may be chance."
-        drawing = charts.class_changes(classes, names, intervals, confidence)
+        drawing = charts.class_changes(classes, models, intervals, confidence)
         yield _figure(f"Change against {names[0]}", caption, drawing)
+
+
+def _with_change(row: Record, index: int) -> charts.Interval:
+    interval = row["intervals"][index] if "intervals" in row else None
+    return (interval[0], row["changes"][index], interval[1]) if interval else None
 
 
 def _curve(index: int, model: Model) -> Iterator[charts.Curve]:
@@ -333,15 +340,15 @@ def _images(models: Sequence[Model]) -> List[str]:
 
 
 def _counted(group: Group) -> str:
-    return group.title + (f": the worst {len(group.images)} of {group.total}" if group.total > len(group.images)
-                          else f": {group.total}")
+    return f"{group.title}: {group.total}" + (
+        f", of which the {len(group.images)} farthest" if group.total > len(group.images) else "")
 
 
 def _card(image: Shown, picture: Optional[str], numbers: Dict[str, int]) -> Markup:
     kind = {"good": "good", "anomalous": "defective"}.get(image.label or "", "unlabelled")
     name = "/".join(PurePath(image.path).parts[-3:])
     described = f"{kind} image{f' of {image.class_name}' if image.class_name else ''}, {name}"
-    shown = (tag("img", src=picture, alt=described, loading="lazy", decoding="async") if picture
+    shown = (tag("img", src=picture, alt=described,) if picture
              else tag("span", "not there any more", class_="gone"))
     scores = join(tag("span", _named(numbers[label], number(score, 2)),
                       " above " if score > threshold else " below ", number(threshold, 2), class_="score")

@@ -39,7 +39,7 @@ class Group(NamedTuple):
 def disagreements(models: Sequence[Model]) -> List[Group]:
     """What changed sides between the first model and others, and what the last one misses and alarms falsely about.
 
-    The worst come first, by their distance from the threshold.
+    The farthest come first: those that moved farthest, and those farthest from the threshold.
     """
     scored = [(model.label, model.scores) for model in models if model.scores]
     if not scored:
@@ -65,10 +65,16 @@ def _moved(models: Sequence[Model]) -> List[Shown]:
         records = changed(models)
     except UadtoolError:  # of different images; the table has told already
         return []
-    return [Shown(record["path"], record.get("class"), record.get("label"),
-                  words[record["moved"] > 0, record.get("label")],
-                  tuple(zip(record["models"], record["scores"], record["thresholds"])))
-            for record in records]
+    shown: Dict[str, Shown] = {}  # an image once, where it moved farthest, with all models that it moved for
+    for record in records:
+        first, other = zip(record["models"], record["scores"], record["thresholds"])
+        if record["path"] in shown:
+            image = shown[record["path"]]
+            shown[record["path"]] = image._replace(scores=(*image.scores, other))
+        else:
+            shown[record["path"]] = Shown(record["path"], record.get("class"), record.get("label"),
+                                          words[record["moved"] > 0, record.get("label")], (first, other))
+    return list(shown.values())
 
 
 def _shown(path: str, finding: str, scored: Sequence[Tuple[str, Result]]) -> Shown:
