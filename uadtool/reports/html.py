@@ -259,7 +259,8 @@ def _accuracy(models: Sequence[Model], record: Record) -> List[str]:
 def _classes(names: Sequence[str], record: Record) -> Iterator[Markup]:
     """AUROC and its change, of the mean and of each class."""
     rows = [row for row in record["rows"] if row["metric"] == "image_auroc" or row["metric"] not in METRICS]
-    models = [(index, name) for index, name in enumerate(names) if any(row["values"][index] is not None for row in rows)]
+    models = [(index, name) for index, name in enumerate(names)
+              if any(row["values"][index] is not None for row in rows)]
     if not models:
         return
     shown = rows[:max(2, PANELS // len(models))]
