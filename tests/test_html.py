@@ -1,5 +1,7 @@
 """The comparison page: sound, self-contained HTML whatever the names in it, and quiet in a browser."""
 
+import base64
+import io
 import json
 import re
 import shutil
@@ -80,12 +82,9 @@ def test_the_page_has_what_it_should(files):
     found = Page(page(*files, gates=("image_auroc>=-0.01", "file_size<=0.5x")))
     assert [text for _, text in found.all("h2")] == [
         "Models", "Gates", "All figures", "Accuracy", "Scores by class", "Images to look at", "Provenance"]
-    titles = [text for _, text in found.all("svg") for text in [text]]
-    assert [title for title, _ in zip(found.all("title")[1:], range(2))]
     drawings = {attributes["aria-labelledby"] for attributes, _ in found.all("svg")}
     assert drawings == {"trade-off-title", "roc-title", "classes-title", "changes-title", "scores-0-title",
                         "scores-1-title"}
-    assert any("10.00 ms, image AUROC" in text for text in titles)
     rows = [text for _, text in found.all("tr")]
     assert any(re.match(r"image_auroc>=-0.01✗ not metint8.onnx: image_auroc is -0\.", row) for row in rows)
     assert "file_size<=0.5x✓ met" in rows
@@ -140,9 +139,6 @@ def test_thumbnails_are_small_and_few_and_what_is_gone_is_named(files):
 
 
 def test_a_thumbnail_keeps_its_shape(files):
-    import base64
-    import io
-
     uri = thumbnail("data/bolt/000.png")
     image = Image.open(io.BytesIO(base64.b64decode(uri.split(",")[1])))
     assert (image.format, image.size) == ("JPEG", (SIDE, 48))
@@ -161,8 +157,7 @@ def test_names_are_text_wherever_they_stand(files):
     for name in ("fp32", "int8"):
         records = [json.loads(line) for line in Path(f"{name}.jsonl").read_text().splitlines()]
         Path(f"{name}.jsonl").write_text(lines(renamed(renamed(records, "bolt", HOSTILE), "onnx", HOSTILE)))
-    text = page(*files, gates=(f"image_auroc.{HOSTILE.replace('>', '').replace('<', '').replace('=', '')}x>=0",)[:0])
-    found = Page(text)
+    found = Page(page(*files))
     assert not found.all("script")
     assert len(found.all("style")) == 1
     assert not any(key.startswith("on") for _, attributes, _ in found.elements for key in attributes)
