@@ -150,9 +150,9 @@ def test_verbose_shows_where(uadtool):
 
 BUG = ["-c", """
 from uadtool import comparison
-def compare(files):
+def join(files):
     raise RuntimeError("first line\\nsecond line")
-comparison.compare = compare
+comparison.join = join
 from uadtool.cli import main
 main()
 """]

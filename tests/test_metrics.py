@@ -1,5 +1,8 @@
 """Each figure against scikit-learn, or against a plain computation over every threshold."""
 
+import base64
+import json
+import zlib
 from typing import List, Tuple
 
 import numpy as np
@@ -8,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
 
-from uadtool.metrics import PixelMetrics, auroc, average_precision, f1_max, paired_bootstrap
+from uadtool.metrics import PixelMetrics, auroc, average_precision, f1_max, paired_bootstrap, roc_curve
 
 reference = pytest.importorskip("sklearn.metrics")
 
@@ -149,12 +152,38 @@ def test_regions_that_touch_at_a_corner_are_one():
     assert measured([(found, mask)]).aupro(0.5) == pytest.approx(0.2 + 0.8 * 0.5 / 2)
 
 
-def test_merged_halves_are_the_whole():
-    maps = blobs(3)
-    whole, merged = measured(maps), measured(maps[:5])
-    merged.merge(measured(maps[5:]))
-    assert merged.auroc() == whole.auroc()
-    assert merged.aupro() == pytest.approx(whole.aupro(), rel=1e-12)
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 3), st.lists(st.integers(0, 2), min_size=8, max_size=8))
+def test_merged_shards_are_exactly_the_whole_also_after_being_written_and_read(seed, shards):
+    maps = blobs(seed, size=32)
+    merged = PixelMetrics()
+    for shard in set(shards):
+        part = measured([maps[index] for index, of in enumerate(shards) if of == shard])
+        merged.merge(PixelMetrics.from_json(json.loads(json.dumps(part.to_json()))))
+    whole = measured(maps)
+    assert (merged.auroc(), merged.aupro(), merged.to_json()) == (whole.auroc(), whole.aupro(), whole.to_json())
+
+
+def test_counts_of_many_large_maps_are_small_to_write():
+    random = np.random.default_rng(0)
+    wide = [(random.standard_cauchy((512, 512)).astype(np.float32), random.random((512, 512)) < 0.3) for _ in range(4)]
+    assert len(json.dumps(measured(wide).to_json())) < 100_000
+    assert PixelMetrics.from_json(PixelMetrics().to_json()).auroc() is None
+
+
+def bins(*lists: List[int]) -> str:
+    return base64.b64encode(zlib.compress(json.dumps(lists).encode())).decode()
+
+
+@pytest.mark.parametrize("counted", [
+    {}, {"regions": 0}, {"regions": 0, "bins": "?"}, {"regions": 0, "bins": "aaaa"}, {"regions": 0, "bins": 3},
+    {"regions": 0, "bins": bins([1], [2], [3])}, {"regions": 0, "bins": bins([1], [2], [3], [4, 5])},
+    {"regions": 0, "bins": bins([1 << 16], [2], [3], [4])}, {"regions": 0, "bins": bins([-1], [2], [3], [4])},
+    {"regions": 0, "bins": bins([1], [1 << 70], [3], [4])}, {"regions": None, "bins": bins([1], [2], [3], [4])},
+])
+def test_what_is_no_count_of_pixels_is_refused(counted):
+    with pytest.raises(ValueError, match="its pixel counts cannot be read"):
+        PixelMetrics.from_json(counted)
 
 
 @settings(max_examples=15, deadline=None)
@@ -198,9 +227,12 @@ def test_bootstrap_differences_are_those_of_the_scores():
     labels, a, b, classes = noisy(0)
     found = paired_bootstrap(labels, a, b, classes, repetitions=100)
     per_class = [auroc(labels[of], b[of]) - auroc(labels[of], a[of]) for of in (classes == "easy", classes == "hard")]
-    assert found["pooled"].difference == pytest.approx(auroc(labels, b) - auroc(labels, a))
-    assert found["mean"].difference == pytest.approx(np.mean(per_class))
-    assert all(interval.low < interval.difference < interval.high for interval in found.values())
+    assert found.pooled.difference == pytest.approx(auroc(labels, b) - auroc(labels, a))
+    assert found.mean.difference == pytest.approx(np.mean(per_class))
+    assert {name: interval.difference for name, interval in found.per_class.items()} == pytest.approx(
+        {"easy": per_class[0], "hard": per_class[1]})
+    assert all(interval.low < interval.difference < interval.high
+               for interval in (found.pooled, found.mean, *found.per_class.values()))
 
 
 def test_bootstrap_is_the_distribution_of_plain_resampling():
@@ -209,14 +241,43 @@ def test_bootstrap_is_the_distribution_of_plain_resampling():
     good, anomalous = np.flatnonzero(~labels), np.flatnonzero(labels)
     drawn = [np.append(random.choice(good, len(good)), random.choice(anomalous, len(anomalous))) for _ in range(2000)]
     differences = [auroc(labels[of], b[of]) - auroc(labels[of], a[of]) for of in drawn]
-    _, low, high = paired_bootstrap(labels, a, b, repetitions=2000)["pooled"]
+    _, low, high = paired_bootstrap(labels, a, b, repetitions=2000).pooled
     assert (low, high) == pytest.approx(np.quantile(differences, [0.025, 0.975]), abs=0.006)
+
+
+def test_bootstrap_of_a_class_is_that_of_its_images_alone_and_the_mean_is_over_the_same_draws():
+    labels, a, b, classes = noisy(1, count=400)
+    found = paired_bootstrap(labels, a, b, classes, repetitions=2000)
+    for name, interval in found.per_class.items():
+        of = classes == name
+        alone = paired_bootstrap(labels[of], a[of], b[of], repetitions=2000, seed=1).pooled
+        assert interval == pytest.approx(alone, abs=0.01)
+    widths = [interval.high - interval.low for interval in found.per_class.values()]
+    assert found.mean.high - found.mean.low == pytest.approx(np.hypot(*widths) / 2, rel=0.1)  # of independent ones
+
+
+@given(labelled_scores())
+def test_the_roc_curve_has_the_area_of_auroc_and_climbs_from_0_to_1(case):
+    false, true = roc_curve(*case)
+    assert np.sum(np.diff(false) * (true[1:] + true[:-1])) / 2 == pytest.approx(auroc(*case))
+    for rate in (false, true):
+        assert (rate[0], rate[-1]) == (0, 1)
+        assert (np.diff(rate) >= 0).all()
+
+
+def test_a_long_roc_curve_is_thinned_out_without_being_seen():
+    random = np.random.default_rng(0)
+    labels = random.random(10_000) < 0.3
+    scores = random.normal(size=len(labels)) + labels
+    false, true = roc_curve(labels, scores)
+    assert len(false) <= 200
+    assert np.sum(np.diff(false) * (true[1:] + true[:-1])) / 2 == pytest.approx(auroc(labels, scores), abs=1e-4)
 
 
 def test_bootstrap_of_a_model_with_itself_is_zero_and_turns_sign_with_the_models():
     labels, a, b, classes = noisy(2)
-    assert paired_bootstrap(labels, a, a, classes, repetitions=20)["mean"] == (0, 0, 0)
-    forth, back = (paired_bootstrap(labels, *scores, classes, repetitions=200)["pooled"] for scores in ((a, b), (b, a)))
+    assert paired_bootstrap(labels, a, a, classes, repetitions=20).mean == (0, 0, 0)
+    forth, back = (paired_bootstrap(labels, *scores, classes, repetitions=200).pooled for scores in ((a, b), (b, a)))
     assert forth == pytest.approx((-back.difference, -back.high, -back.low))
 
 
@@ -225,7 +286,7 @@ def test_bootstrap_depends_on_the_seed_and_widens_with_the_confidence():
     first = paired_bootstrap(labels, a, b, classes)
     assert paired_bootstrap(labels, a, b, classes) == first
     assert paired_bootstrap(labels, a, b, classes, seed=1) != first
-    wide, narrow = first["mean"], paired_bootstrap(labels, a, b, classes, confidence=0.5)["mean"]
+    wide, narrow = first.mean, paired_bootstrap(labels, a, b, classes, confidence=0.5).mean
     assert wide.low < narrow.low < narrow.high < wide.high
 
 
@@ -233,8 +294,8 @@ def test_bootstrap_leaves_classes_with_one_label_out_of_the_mean():
     labels, a, b, classes = noisy(4)
     only_good = np.where(~labels & (np.arange(len(labels)) % 3 == 0), "good only", classes)
     of = only_good != "good only"
-    expected = paired_bootstrap(labels[of], a[of], b[of], classes[of], repetitions=50)["mean"].difference
-    assert paired_bootstrap(labels, a, b, only_good, repetitions=50)["mean"].difference == pytest.approx(expected)
+    expected = paired_bootstrap(labels[of], a[of], b[of], classes[of], repetitions=50).mean.difference
+    assert paired_bootstrap(labels, a, b, only_good, repetitions=50).mean.difference == pytest.approx(expected)
     one_each = ["anomalous" if label else "good" for label in labels]
-    assert set(paired_bootstrap(labels, a, b, one_each, repetitions=50)) == {"pooled"}
-    assert set(paired_bootstrap(labels, a, b, repetitions=50)) == {"pooled"}
+    for classes in (one_each, None):
+        assert paired_bootstrap(labels, a, b, classes, repetitions=50)[1:] == (None, {})

@@ -20,10 +20,11 @@ from PIL import Image
 
 import uadtool
 from uadtool.dataset import Sample, scoring_samples
+from uadtool.evaluation import Evaluation
 from uadtool.images import read_image
 from uadtool.metrics import auroc
 from uadtool.runtimes import open_model
-from uadtool.scoring import Evaluation, Prediction, score, upsample
+from uadtool.scoring import Prediction, evaluate, score, upsample
 
 SCHEMA = json.loads((Path(uadtool.__file__).parent / "schemas" / "score.json").read_text())
 COMMAND = [sys.executable, "-m", "uadtool", "score"]
@@ -70,6 +71,7 @@ def test_every_line_is_valid_and_says_what_the_detector_computes(uadtool, detect
     assert summary["anomalous"] == sum(image["anomalous"] for image in images)
     assert summary["metrics"]["image_auroc"]["per_class"] == {"green": 1.0, "red": 1.0}
     assert list(summary["metrics"]["aupro"]["per_class"]) == ["red"]  # green has no masks
+    assert list(summary["pixels"]) == ["green", "red"]  # of its good images: another shard may have masks
 
 
 def test_a_broken_image_costs_one_line(uadtool, detector, photos):
@@ -81,6 +83,7 @@ def test_a_broken_image_costs_one_line(uadtool, detector, photos):
     assert "b.jpg" in broken["error"]
     assert (summary["images"], summary["errors"], summary["anomalous"]) == (3, 1, 1)
     assert "metrics" not in summary
+    assert "pixels" not in summary
     assert done.stderr.startswith("uadtool: error: 1 of 3 images could not be scored; first: ")
     assert done.stderr.count("\n") == 1
 
@@ -340,6 +343,9 @@ def test_a_corrupt_model_is_one_line(uadtool, detector, tmp_path):
 # Evaluation
 
 
+SIZE = (4, 4)
+
+
 def predicted(value: float, raw: float = 0.0, mask: Any = None) -> Prediction:
     return Prediction(value, raw, "a", np.full((2, 2), value, np.float32), mask, 1.0)
 
@@ -350,9 +356,10 @@ labelled = st.lists(st.tuples(st.sampled_from(["a", "b", None]), st.booleans(), 
 @settings(max_examples=50, deadline=None)
 @given(labelled)
 def test_image_figures(images):
-    evaluation = Evaluation(threshold=1.0, image_size=(4, 4))
+    evaluation = Evaluation(threshold=1.0)
     for name, anomalous, value in images:
-        evaluation.add(Sample("x.png", name, "anomalous" if anomalous else "good"), predicted(value, -value))
+        sample = Sample("x.png", name, "anomalous" if anomalous else "good")
+        evaluate(evaluation, sample, predicted(value, -value), SIZE)
     found = evaluation.figures()
     labels, scores = [i[1] for i in images], [i[2] for i in images]
     good, bad = [s for _, label, s in images if not label], [s for _, label, s in images if label]
@@ -374,10 +381,10 @@ def test_image_figures(images):
 def test_good_images_of_a_class_with_masks_count_for_its_pixels():
     mask = np.zeros((4, 4), bool)
     mask[:2] = True
-    evaluation = Evaluation(threshold=1.0, image_size=(4, 4))
-    evaluation.add(Sample("1", "a", "good"), predicted(9.0))
-    evaluation.add(Sample("2", "a", "anomalous", "mask"), predicted(5.0, mask=mask))
-    evaluation.add(Sample("3", "b", "good"), predicted(1.0))  # its pixels do not count: b has no masks
+    evaluation = Evaluation(threshold=1.0)
+    evaluate(evaluation, Sample("1", "a", "good"), predicted(9.0), SIZE)
+    evaluate(evaluation, Sample("2", "a", "anomalous", "mask"), predicted(5.0, mask=mask), SIZE)
+    evaluate(evaluation, Sample("3", "b", "good"), predicted(1.0), SIZE)  # its pixels do not count: b has no masks
     found = evaluation.figures()
     # 8 anomalous pixels, against 16 good ones above and 8 equal to them.
     assert found["pixel_auroc"] == {"mean": approx(1 / 6), "pooled": approx(1 / 6), "per_class": {"a": approx(1 / 6)}}

@@ -7,8 +7,10 @@ from typing import Any, Dict, Iterable, Iterator, List, NamedTuple, Optional, Se
 from uadtool import __version__
 from uadtool.errors import UadtoolError
 from uadtool.results import Result, read_results
+from uadtool.shards import merge_shards
 
 CONFIDENCE = 0.95
+RESAMPLES = 2000
 
 log = logging.getLogger("uadtool")
 
@@ -45,20 +47,62 @@ METRICS = {
 }
 
 
+class Model(NamedTuple):
+    """A column of the comparison: its ``label``, and its scores, its bench result, or both."""
+
+    label: str
+    scores: Optional[Result]
+    bench: Optional[Result]
+
+    @property
+    def any(self) -> Result:
+        """What is known of the model itself."""
+        found = self.scores or self.bench
+        assert found
+        return found
+
+
 def compare(files: Sequence[str]) -> Dict[str, Any]:
     """The ``uadtool.compare/1`` record (schemas/compare.json) of score and bench files (``-``: stdin), in any order.
 
-    Results are joined by model digest; models keep the order of their first appearance. A second score or bench result
-    of the same model opens a second column, as when one file ran on two devices. Image AUROC differences have bootstrap
-    intervals where both models scored the same images.
+    Raises:
+        UadtoolError: as ``join`` and ``set_side_by_side``.
+    """
+    return set_side_by_side(join(files))
+
+
+def join(files: Sequence[str]) -> List[Model]:
+    """The models that score and bench files (``-``: stdin) are about, in the order of their first appearance.
+
+    Results are joined by model digest; scores of one model for different images are merged. A second score or bench
+    result of the same model opens a second column, as when one file ran on two devices.
 
     Raises:
-        UadtoolError: a file cannot be read, one model has scores of different images, or there is no figure at all.
+        UadtoolError: a file cannot be read, or scores of one model are about some images twice.
     """
-    columns = _join(result for file in files for result in read_results(file))
-    values = [{name: value for result in column.values() for name, value in result.values.items()}
-              for column in columns]
-    intervals = [_intervals(columns[0], column) if column is not columns[0] else {} for column in columns]
+    columns: List[Dict[str, Result]] = []  # by kind
+    for result in merge_shards(result for file in files for result in read_results(file)):
+        free = [column for column in columns
+                if _any(column).digest == result.digest and result.kind not in column]
+        if free:
+            free[0][result.kind] = result
+        else:
+            columns.append({result.kind: result})
+    labels = _labels([_any(column).path for column in columns])
+    return [Model(label, column.get("scores"), column.get("bench")) for label, column in zip(labels, columns)]
+
+
+def set_side_by_side(models: Sequence[Model]) -> Dict[str, Any]:
+    """The ``uadtool.compare/1`` record (schemas/compare.json): each model's values, and their changes from the first's.
+
+    Image AUROC differences have bootstrap intervals where both models scored the same images.
+
+    Raises:
+        UadtoolError: there is no figure at all.
+    """
+    values = [{name: value for result in (model.scores, model.bench) if result
+               for name, value in result.values.items()} for model in models]
+    intervals = [_intervals(models[0], model) if model is not models[0] else {} for model in models]
     rows = []
     for name, metric in _present(values):
         of_models = [found.get(name) for found in values]
@@ -69,20 +113,45 @@ def compare(files: Sequence[str]) -> Dict[str, Any]:
         rows.append(row)
     if not rows:
         raise UadtoolError("nothing to compare: the scored images have no labels, and there is no bench file")
-    models = [_any(column) for column in columns]
     return {
         "schema": "uadtool.compare/1",
         "tool": f"uadtool {__version__}",
-        "models": [
-            {"label": label, "path": model.path, "digest": model.digest, "precision": model.precision,
-             "runtime": model.runtime, "machine": model.machine,
-             **({"quantization": model.quantization} if model.quantization else {}),
-             "files": {kind: result.file for kind, result in column.items()}}
-            for label, model, column in zip(_labels([model.path for model in models]), models, columns)
-        ],
+        "models": [_origin(model) for model in models],
         "confidence": CONFIDENCE,
+        "resamples": RESAMPLES,
         "rows": rows,
     }
+
+
+def changed(models: Sequence[Model]) -> List[Dict[str, Any]]:
+    """The images that are on different sides of the threshold for the first model and another (schemas/changed.json).
+
+    The one that moved farthest comes first, its distance taken from the threshold of each model. Images that only one
+    of two models scored are left out, with a warning.
+
+    Raises:
+        UadtoolError: not two models have scores, or of different images altogether.
+    """
+    scored = [(model.label, model.scores) for model in models if model.scores]
+    if len(scored) < 2:
+        raise UadtoolError("there are not two models with scores to find changed images in; give a score file of each")
+    first, a = scored[0]
+    records = []
+    for other, b in scored[1:]:
+        both = a.images.keys() & b.images.keys()
+        if not both:
+            raise UadtoolError(f"{a.file} and {b.file} have no image in common; score the same paths, spelled the same")
+        if len(both) < max(len(a.images), len(b.images)):
+            log.warning("%s and %s share %d images; the others are left out", a.file, b.file, len(both))
+        for path in both:
+            before, after = a.images[path], b.images[path]
+            if before.anomalous != after.anomalous:
+                record = {"type": "changed", "path": path, "class": before.class_name, "label": before.label,
+                          "models": [first, other], "scores": [before.score, after.score],
+                          "thresholds": [a.threshold, b.threshold],
+                          "moved": round((after.score - b.threshold) - (before.score - a.threshold), 6)}
+                records.append({key: value for key, value in record.items() if value is not None})
+    return sorted(records, key=lambda record: (-abs(record["moved"]), record["path"], record["models"]))
 
 
 def change(kind: str, value: Optional[float], first: Optional[float]) -> Optional[float]:
@@ -95,28 +164,20 @@ def change(kind: str, value: Optional[float], first: Optional[float]) -> Optiona
     return round(value - first if kind == "difference" else value / first, 9)
 
 
-_Column = Dict[str, Result]  # by kind: the scores of a model, its bench result, or both
-
-
-def _join(results: Iterable[Result]) -> List[_Column]:
-    columns: List[_Column] = []
-    for result in results:
-        same = [column for column in columns if _any(column).digest == result.digest]
-        for column in same:
-            scores = column.get("scores")
-            if scores and result.kind == "scores" and scores.truth != result.truth:
-                raise UadtoolError(f"{scores.file} and {result.file} hold scores of one model ({result.path}) for "
-                                   "different images; compare them one at a time, or score the same paths")
-        free = [column for column in same if result.kind not in column]
-        if free:
-            free[0][result.kind] = result
-        else:
-            columns.append({result.kind: result})
-    return columns
-
-
-def _any(column: _Column) -> Result:
+def _any(column: Dict[str, Result]) -> Result:
     return next(iter(column.values()))
+
+
+def _origin(model: Model) -> Dict[str, Any]:
+    known = model.any
+    files = {"scores": model.scores, "bench": model.bench}
+    return {
+        "label": model.label, "path": known.path, "digest": known.digest, "precision": known.precision,
+        "runtime": known.runtime, "machine": known.machine,
+        **({"quantization": known.quantization} if known.quantization else {}),
+        "files": {kind: result.file for kind, result in files.items() if result},
+        **({"shards": list(model.scores.shards)} if model.scores and model.scores.shards else {}),
+    }
 
 
 def _present(values: Iterable[Dict[str, float]]) -> Iterator[Tuple[str, Metric]]:
@@ -142,21 +203,27 @@ def _labels(paths: List[str]) -> List[str]:
             for index, label in enumerate(labels)]
 
 
-def _intervals(first: _Column, other: _Column) -> Dict[str, Tuple[float, float]]:
+def _intervals(first: Model, other: Model) -> Dict[str, Tuple[float, float]]:
     """By metric, the bounds of its difference; empty if not both models have scores of the same labelled images."""
-    a, b = first.get("scores"), other.get("scores")
-    if not a or not b or not a.truth or not b.truth:
+    a, b = first.scores, other.scores
+    if not a or not b:
         return {}
-    if a.truth != b.truth:
+    truth, truth_b = a.truth, b.truth
+    if not truth or not truth_b:
+        return {}
+    if truth != truth_b:
         log.warning("%s and %s are about different images: no confidence intervals", a.file, b.file)
         return {}
-    anomalous, classes = zip(*a.truth.values())
+    anomalous, classes = zip(*truth.values())
     if len(set(anomalous)) == 1:
         return {}
     from uadtool.metrics import paired_bootstrap
 
-    scores_a, scores_b = ([result.image_scores[path] for path in a.truth] for result in (a, b))
-    groups = None if None in classes else classes
-    found = paired_bootstrap(anomalous, scores_a, scores_b, groups, confidence=CONFIDENCE)
-    names = {"mean": "image_auroc", "pooled": "image_auroc.pooled"}
-    return {names[name]: (interval.low, interval.high) for name, interval in found.items()}
+    scores_a, scores_b = ([result.images[path].score for path in truth] for result in (a, b))
+    found = paired_bootstrap(anomalous, scores_a, scores_b, None if None in classes else classes,
+                             repetitions=RESAMPLES, confidence=CONFIDENCE)
+    intervals = {f"image_auroc.{name}": interval for name, interval in found.per_class.items()}
+    intervals["image_auroc.pooled"] = found.pooled
+    if found.mean:
+        intervals["image_auroc"] = found.mean
+    return {name: (interval.low, interval.high) for name, interval in intervals.items()}

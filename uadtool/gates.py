@@ -3,7 +3,7 @@
 import operator
 import re
 from dataclasses import dataclass
-from typing import Any, Dict, Iterator, Optional
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence
 
 from uadtool.comparison import change
 from uadtool.errors import UadtoolError
@@ -71,3 +71,25 @@ class Gate:
         if self.change == "difference":
             return f"{number:+.12g}"
         return f"{number:.12g}{'x' if self.change else ''}"
+
+
+class Verdict(NamedTuple):
+    """What came of a gate: met where there are neither ``failures``, a line for each model, nor an ``error``.
+
+    With an ``error`` it could not be decided.
+    """
+
+    gate: Gate
+    failures: List[str]
+    error: Optional[UadtoolError] = None
+
+
+def decide(gates: Sequence[Gate], record: Dict[str, Any]) -> List[Verdict]:
+    """A verdict for each gate on a ``uadtool.compare/1`` record."""
+    verdicts = []
+    for gate in gates:
+        try:
+            verdicts.append(Verdict(gate, list(gate.failures(record))))
+        except UadtoolError as error:
+            verdicts.append(Verdict(gate, [], error))
+    return verdicts

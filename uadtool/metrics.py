@@ -5,7 +5,10 @@ is made of counts at ascending thresholds, so images (one threshold per distinct
 bin) share the code, and equal scores count half by the trapezoid rule.
 """
 
-from typing import Dict, NamedTuple, Optional, Sequence, Tuple
+import base64
+import json
+import zlib
+from typing import Any, Callable, Dict, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 
@@ -19,7 +22,7 @@ def auroc(labels: Sequence[bool], scores: Sequence[float]) -> float:
         ValueError: the lengths differ, or a label is missing (both are needed).
     """
     _, good, anomalous = _counts(*_checked(labels, scores))
-    return float(_roc_area(good, anomalous))
+    return _roc_area(good, anomalous)
 
 
 def average_precision(labels: Sequence[bool], scores: Sequence[float]) -> float:
@@ -46,6 +49,23 @@ def f1_max(labels: Sequence[bool], scores: Sequence[float]) -> Tuple[float, floa
     return float(f1[best]), float(thresholds[::-1][best])
 
 
+def roc_curve(labels: Sequence[bool], scores: Sequence[float], points: int = 200) -> Tuple[np.ndarray, np.ndarray]:
+    """The false-positive rates and true-positive rates, both from 0 to 1, of thresholds from high to low.
+
+    Of more than ``points`` thresholds those are kept that lie evenly along the curve.
+
+    Raises:
+        ValueError: as ``auroc``.
+    """
+    _, good, anomalous = _counts(*_checked(labels, scores))
+    false, true = _above(good), _above(anomalous)
+    false, true = false / false[-1], true / true[-1]
+    if len(false) > points:
+        kept = np.unique(np.searchsorted(false + true, np.linspace(0, 2, points)).clip(0, len(false) - 1))
+        false, true = false[kept], true[kept]
+    return false, true
+
+
 class PixelMetrics:
     """Pixel AUROC and AUPRO of a stream of anomaly maps, in about 1.5 MB whatever the number of images.
 
@@ -56,11 +76,12 @@ class PixelMetrics:
     """
 
     _BINS = 1 << 16
+    _REGION = 1 << 40  # what a region weighs: in integers, so that no order of images changes a sum
 
     def __init__(self) -> None:
         self._good = np.zeros(self._BINS, np.int64)
         self._anomalous = np.zeros(self._BINS, np.int64)
-        self._overlap = np.zeros(self._BINS)  # each pixel of a region weighs 1 / area of the region
+        self._overlap = np.zeros(self._BINS, np.int64)  # each pixel of a region weighs 1 / area of the region
         self._regions = 0
 
     def update(self, anomaly_map: np.ndarray, mask: np.ndarray) -> None:
@@ -81,9 +102,9 @@ class PixelMetrics:
 
         regions, count = label(mask, structure=np.ones((3, 3)))
         regions, bins = regions[mask], bins[mask]
-        weights = 1 / np.bincount(regions)[regions]
+        weights = np.rint(self._REGION / np.bincount(regions)[regions])
         self._anomalous += np.bincount(bins, minlength=self._BINS)
-        self._overlap += np.bincount(bins, weights, minlength=self._BINS)
+        self._overlap += np.bincount(bins, weights, minlength=self._BINS).astype(np.int64)
         self._regions += count
 
     def merge(self, other: "PixelMetrics") -> None:
@@ -93,11 +114,43 @@ class PixelMetrics:
         self._overlap += other._overlap
         self._regions += other._regions
 
+    def to_json(self) -> Dict[str, Any]:
+        """All that was counted, to be merged elsewhere: usually 5 to 35 KB of text, whatever the number of images.
+
+        ``regions`` is their number. ``bins`` is the base64 of the zlib-compressed JSON text of four lists about the
+        bins that are not empty, ascending: distance to the bin before, good pixels, anomalous ones, their overlap.
+        """
+        filled = np.flatnonzero(self._good + self._anomalous)
+        lists = [np.diff(filled, prepend=0), self._good[filled], self._anomalous[filled], self._overlap[filled]]
+        text = json.dumps([values.tolist() for values in lists], separators=(",", ":"))
+        return {"regions": self._regions, "bins": base64.b64encode(zlib.compress(text.encode(), 9)).decode()}
+
+    @classmethod
+    def from_json(cls, counted: Dict[str, Any]) -> "PixelMetrics":
+        """The opposite of ``to_json``.
+
+        Raises:
+            ValueError: that did not write it.
+        """
+        found = cls()
+        try:
+            text = zlib.decompress(base64.b64decode(counted["bins"], validate=True))
+            lists = np.array(json.loads(text), np.int64)
+            if lists.ndim != 2 or (lists < 0).any():
+                raise ValueError("not lists of counts")
+            distances, *counts = lists
+            filled = np.cumsum(distances)
+            found._good[filled], found._anomalous[filled], found._overlap[filled] = counts
+            found._regions = int(counted["regions"])
+        except (IndexError, KeyError, OverflowError, TypeError, ValueError, zlib.error) as error:
+            raise ValueError(f"its pixel counts cannot be read: {error}") from error
+        return found
+
     def auroc(self) -> Optional[float]:
         """Pixel AUROC, or None without good or without anomalous pixels."""
         if not self._good.any() or not self._anomalous.any():
             return None
-        return float(_roc_area(self._good, self._anomalous))
+        return _roc_area(self._good, self._anomalous)
 
     def aupro(self, limit: float = 0.3) -> Optional[float]:
         """Area under the per-region overlap curve up to the false-positive rate ``limit``, divided by ``limit``.
@@ -109,10 +162,10 @@ class PixelMetrics:
         if not self._good.any() or not self._regions:
             return None
         rate = _above(self._good) / self._good.sum()
-        overlap = _above(self._overlap) / self._regions
+        overlap = _above(self._overlap) / (self._REGION * self._regions)
         inside = rate <= limit
         at_limit = np.interp(limit, rate, overlap)
-        return float(_area(np.append(rate[inside], limit), np.append(overlap[inside], at_limit)) / limit)
+        return _area(np.append(rate[inside], limit), np.append(overlap[inside], at_limit)) / limit
 
     @staticmethod
     def _bins(values: np.ndarray) -> np.ndarray:
@@ -130,43 +183,48 @@ class Interval(NamedTuple):
     high: float
 
 
+class Differences(NamedTuple):
+    """Of the image AUROC over all images in one list (``pooled``), of each class that has both labels, of their mean.
+
+    ``mean`` is None where no class has both.
+    """
+
+    pooled: Interval
+    mean: Optional[Interval]
+    per_class: Dict[str, Interval]
+
+
 def paired_bootstrap(
     labels: Sequence[bool],
     scores_a: Sequence[float],
     scores_b: Sequence[float],
-    groups: Optional[Sequence[str]] = None,
+    classes: Optional[Sequence[str]] = None,
     repetitions: int = 1000,
     seed: int = 0,
     confidence: float = 0.95,
-) -> Dict[str, Interval]:
+) -> Differences:
     """How far the image AUROC of b minus that of a could be chance: percentile intervals over resamples of the images.
 
-    Images are drawn with replacement within each group (class) and label, the same draw for both models. Returns
-    ``pooled``: all images in one list, and when ``groups`` are given ``mean``: the mean over the groups that have both
-    labels (left out when none has).
+    Images are drawn with replacement within each class and label, the same draw for both models and all figures.
 
     Raises:
         ValueError: the lengths differ, or a label is missing.
     """
     truth, a = _checked(labels, scores_a)
     b = _checked(labels, scores_b)[1]
-    names = np.zeros(len(truth)) if groups is None else np.asarray(groups)
-    members = [np.flatnonzero(names == name) for name in np.unique(names)]
-    lists = {"pooled": [np.arange(len(truth))]}
-    if groups is not None:
-        lists["mean"] = [index for index in members if truth[index].any() and not truth[index].all()]
+    names = np.zeros(len(truth)) if classes is None else np.asarray(classes)
+    members = {name: np.flatnonzero(names == name) for name in np.unique(names)}
+    strata = [index[truth[index] == label] for index in members.values() for label in np.unique(truth[index])]
+    both = {} if classes is None else {str(name): index for name, index in members.items()
+                                       if truth[index].any() and not truth[index].all()}
+    areas = [(_weighted_area(truth, a, index), _weighted_area(truth, b, index))
+             for index in (np.arange(len(truth)), *both.values())]
 
-    def differences(weights: np.ndarray) -> Dict[str, np.ndarray]:
-        def area(index: np.ndarray, scores: np.ndarray) -> np.ndarray:
-            return _roc_area(*_counts(truth[index], scores[index], weights[:, index])[1:])
-
-        return {
-            name: np.mean([area(index, b) - area(index, a) for index in indices], axis=0)
-            for name, indices in lists.items() if indices
-        }
+    def differences(weights: np.ndarray) -> np.ndarray:
+        """[1 + classes, resamples]: pooled, then each class."""
+        return np.stack([of_b(weights) - of_a(weights) for of_a, of_b in areas])
 
     random = np.random.default_rng(seed)
-    strata = [index[truth[index] == label] for index in members for label in np.unique(truth[index])]
     resampled = []
     for start in range(0, repetitions, _BATCH):
         weights = np.empty((min(_BATCH, repetitions - start), len(truth)))
@@ -174,12 +232,36 @@ def paired_bootstrap(
             even = np.full(len(index), 1 / len(index))
             weights[:, index] = random.multinomial(len(index), even, size=len(weights))
         resampled.append(differences(weights))
+    observed, drawn = differences(np.ones((1, len(truth))))[:, 0], np.concatenate(resampled, axis=1)
 
-    tails = [(1 - confidence) / 2, (1 + confidence) / 2]
-    return {
-        name: Interval(float(observed[0]), *np.quantile(np.concatenate([part[name] for part in resampled]), tails))
-        for name, observed in differences(np.ones((1, len(truth)))).items()
-    }
+    def interval(difference: float, drawn: np.ndarray) -> Interval:
+        low, high = np.quantile(drawn, [(1 - confidence) / 2, (1 + confidence) / 2])
+        return Interval(float(difference), float(low), float(high))
+
+    return Differences(
+        interval(observed[0], drawn[0]),
+        interval(observed[1:].mean(), drawn[1:].mean(axis=0)) if both else None,
+        {name: interval(*found) for name, *found in zip(both, observed[1:], drawn[1:])},
+    )
+
+
+def _weighted_area(truth: np.ndarray, scores: np.ndarray, index: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+    """A function of weights [resamples, images], which gives the AUROC [resamples] of the images ``index``.
+
+    It counts, for each anomalous image, the weight of the good ones below it. All sorting is done once, here.
+    """
+    good, anomalous = (index[truth[index] == label] for label in (False, True))
+    good, anomalous = (of[np.argsort(scores[of], kind="stable")] for of in (good, anomalous))
+    below, upto = (np.searchsorted(scores[good], scores[anomalous], side) for side in ("left", "right"))
+
+    def area(weights: np.ndarray) -> np.ndarray:
+        reached = np.zeros((len(weights), len(good) + 1))
+        np.cumsum(weights[:, good], axis=1, out=reached[:, 1:])
+        chosen = weights[:, anomalous]
+        won = np.sum(chosen * (reached[:, below] + reached[:, upto]), axis=1) / 2
+        return np.asarray(won / (reached[:, -1] * chosen.sum(axis=1)))
+
+    return area
 
 
 def _checked(labels: Sequence[bool], scores: Sequence[float]) -> Tuple[np.ndarray, np.ndarray]:
@@ -191,32 +273,23 @@ def _checked(labels: Sequence[bool], scores: Sequence[float]) -> Tuple[np.ndarra
     return truth, values
 
 
-def _counts(
-    labels: np.ndarray, scores: np.ndarray, weights: Optional[np.ndarray] = None
-) -> Tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The distinct scores, ascending, and the weight [..., distinct] of good and of anomalous images at each.
-
-    ``weights`` are [..., images], ones when not given.
-    """
-    order = np.argsort(scores, kind="stable")
-    labels, scores = labels[order], scores[order]
-    weights = np.ones(len(order)) if weights is None else weights[..., order]
-    starts = np.flatnonzero(np.diff(scores, prepend=-np.inf))
-    good, anomalous = (np.add.reduceat(weights * chosen, starts, axis=-1) for chosen in (~labels, labels))
-    return scores[starts], good, anomalous
+def _counts(labels: np.ndarray, scores: np.ndarray) -> Tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The distinct scores, ascending, and how many good and how many anomalous images have each."""
+    distinct, place = np.unique(scores, return_inverse=True)
+    good, anomalous = (np.bincount(place[chosen], minlength=len(distinct)) for chosen in (~labels, labels))
+    return distinct, good, anomalous
 
 
 def _above(counts: np.ndarray) -> np.ndarray:
     """How many lie at or above each threshold, from the highest threshold (after a leading zero) to the lowest."""
-    total = np.cumsum(counts[..., ::-1], axis=-1, dtype=float)
-    return np.concatenate([np.zeros_like(total[..., :1]), total], axis=-1)
+    return np.append(0.0, np.cumsum(counts[::-1], dtype=float))
 
 
-def _area(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """The area under y(x) along the last axis, by the trapezoid rule."""
-    return np.asarray(np.sum(np.diff(x) * (y[..., 1:] + y[..., :-1]), axis=-1) / 2)
+def _area(x: np.ndarray, y: np.ndarray) -> float:
+    """The area under y(x), by the trapezoid rule."""
+    return float(np.sum(np.diff(x) * (y[1:] + y[:-1])) / 2)
 
 
-def _roc_area(good: np.ndarray, anomalous: np.ndarray) -> np.ndarray:
+def _roc_area(good: np.ndarray, anomalous: np.ndarray) -> float:
     false, true = _above(good), _above(anomalous)
-    return np.asarray(_area(false, true) / (false[..., -1] * true[..., -1]))
+    return float(_area(false, true) / (false[-1] * true[-1]))

@@ -33,9 +33,9 @@ def verbosity(command: F) -> F:
     return quiet(verbose(command))
 
 
-def output(help: str) -> Callable[[F], F]:
-    """``-o/--output FILE``, required."""
-    return click.option("-o", "--output", required=True, metavar="FILE", type=click.Path(dir_okay=False), help=help)
+def output(help: str, required: bool = True) -> Callable[[F], F]:
+    """``-o/--output FILE``."""
+    return click.option("-o", "--output", required=required, metavar="FILE", type=click.Path(dir_okay=False), help=help)
 
 
 device = click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True,

@@ -4,34 +4,57 @@ import json
 import math
 import re
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional, Tuple
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Tuple
 
 from uadtool.errors import UadtoolError
 
 
+class ScoredImage(NamedTuple):
+    """An ``image`` line. ``anomalous`` is the verdict; ``label`` (good or anomalous) and ``class_name`` if known."""
+
+    score: float
+    raw_score: float
+    anomalous: bool
+    label: Optional[str]
+    class_name: Optional[str]
+
+
 @dataclass(frozen=True)
 class Result:
-    """What one file says about one model.
+    """What one run of ``score`` or ``bench`` says about one model; or several runs of ``score``, merged.
 
     ``kind`` is ``scores`` or ``bench``. ``quantization`` is as in the record, empty for a float model. ``runtime`` is
     what ran it, with the version, and ``machine`` the board or processor. ``values`` are by metric name, in the units
     of ``uadtool.comparison.METRICS``.
-    For each image with a label, by path, ``truth`` is (anomalous, class) and ``image_scores`` its score.
+
+    Of scores alone: ``threshold``; the ``images`` that have a score, by path; ``pixels``, what the pixel metrics are
+    computed from (``Evaluation.pixels``), None in files that do not hold it; ``shards``, the files that were merged.
     """
 
     kind: str
     file: str
     path: str
     digest: str
+    method: str
     precision: str
     quantization: Dict[str, Any]
     runtime: str
     machine: str
+    tool: str
+    started: str
     values: Dict[str, float]
-    truth: Dict[str, Tuple[bool, Optional[str]]] = field(default_factory=dict)
-    image_scores: Dict[str, float] = field(default_factory=dict)
+    threshold: float = math.nan
+    images: Dict[str, ScoredImage] = field(default_factory=dict)
+    pixels: Optional[Dict[str, Any]] = None
+    shards: Tuple[str, ...] = ()
+
+    @property
+    def truth(self) -> Dict[str, Tuple[bool, Optional[str]]]:
+        """For each image with a label, by path: is it anomalous, and its class."""
+        return {path: (image.label == "anomalous", image.class_name)
+                for path, image in self.images.items() if image.label}
 
 
 def read_results(file: str) -> List[Result]:
@@ -54,18 +77,16 @@ def read_results(file: str) -> List[Result]:
         try:
             kind = record.get("schema") or record["type"]
             if kind == "uadtool.score/1" and not run:
-                run = _result("scores", name, record["host"], record, {})
+                run = replace(_result("scores", name, record, record, {}), threshold=_number(record["threshold"]))
             elif kind == "image" and run:
-                if "label" in record:
-                    run.truth[record["path"]] = (record["label"] == "anomalous", record.get("class"))
-                    run.image_scores[record["path"]] = _number(record["score"])
+                if "error" not in record:
+                    run.images[record["path"]] = _scored(record)
             elif kind == "summary" and run:
-                run.values.update(_score_values(record.get("metrics", {})))
-                results.append(run)
+                results.append(replace(run, values=score_values(record.get("metrics", {})),
+                                       pixels=record.get("pixels")))
                 run = None
             elif kind == "uadtool.bench/1" and not run:
-                results += [_result("bench", name, record["host"], entry, _bench_values(entry))
-                            for entry in record["models"]]
+                results += [_result("bench", name, record, entry, _bench_values(entry)) for entry in record["models"]]
             else:
                 raise ValueError(f"{kind!r} is not expected here")
         except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -99,14 +120,20 @@ def _objects(text: str, name: str) -> Iterator[Tuple[int, Dict[str, Any]]]:
 _CONTENT = re.compile(r"\S")
 
 
-def _result(kind: str, file: str, host: Dict[str, Any], entry: Dict[str, Any], values: Dict[str, float]) -> Result:
-    model, runtime = entry["model"], entry["runtime"]
-    return Result(kind, file, str(model["path"]), str(model["digest"]), str(model["precision"]),
+def _result(kind: str, file: str, opening: Dict[str, Any], entry: Dict[str, Any], values: Dict[str, float]) -> Result:
+    model, runtime, host = entry["model"], entry["runtime"], opening["host"]
+    return Result(kind, file, str(model["path"]), str(model["digest"]), str(model["method"]), str(model["precision"]),
                   dict(model.get("quantization", {})), f"{runtime['name']} {runtime['version']}",
-                  str(host.get("board") or host["cpu"]), values)
+                  str(host.get("board") or host["cpu"]), str(opening["tool"]), str(opening["started"]), values)
 
 
-def _score_values(metrics: Dict[str, Any]) -> Dict[str, float]:
+def _scored(record: Dict[str, Any]) -> ScoredImage:
+    return ScoredImage(_number(record["score"]), _number(record["raw_score"]), bool(record["anomalous"]),
+                       record.get("label"), record.get("class"))
+
+
+def score_values(metrics: Dict[str, Any]) -> Dict[str, float]:
+    """The values of a ``metrics`` object, by metric name."""
     image_auroc = metrics.get("image_auroc", {})
     found = {name: metrics.get(name, {}).get("mean")
              for name in ("image_auroc", "average_precision", "f1_max", "pixel_auroc", "aupro")}

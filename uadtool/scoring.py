@@ -3,7 +3,6 @@
 import time
 from itertools import islice
 from typing import (
-    TYPE_CHECKING,
     Any,
     Callable,
     Dict,
@@ -24,12 +23,10 @@ from PIL import Image
 from uadtool import host
 from uadtool.dataset import Sample
 from uadtool.errors import UadtoolError
+from uadtool.evaluation import Evaluation, rounded
 from uadtool.images import read_ahead, read_image, read_mask
 from uadtool.metadata import Metadata
 from uadtool.runtimes import Runtime, describe
-
-if TYPE_CHECKING:
-    from uadtool.metrics import PixelMetrics
 
 SCHEMA = "uadtool.score/1"
 
@@ -70,7 +67,8 @@ def score(
     yield {"schema": SCHEMA, "type": "run", **host.opening(), **describe(runtime), "threshold": threshold}
     began = time.perf_counter()
     images = errors = anomalous = 0
-    evaluation = Evaluation(threshold, runtime.metadata.image_size)
+    evaluation = Evaluation(threshold)
+    labelled = False
     for sample, found in predict(runtime, samples, batch_size):
         images += 1
         if isinstance(found, UadtoolError):
@@ -94,18 +92,20 @@ def score(
             record.update(output(record, found.anomaly_map, threshold))
         yield record
         if sample.label:
-            evaluation.add(sample, found)
+            labelled = True
+            evaluate(evaluation, sample, found, runtime.metadata.image_size)
     seconds = time.perf_counter() - began
     summary: Record = {
         "type": "summary",
         "images": images,
         "errors": errors,
         "anomalous": anomalous,
-        "seconds": _round(seconds),
-        "images_per_second": _round((images - errors) / seconds),
+        "seconds": rounded(seconds),
+        "images_per_second": rounded((images - errors) / seconds),
     }
-    metrics = evaluation.figures()
-    yield {**summary, "metrics": metrics} if metrics else summary
+    if labelled:
+        summary.update(metrics=evaluation.figures(), pixels=evaluation.pixels())
+    yield summary
 
 
 def predict(
@@ -129,7 +129,7 @@ def predict(
         if images:
             began = time.perf_counter()
             outputs = zip(*runtime.run(np.stack(images)))
-            milliseconds = _round(1000 * (time.perf_counter() - began) / len(images))
+            milliseconds = rounded(1000 * (time.perf_counter() - began) / len(images))
         return [content if isinstance(content, UadtoolError)
                 else _prediction(runtime.metadata, sample, *next(outputs), content[1], milliseconds)
                 for sample, content in zip(batch, contents)]
@@ -142,70 +142,16 @@ def predict(
         yield from zip(batch, found)
 
 
-class Evaluation:
-    """Detection figures of labelled images, gathered image by image."""
+def evaluate(evaluation: Evaluation, sample: Sample, found: Prediction, size: Tuple[int, int]) -> None:
+    """Count an image whose ``label`` is known, its map in ``size`` (height, width).
 
-    def __init__(self, threshold: float, image_size: Tuple[int, int]) -> None:
-        self._threshold = threshold
-        self._image_size = image_size
-        self._classes: List[str] = []
-        self._labels: List[bool] = []
-        self._scores: List[float] = []
-        self._raw_scores: List[float] = []
-        self._pixels: Dict[str, "PixelMetrics"] = {}
-
-    def add(self, sample: Sample, found: Prediction) -> None:
-        """Count an image whose ``label`` is known. An anomalous one without a mask counts for the image only."""
-        name, anomalous = sample.class_name or "", sample.label == "anomalous"
-        self._classes.append(name)
-        self._labels.append(anomalous)
-        self._scores.append(found.score)
-        self._raw_scores.append(found.raw_score)
-        mask = found.mask
-        if mask is None and not anomalous:
-            mask = np.zeros(self._image_size, bool)
-        if mask is not None:
-            from uadtool.metrics import PixelMetrics
-
-            pixels = self._pixels.setdefault(name, PixelMetrics())
-            pixels.update(upsample(found.anomaly_map, self._image_size), mask)
-
-    def figures(self) -> Record:
-        """The ``metrics`` object of the summary: what the labels and masks seen suffice for.
-
-        Each figure has its value over all images in one list (``pooled``), for each class that has both labels
-        (``per_class``), and their ``mean``, which is the pooled value when no class is known.
-        """
-        labels, scores = np.array(self._labels, bool), np.array(self._scores)
-        found: Record = {}
-        if labels.any() and not labels.all():
-            from uadtool import metrics
-
-            raw = self._images(metrics.auroc, np.array(self._raw_scores))
-            found["image_auroc"] = {**self._images(metrics.auroc, scores), "pooled_raw": raw["pooled"]}
-            found["average_precision"] = self._images(metrics.average_precision, scores)
-            found["f1_max"] = self._images(lambda labels, scores: metrics.f1_max(labels, scores)[0], scores)
-        for name, chosen in (("false_positive_rate", ~labels), ("recall", labels)):
-            if chosen.any():
-                found[name] = _round(np.mean(scores[chosen] > self._threshold))
-        with_masks = {name: pixels for name, pixels in self._pixels.items() if pixels.auroc() is not None}
-        if with_masks:
-            from uadtool.metrics import PixelMetrics
-
-            pooled = PixelMetrics()
-            for pixels in with_masks.values():
-                pooled.merge(pixels)
-            for name, figure in (("pixel_auroc", PixelMetrics.auroc), ("aupro", PixelMetrics.aupro)):
-                found[name] = _figures(figure(pooled), {key: figure(pixels) for key, pixels in with_masks.items()})
-        return found
-
-    def _images(self, figure: Callable[[Any, Any], float], scores: np.ndarray) -> Record:
-        labels, classes = np.array(self._labels), np.array(self._classes)
-        members = {name: classes == name for name in sorted(set(self._classes))}
-        return _figures(figure(labels, scores), {
-            name: figure(labels[chosen], scores[chosen])
-            for name, chosen in members.items() if labels[chosen].any() and not labels[chosen].all()
-        })
+    The pixels of an anomalous one without a mask do not count, since nobody knows which of them are.
+    """
+    name, anomalous = sample.class_name or "", sample.label == "anomalous"
+    evaluation.add(name, anomalous, found.score, found.raw_score)
+    mask = found.mask if anomalous or found.mask is not None else np.zeros(size, bool)
+    if mask is not None:
+        evaluation.add_pixels(name, upsample(found.anomaly_map, size), mask)
 
 
 def upsample(anomaly_map: np.ndarray, size: Tuple[int, int]) -> np.ndarray:
@@ -217,18 +163,4 @@ def _prediction(metadata: Metadata, sample: Sample, score: np.float32, raw_score
                 nearest: np.int32, mask: Optional[np.ndarray], milliseconds: float) -> Union[Prediction, UadtoolError]:
     if not (np.isfinite(score) and np.isfinite(anomaly_map).all()):
         return UadtoolError(f"{sample.path}: the model gave a score that is not a finite number")
-    return Prediction(_round(score), _round(raw_score), metadata.classes[nearest], anomaly_map, mask, milliseconds)
-
-
-def _figures(pooled: Any, per_class: Dict[str, Any]) -> Record:
-    named = {name: value for name, value in per_class.items() if name}
-    mean = sum(named.values()) / len(named) if named else pooled
-    return {
-        "mean": _round(mean),
-        "pooled": _round(pooled),
-        "per_class": {name: _round(value) for name, value in named.items()},
-    }
-
-
-def _round(value: Any) -> float:
-    return float(f"{value:.6g}")
+    return Prediction(rounded(score), rounded(raw_score), metadata.classes[nearest], anomaly_map, mask, milliseconds)

@@ -1,4 +1,5 @@
-from typing import Tuple
+import json
+from typing import Optional, Sequence, Tuple
 
 import click
 
@@ -7,46 +8,85 @@ from uadtool import options
 
 @click.command()
 @click.argument("files", nargs=-1, required=True, metavar="FILE...")
-@click.option("--format", "style", type=click.Choice(["table", "markdown", "csv", "json"]), default="table",
-              show_default=True, help="What to print.")
+@click.option("--format", "style", type=click.Choice(["table", "markdown", "csv", "json", "html"]),
+              help="What to print; html is a page with charts and images  [default: table]")
+@click.option("--changed", is_flag=True,
+              help="Print the images that changed sides of the threshold instead, as JSON lines.")
 @click.option("--gate", "conditions", multiple=True, metavar="EXPR",
               help="Exit with 4 unless METRIC OP NUMBER holds; may be repeated.")
+@click.option("--junit", metavar="FILE", type=click.Path(dir_okay=False),
+              help="Write the gates as JUnit XML, a test case each.")
+@options.output("Write there, not to stdout.", required=False)
 @options.verbosity
-def compare(files: Tuple[str, ...], style: str, conditions: Tuple[str, ...]) -> None:
+def compare(files: Tuple[str, ...], style: Optional[str], changed: bool, conditions: Tuple[str, ...],
+            junit: Optional[str], output: Optional[str]) -> None:
     """Set models side by side, each against the first.
 
     FILES are outputs of score and bench, mixed, in any order; results of the same model are joined. `-` is stdin.
-    Metrics have a difference to the first model, image AUROC with its 95% bootstrap interval over the images; speed and
-    size have a ratio.
+    Scores of the same model for different images (shards) are merged. Metrics have a difference to the first model,
+    image AUROC with its 95% bootstrap interval over the images; speed and size have a ratio.
 
     A gate takes a metric name as in --format json, one of >= <= > <, and a number in the unit of the table: a plain
     number must hold for every model; a signed one is a difference and one with x a ratio to the first model, and must
     hold for all others.
 
     \b
-    Example:
+    Examples:
       uadtool compare fp32.jsonl int8.jsonl bench.json \\
-        --gate 'image_auroc>=-0.01' --gate 'file_size<=0.34x' --gate 'latency_p50<=20'
+        --gate 'image_auroc>=-0.01' --gate 'file_size<=0.34x' --junit gates.xml
+      uadtool compare fp32.jsonl int8.jsonl bench.json --format html -o report.html
+      uadtool compare fp32.jsonl int8.jsonl --changed | jq -r .path
     """
-    from uadtool.comparison import compare as compare_files
-    from uadtool.gates import Gate
+    if changed and style:
+        raise click.UsageError("--changed prints JSON lines; leave out --format.")
+    if junit and not conditions:
+        raise click.UsageError("--junit is about gates; give at least one --gate.")
+
+    from uadtool import comparison
+    from uadtool.artifacts import atomic_write, check_writable
+    from uadtool.gates import Gate, decide
 
     try:
         gates = [Gate.parse(condition) for condition in conditions]
     except ValueError as error:
         raise click.BadParameter(str(error), param_hint="--gate") from error
-    record = compare_files(files)
-    failures = [failure for gate in gates for failure in gate.failures(record)]
+    for path in filter(None, (junit, output)):
+        check_writable(path)
+    models = comparison.join(files)
+    # Scores without labels have no figures, but their images may have changed sides.
+    record = comparison.set_side_by_side(models) if gates or not changed else {}
+    verdicts = decide(gates, record)
+    if junit:
+        from uadtool.reports.junit import as_junit
 
-    if style == "json":
-        from uadtool.artifacts import write_json
+        with atomic_write(junit) as temporary:
+            temporary.write_bytes(as_junit(verdicts))
+    for verdict in verdicts:
+        if verdict.error:
+            raise verdict.error
 
-        write_json(record)
+    if changed:
+        text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in comparison.changed(models))
+    elif style == "json":
+        text = json.dumps(record, indent=2, allow_nan=False) + "\n"
+    elif style == "html":
+        from uadtool.reports.html import as_html
+
+        text = as_html(models, record, verdicts)
     else:
         from uadtool.reports import table
 
         text = table.as_csv(record) if style == "csv" else table.as_table(record, markdown=style == "markdown")
-        click.echo(text.encode("utf-8", "replace"), nl=False)  # names of files may hold what UTF-8 cannot
+    content = text.encode("utf-8", "replace")  # names of files may hold what UTF-8 cannot
+    if output:
+        with atomic_write(output) as temporary:
+            temporary.write_bytes(content)
+    else:
+        click.echo(content, nl=False)
+    _require([failure for verdict in verdicts for failure in verdict.failures])
+
+
+def _require(failures: Sequence[str]) -> None:
     if failures:
         import logging
 

@@ -7,17 +7,23 @@ from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 from tabulate import tabulate
 
-_DECIMALS = {"": 4, "ms": 2, "images/s": 1, "MB": 1, "mJ": 1, "M": 2, "G": 3}
+from uadtool.comparison import METRICS
+
+DECIMALS = {"": 4, "ms": 2, "images/s": 1, "MB": 1, "mJ": 1, "M": 2, "G": 3}
 """Digits after the point, by unit."""
 
 _HEADER_WIDTH = 12
 """Longer file names are broken after punctuation: three models fit into 100 columns."""
 
+_LINES = 40
+"""Classes have intervals in a table that is no longer with them."""
+
 
 def as_table(record: Dict[str, Any], markdown: bool = False) -> str:
     """A column per model, and after each but the first its change against the first.
 
-    Below an image AUROC stands the confidence interval of its change, where there is one.
+    Below an image AUROC stands the confidence interval of its change, where there is one; of classes only while all
+    of it still fits on a screen.
     """
     headers = ["metric"]
     for index, model in enumerate(record["models"]):
@@ -27,8 +33,10 @@ def as_table(record: Dict[str, Any], markdown: bool = False) -> str:
     for label, cells in _origins(record["models"]):
         shown = cells if markdown else [_broken(cell) for cell in cells]
         lines.append([label, shown[0], *(part for cell in shown[1:] for part in (cell, ""))])
+    with_interval = [row for row in record["rows"] if "intervals" in row]
+    fits = len(lines) + len(record["rows"]) + len(with_interval) <= _LINES
     for row in record["rows"]:
-        decimals = _DECIMALS[row["unit"]]
+        decimals = DECIMALS[row["unit"]]
         line, below = [f"{row['label']}, {row['unit']}" if row["unit"] else row["label"]], [""]
         intervals = row.get("intervals", [None] * len(headers))
         for index, (value, change, interval) in enumerate(zip(row["values"], row["changes"], intervals)):
@@ -38,7 +46,7 @@ def as_table(record: Dict[str, Any], markdown: bool = False) -> str:
                 line.append(_change(change, row["change"], decimals))
                 below.append("..".join(f"{bound:.3f}" for bound in interval or []))
         lines.append(line)
-        if any(below):
+        if any(below) and (fits or row["metric"] in METRICS):
             lines.append([f"{record['confidence']:.0%} interval", *below[1:]])
     style = "pipe" if markdown else "simple"
     alignment = ["left"] + ["right"] * (len(headers) - 1)
