@@ -8,7 +8,7 @@ import numpy as np
 from uadtool.metrics import auroc
 
 HOST = {"system": "Linux", "machine": "aarch64", "cpu": "some", "cores": 4, "python": "3.8.10"}
-RUNTIME = {"name": "onnxruntime", "version": "1.23.0", "threads": 2}
+RUNTIME = {"name": "onnxruntime", "version": "1.23.0", "threads": 2, "streams": 2}
 
 
 def model(path: str, digest: str = "") -> Dict[str, Any]:

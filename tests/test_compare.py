@@ -349,7 +349,7 @@ def test_the_table_tells_what_ran_the_models_where_that_differs(files):
     assert "machine" not in table.as_table(compare(["fp32.jsonl", "int8.jsonl"]))
     records = score_records("int8.onnx")
     records[0]["host"] = {**HOST, "board": "NVIDIA Jetson Xavier NX Developer Kit"}
-    records[0]["runtime"] = {"name": "tensorrt", "version": "8.5.2.2", "threads": 6}
+    records[0]["runtime"] = {"name": "tensorrt", "version": "8.5.2.2", "threads": 6, "streams": 1}
     Path("device.jsonl").write_text(lines(records))
     record = compare(["fp32.jsonl", "device.jsonl"])
     validate(json.loads(json.dumps(record)), "compare")

@@ -183,6 +183,8 @@ def _watched(folder: str) -> Iterator[str]:
 
 
 def _write_json(record: Dict[str, Any]) -> None:
+    if sys.stdout.isatty():
+        record.pop("pixels", None)  # kilobytes that no eye reads
     print(json.dumps(record, allow_nan=False), flush=True)
 
 
