@@ -169,10 +169,11 @@ class PixelMetrics:
 
     @staticmethod
     def _bins(values: np.ndarray) -> np.ndarray:
-        # Read as an unsigned integer, float32 is in order once negative numbers are inverted and the others get
-        # the top bit. Adding zero makes -0.0 equal to 0.0.
-        bits = (values.astype(np.float32) + np.float32(0)).view(np.uint32)
-        return np.asarray(np.where(bits >> 31, ~bits, bits | np.uint32(1 << 31)) >> 16)
+        # Read as a signed integer, float32 is in order once all but the sign of negative numbers is inverted. Adding
+        # zero makes -0.0 equal to 0.0.
+        bits = (values.astype(np.float32, copy=False) + np.float32(0)).view(np.int32)
+        ordered = bits ^ ((bits >> 31) & np.int32(0x7FFFFFFF))
+        return np.asarray((ordered >> 16).astype(np.intp) + (PixelMetrics._BINS >> 1))
 
 
 class Interval(NamedTuple):
