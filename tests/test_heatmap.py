@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from uadtool.errors import UadtoolError
-from uadtool.images import read_mask
+from uadtool.images import ImageError, read_mask
 from uadtool.reports import heatmap
 from uadtool.reports.files import AnomalousImages, Folder, Masks
 from uadtool.reports.heatmap import CAPTION_WIDTH, MARGIN, TILE, ContactSheet, Heatmaps, render
@@ -176,3 +176,21 @@ def test_the_contact_sheet_shows_the_highest_scores_first(tmp_path, images, colu
 def test_without_images_there_is_no_contact_sheet(tmp_path):
     ContactSheet(str(tmp_path / "sheet.png"), 4).save()
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("output", [
+    Heatmaps, Masks, AnomalousImages, lambda folder: AnomalousImages(folder, link=True)])
+def test_an_image_is_never_overwritten(tmp_path, monkeypatch, output):
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (50, 50)).save("a.png")
+    before = Path("a.png").read_bytes()
+    with pytest.raises(UadtoolError, match=r"a\.png is the image itself; write into a folder of its own"):
+        output(".").add(record("a.png"), np.zeros((4, 4), np.float32), THRESHOLD)
+    assert Path("a.png").read_bytes() == before
+    assert not Path("a.png").is_symlink()
+
+
+@pytest.mark.parametrize("output", [Heatmaps, Masks, AnomalousImages])
+def test_an_image_that_is_gone_is_no_reason_to_end(tmp_path, output):
+    with pytest.raises(ImageError):
+        output(str(tmp_path / "out")).add(record(tmp_path / "gone.png"), np.zeros((4, 4), np.float32), THRESHOLD)

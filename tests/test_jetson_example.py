@@ -123,6 +123,26 @@ def test_what_is_done_is_not_done_again(deployed, make, int8):
     assert changed == ["device.scores.jsonl"]
 
 
+def test_another_setting_is_no_reason_to_show_old_results(deployed, make):
+    before = (make.out / "device.bench.json").stat().st_mtime_ns
+    changed = make("deploy", BENCH_OPTIONS="--duration 0.1 --repetitions 2")
+    assert changed.returncode == 0, changed.stderr
+    bench = json.loads((make.out / "device.bench.json").read_text())
+    assert bench["settings"]["repetitions"] == 2
+    assert (make.out / "device.bench.json").stat().st_mtime_ns != before
+
+
+@pytest.mark.parametrize(("variables", "message"), [
+    ({"REMOTE": ""}, "REMOTE must not be empty"), ({"REMOTE": "my folder"}, "REMOTE must not have spaces"),
+    ({"OUT": ""}, "OUT must not be empty"), ({"DATA": "a b"}, "DATA must not have spaces"),
+])
+def test_folders_that_would_do_harm_are_refused(make, variables, message):
+    done = make("deploy", MAKEFLAGS="n", **variables)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "rm -rf" not in done.stdout
+
+
 def test_a_gate_that_is_not_met(deployed, make):
     done = make("deploy", GATES="'image_auroc>=1.5'")
     assert done.returncode == 2

@@ -252,6 +252,21 @@ def test_images_are_answered_as_they_appear(following, mvtec):
     assert process.wait(30) == 0
 
 
+def test_what_is_moved_in_from_elsewhere_is_found(following, mvtec, tmp_path):
+    process, folder = following
+    pixels = (mvtec / "red/test/spot/003.png").read_bytes()
+    (tmp_path / "elsewhere" / "inner").mkdir(parents=True)
+    for name in ("x.png", "inner/y.png"):
+        (tmp_path / "elsewhere" / name).write_bytes(pixels)
+    (tmp_path / "elsewhere/x.png").rename(folder / "x.png")
+    assert json.loads(process.stdout.readline())["path"] == str(folder / "x.png")
+    (tmp_path / "elsewhere/inner").rename(folder / "moved")  # a folder
+    assert json.loads(process.stdout.readline())["path"] == str(folder / "moved/y.png")
+    (folder / "new").mkdir()
+    (folder / "new/z.png").write_bytes(pixels)  # before it is watched
+    assert json.loads(process.stdout.readline())["path"] == str(folder / "new/z.png")
+
+
 def test_a_half_written_image_is_waited_for(following, mvtec):
     process, folder = following
     pixels = (mvtec / "red/test/spot/003.png").read_bytes()
@@ -281,6 +296,9 @@ def test_what_cannot_be_followed(uadtool, detector, arguments, code, message):
 @pytest.mark.parametrize(("arguments", "message"), [
     (["--threshold", "1", "--false-positive-rate", "0.1", "x.png"], "exclude each other"),
     (["--fail-above", "1", "--fail-anomalous", "x.png"], "exclude each other"),
+    (["--heatmaps", "a", "--masks", "./a", "x.png"], "its own folder"),
+    (["--follow", "a", "--batch-size", "2"], "one by one"),
+    (["--follow", "a", "--masks", "a/masks"], "would be scored again"),
     (["-0", "x.png"], "-0 is for paths on stdin"),
     (["x.png", "-"], "either PATHs or -"),
     (["--threshold", "nan", "x.png"], "not a finite number"),

@@ -99,6 +99,8 @@ def bench(paths: Sequence[str], repetitions: int = 5, duration: float = 3.0, war
 
         for model in models:
             require_peak(model.runtime)
+    if sweep and any(model.runtime.name == "tensorrt" for model in models):
+        raise UadtoolError("--sweep-threads is for processors; an engine runs on the GPU whatever the threads")
     sensors = sensors or Sensors()
     before = sensors.state()
     idle = _idle_power(sensors)

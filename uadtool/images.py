@@ -118,7 +118,7 @@ def read_ahead(
     those of ``items``, are raised.
     """
     source = iter(items)
-    taking = threading.Lock()
+    taking, beginning = threading.Lock(), threading.Lock()
     room = threading.Semaphore(ahead)
     line: "queue.SimpleQueue[Optional[Tuple[T, Future[Union[R, UadtoolError]]]]]" = queue.SimpleQueue()
     running: "Set[Future[Union[R, UadtoolError]]]" = set()
@@ -139,10 +139,11 @@ def read_ahead(
                     over.set()
                     line.put(None)
                     return
-                if over.is_set():
-                    return
                 future: "Future[Union[R, UadtoolError]]" = Future()
-                running.add(future)
+                with beginning:
+                    if over.is_set():
+                        return
+                    running.add(future)
                 line.put((item, future))
             try:
                 future.set_result(function(item))
@@ -167,7 +168,8 @@ def read_ahead(
             raise error
     finally:
         # None may be at work when the interpreter ends: it stops threads anywhere, and native code aborts at that.
-        over.set()
+        with beginning:
+            over.set()
         for _ in workers:
             room.release()
         wait(list(running))

@@ -59,9 +59,9 @@ def graph_bytes(path: str) -> int:
     nodes = [node for node in graph.node if node.op_type not in ("QuantizeLinear", "DequantizeLinear")]
     for node in graph.node:
         if node.op_type == "QuantizeLinear":
-            sizes[node.input[0]] = sizes[node.output[0]]
+            sizes[node.input[0]] = sizes.get(node.output[0], 0)
         elif node.op_type == "DequantizeLinear":
-            sizes[node.output[0]] = sizes[node.input[0]]
+            sizes[node.output[0]] = sizes.get(node.input[0], 0)
     return sum(sizes.get(name, 0) for node in nodes for name in (*node.input, *node.output))
 
 

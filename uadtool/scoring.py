@@ -1,5 +1,7 @@
 """Scoring images with an exported detector, and how well the scores agree with the labels that the folders tell."""
 
+import logging
+import threading
 import time
 from itertools import islice
 from typing import (
@@ -24,11 +26,13 @@ from uadtool import host
 from uadtool.dataset import Sample
 from uadtool.errors import UadtoolError
 from uadtool.evaluation import Evaluation, rounded
-from uadtool.images import read_ahead, read_image, read_mask
+from uadtool.images import ImageError, read_ahead, read_image, read_mask
 from uadtool.metadata import Metadata
 from uadtool.runtimes import Runtime, describe
 
 SCHEMA = "uadtool.score/1"
+
+log = logging.getLogger("uadtool")
 
 Record = Dict[str, Any]
 PerImage = Callable[[Record, np.ndarray, float], Record]
@@ -89,7 +93,10 @@ def score(
         record = {key: value for key, value in record.items() if value is not None}
         anomalous += found.score > threshold
         for output in outputs:
-            record.update(output(record, found.anomaly_map, threshold))
+            try:
+                record.update(output(record, found.anomaly_map, threshold))
+            except ImageError as error:  # it was there a moment ago
+                log.warning("%s", error)
         yield record
         if sample.label:
             labelled = True
@@ -113,9 +120,10 @@ def predict(
 ) -> Iterator[Tuple[Sample, Union[Prediction, UadtoolError]]]:
     """Run the detector over ``samples``, in order. What cannot be read comes as its error.
 
-    As many threads as the runtime has ``streams``, but at least two, each decode a batch and run it.
+    As many threads as cores, but at least two, each decode a batch and run it; as many as ``streams`` run at once.
     """
     size = runtime.metadata.image_size
+    running = threading.Semaphore(runtime.streams)
 
     def read(sample: Sample) -> Union[Tuple[np.ndarray, Optional[np.ndarray]], UadtoolError]:
         try:
@@ -127,14 +135,16 @@ def predict(
         contents = [read(sample) for sample in batch]
         images = [content[0] for content in contents if not isinstance(content, UadtoolError)]
         if images:
-            began = time.perf_counter()
-            outputs = zip(*runtime.run(np.stack(images)))
-            milliseconds = rounded(1000 * (time.perf_counter() - began) / len(images))
+            stacked = np.stack(images)
+            with running:
+                began = time.perf_counter()
+                outputs = zip(*runtime.run(stacked))
+                milliseconds = rounded(1000 * (time.perf_counter() - began) / len(images))
         return [content if isinstance(content, UadtoolError)
                 else _prediction(runtime.metadata, sample, *next(outputs), content[1], milliseconds)
                 for sample, content in zip(batch, contents)]
 
-    source, workers = iter(samples), max(2, runtime.streams)
+    source, workers = iter(samples), max(2, runtime.threads)
     batches: Iterator[List[Sample]] = iter(lambda: list(islice(source, batch_size)), [])
     for batch, found in read_ahead(run, batches, workers, 2 * workers):
         if isinstance(found, UadtoolError):  # not of an image: the runtime failed

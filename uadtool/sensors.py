@@ -1,5 +1,6 @@
 """What a machine tells about its own power, clocks and temperatures, in sysfs: a Jetson's and a PC's."""
 
+import math
 import re
 import threading
 import time
@@ -29,6 +30,11 @@ class Sensors:
         self._rails = dict(self._find_rails())
         self._packages = [path.parent for path in self._glob("sys/class/powercap/intel-rapl:*/energy_uj")
                           if (_text(path.parent / "name") or "").startswith("package")]
+
+    @property
+    def has_rails(self) -> bool:
+        """Is there a power monitor?"""
+        return bool(self._rails)
 
     def rails(self) -> Dict[str, float]:
         """The power of each rail now, in watts."""
@@ -115,16 +121,16 @@ class PowerMeter:
                 self.joules[name] = (after - self._counters[name][0]) % wraps
 
     def _sample(self) -> None:
-        """Each reading counts for the time since the one before."""
+        """Each reading counts for the time since the one before; a rail that does not answer keeps its last value."""
         last, watts = self._began, self._sensors.rails()
-        while watts:
+        ended = not self._sensors.has_rails
+        while not ended:
             ended = self._done.wait(INTERVAL)
-            now, watts = time.perf_counter(), self._sensors.rails()
+            now = time.perf_counter()
+            watts.update(self._sensors.rails())
             for name, value in watts.items():
                 self.joules[name] = self.joules.get(name, 0.0) + value * (now - last)
             last = now
-            if ended:
-                return
 
 
 def total(by_rail: Dict[str, float]) -> Optional[float]:
@@ -152,9 +158,10 @@ def _text(path: Path) -> Optional[str]:
 
 def _number(path: Path, divisor: float = 1) -> Optional[float]:
     try:
-        return float(_text(path) or "") / divisor
+        number = float(_text(path) or "") / divisor
     except ValueError:
         return None
+    return number if math.isfinite(number) else None
 
 
 def _known(values: Dict[str, Any]) -> Dict[str, Any]:

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from contextlib import closing
+from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
 import click
@@ -89,6 +90,13 @@ def score(model: str, paths: Tuple[str, ...], threshold: Optional[float], false_
         raise click.UsageError("--threshold and --false-positive-rate exclude each other.")
     if fail_anomalous and fail_above is not None:
         raise click.UsageError("--fail-above and --fail-anomalous exclude each other.")
+    folders = [Path(one).resolve() for one in (heatmaps, masks, copy_anomalous, link_anomalous) if one]
+    if len(set(folders)) < len(folders):
+        raise click.UsageError("Give each of --heatmaps, --masks, --copy-anomalous, --link-anomalous its own folder.")
+    if follow and batch_size > 1:
+        raise click.UsageError("--follow answers images one by one: leave out --batch-size.")
+    if follow and any(Path(paths[0]).resolve() in (one, *one.parents) for one in folders):
+        raise click.UsageError("What is written into a folder that is followed would be scored again: write elsewhere.")
 
     from uadtool import scoring
     from uadtool.artifacts import check_writable

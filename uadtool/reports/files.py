@@ -9,7 +9,7 @@ from PIL import Image
 
 from uadtool.artifacts import atomic_write
 from uadtool.errors import UadtoolError
-from uadtool.images import image_size
+from uadtool.images import ImageError, image_size
 from uadtool.scoring import upsample
 
 
@@ -29,7 +29,11 @@ class Folder:
             raise UadtoolError(f"cannot make the folder {directory}: {error.strerror}") from error
 
     def path(self, image: str, suffix: str) -> Path:
-        """A file for an image, named after the last parts of its path; every call gives another one."""
+        """A file for an image, named after the last parts of its path; every call gives another one.
+
+        Raises:
+            UadtoolError: it would be the image itself.
+        """
         # Class, split, defect and file of a dataset's image; bytes that are not UTF-8 and slashes cannot stay.
         parts = [part for part in Path(image).parts if part not in ("/", "..")][-4:]
         stem = "-".join([*parts[:-1], Path(image).stem]).encode("utf-8", "replace")[-200:].decode("utf-8", "ignore")
@@ -38,7 +42,10 @@ class Folder:
             count += 1
             name = f"{stem}-{count}{suffix}"
         self._names.add(name)
-        return self._directory / name
+        path = self._directory / name
+        if path.exists() and not path.is_symlink() and Path(image).exists() and path.samefile(image):
+            raise UadtoolError(f"{path} is the image itself; write into a folder of its own")
+        return path
 
 
 class Masks:
@@ -69,10 +76,14 @@ class AnomalousImages:
         path = self._folder.path(record["path"], Path(record["path"]).suffix)
         if self._link:
             try:
-                path.unlink(missing_ok=True)
-                path.symlink_to(Path(record["path"]).resolve())
+                temporary = path.with_name(f".{path.name}.link")
+                temporary.unlink(missing_ok=True)
+                temporary.symlink_to(Path(record["path"]).resolve())
+                temporary.replace(path)
             except OSError as error:
                 raise UadtoolError(f"cannot write {path}: {error.strerror}") from error
+        elif not Path(record["path"]).is_file():
+            raise ImageError(f"{record['path']} is gone, and was not copied")
         else:
             with atomic_write(path) as temporary:
                 shutil.copyfile(record["path"], temporary)

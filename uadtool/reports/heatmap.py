@@ -54,22 +54,20 @@ class ContactSheet:
 
     def __init__(self, path: str, count: int) -> None:
         self._path, self._count = path, count
-        self._highest: List[Tuple[float, int, Dict[str, Any], np.ndarray]] = []
-        self._threshold = 0.0
+        self._highest: List[Tuple[float, int, Image.Image]] = []
         self._order = itertools.count()
 
     def add(self, record: Dict[str, Any], anomaly_map: np.ndarray, threshold: float) -> Dict[str, str]:
         """Take note of an ``image`` record and its map, float32 [h, w]; adds nothing to the record."""
-        self._threshold = threshold
-        heapq.heappush(self._highest, (record["score"], -next(self._order), record, anomaly_map))
-        if len(self._highest) > self._count:
-            heapq.heappop(self._highest)
+        place = record["score"], -next(self._order)
+        if len(self._highest) < self._count or place > self._highest[0][:2]:
+            tile = _tile(record, anomaly_map, threshold)
+            (heapq.heappush if len(self._highest) < self._count else heapq.heapreplace)(self._highest, (*place, tile))
         return {}
 
     def save(self) -> None:
         """Draw the picture; without any image there is none."""
-        tiles = [self._tile(record, anomaly_map) for _, _, record, anomaly_map in sorted(
-            self._highest, key=lambda found: found[:2], reverse=True)]
+        tiles = [tile for *_, tile in sorted(self._highest, key=lambda found: found[:2], reverse=True)]
         if not tiles:
             return
         columns = min(len(tiles), max(2, round((2 * len(tiles)) ** 0.5)))
@@ -82,21 +80,23 @@ class ContactSheet:
         with atomic_write(self._path) as temporary:
             sheet.save(temporary, format="PNG")
 
-    def _tile(self, record: Dict[str, Any], anomaly_map: np.ndarray) -> Image.Image:
-        tile = Image.new("RGB", (TILE, TILE + 44), BACKGROUND)
-        height, width = image_size(record["path"])
-        scale = TILE / max(height, width)
-        size = max(1, round(height * scale)), max(1, round(width * scale))
-        overlay = _overlay(read_image(record["path"], size), upsample(anomaly_map, size), self._threshold)
-        tile.paste(Image.fromarray(overlay), ((TILE - size[1]) // 2, (TILE - size[0]) // 2))
-        draw = ImageDraw.Draw(tile)
-        verdict = "anomalous" if record["anomalous"] else "good"
-        _text(draw, (0, TILE + 4), f"{record['score']:.2f}  {verdict}, {record['nearest_class']}", TEXT)
-        name = "/".join(Path(record["path"]).parts[-2:])
-        while draw.textlength(_latin(name), _font()) > TILE:
-            name = f"...{name[4:]}"
-        _text(draw, (0, TILE + 23), name, FAINT)
-        return tile
+
+def _tile(record: Dict[str, Any], anomaly_map: np.ndarray, threshold: float) -> Image.Image:
+    """An image of the contact sheet, with its caption."""
+    tile = Image.new("RGB", (TILE, TILE + 44), BACKGROUND)
+    height, width = image_size(record["path"])
+    scale = TILE / max(height, width)
+    size = max(1, round(height * scale)), max(1, round(width * scale))
+    overlay = _overlay(read_image(record["path"], size), upsample(anomaly_map, size), threshold)
+    tile.paste(Image.fromarray(overlay), ((TILE - size[1]) // 2, (TILE - size[0]) // 2))
+    draw = ImageDraw.Draw(tile)
+    verdict = "anomalous" if record["anomalous"] else "good"
+    _text(draw, (0, TILE + 4), f"{record['score']:.2f}  {verdict}, {record['nearest_class']}", TEXT)
+    name = "/".join(Path(record["path"]).parts[-2:])
+    while draw.textlength(_latin(name), _font()) > TILE:
+        name = f"...{name[4:]}"
+    _text(draw, (0, TILE + 23), name, FAINT)
+    return tile
 
 
 def render(record: Dict[str, Any], anomaly_map: np.ndarray, threshold: float) -> Image.Image:

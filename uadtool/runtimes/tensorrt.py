@@ -35,8 +35,8 @@ class TensorRt:
         self.path = path
         self.version = trt.__version__
         self.threads = threads
-        self.streams = streams
-        self._running = threading.Lock()  # the GPU has enough to do with one run; other threads decode meanwhile
+        self.streams = 1  # the GPU has enough to do with one run; other threads decode meanwhile
+        self._running = threading.Lock()
         self.metadata = metadata
         self._cuda.init()
         self._device = self._cuda.Device(0).retain_primary_context()
@@ -51,11 +51,11 @@ class TensorRt:
             tensors = [self._tensor(name) for name in names]
             check_signature(self, [tensor for tensor in tensors if tensor[0] == "image"],
                             [tensor for tensor in tensors if tensor[0] != "image"])
-            self._min_batch, _, self.max_batch = (
+            self._min_batch, _, self._max_batch = (
                 shape[0] for shape in self._engine.get_tensor_profile_shape("image", 0))
             self._execution = self._engine.create_execution_context()
             self._stream = self._cuda.Stream()
-            self._host = {name: self._cuda.pagelocked_empty((self.max_batch, *shape[1:]), kind)
+            self._host = {name: self._cuda.pagelocked_empty((self._max_batch, *shape[1:]), kind)
                           for name, kind, shape in tensors}
             self._on_device = {name: self._cuda.mem_alloc(array.nbytes) for name, array in self._host.items()}
             for name, memory in self._on_device.items():
@@ -68,12 +68,14 @@ class TensorRt:
             return self._run_all(images)
 
     def _run_all(self, images: np.ndarray) -> Output:
-        parts = [self._run(images[start:start + self.max_batch]) for start in range(0, len(images), self.max_batch)]
+        parts = [self._run(images[start:start + self._max_batch]) for start in range(0, len(images), self._max_batch)]
         return parts[0] if len(parts) == 1 else Output(*map(np.concatenate, zip(*parts)))
 
     def layer_times(self, images: np.ndarray, runs: int) -> List[LayerTime]:
         profiler = _profiler(self._trt)
         self._execution.profiler = profiler
+        self.run(images)
+        profiler.milliseconds.clear()  # of the first run, which is slower
         for _ in range(runs):
             self.run(images)
         return [LayerTime(name, "", sum(times) / runs) for name, times in profiler.milliseconds.items()]
