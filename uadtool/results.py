@@ -6,7 +6,7 @@ import re
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Tuple
+from typing import Any, Dict, FrozenSet, Iterator, List, NamedTuple, Optional, Set, Tuple
 
 from uadtool.errors import UadtoolError
 
@@ -30,7 +30,8 @@ class Result:
     of ``uadtool.comparison.METRICS``.
 
     Of scores alone: ``threshold``; the ``images`` that have a score, by path; ``pixels``, what the pixel metrics are
-    computed from (``Evaluation.pixels``), None in files that do not hold it; ``shards``, the files that were merged.
+    computed from (``Evaluation.pixels``), None in files that do not hold it; ``shards``, the files that were merged;
+    ``unread``, the paths of images that could not be scored.
     """
 
     kind: str
@@ -49,6 +50,17 @@ class Result:
     images: Dict[str, ScoredImage] = field(default_factory=dict)
     pixels: Optional[Dict[str, Any]] = None
     shards: Tuple[str, ...] = ()
+    unread: FrozenSet[str] = frozenset()
+
+    @property
+    def source(self) -> str:
+        """The file, or all that were merged, for messages."""
+        return ", ".join(self.shards) or self.file
+
+    def truth_of(self, path: str) -> Tuple[Optional[str], Optional[str]]:
+        """The label and the class of an image that has a score."""
+        image = self.images[path]
+        return image.label, image.class_name if image.label else None
 
     @property
     def truth(self) -> Dict[str, Tuple[bool, Optional[str]]]:
@@ -72,18 +84,22 @@ def read_results(file: str) -> List[Result]:
         raise UadtoolError(f"{name} is not a score or bench file: it is not text") from error
     results: List[Result] = []
     run: Optional[Result] = None  # the scores whose lines are being read
+    unread: Set[str] = set()  # of that run
     line = 0
     for line, record in _objects(text, name):
         try:
             kind = record.get("schema") or record["type"]
             if kind == "uadtool.score/1" and not run:
                 run = replace(_result("scores", name, record, record, {}), threshold=_number(record["threshold"]))
+                unread = set()
             elif kind == "image" and run:
-                if "error" not in record:
-                    run.images[record["path"]] = _scored(record)
+                if "error" in record:
+                    unread.add(_text(record["path"]))
+                else:
+                    run.images[_text(record["path"])] = _scored(record)
             elif kind == "summary" and run:
                 results.append(replace(run, values=score_values(record.get("metrics", {})),
-                                       pixels=record.get("pixels")))
+                                       pixels=record.get("pixels"), unread=frozenset(unread)))
                 run = None
             elif kind == "uadtool.bench/1" and not run:
                 results += [_result("bench", name, record, entry, _bench_values(entry)) for entry in record["models"]]
@@ -160,6 +176,12 @@ def _bench_values(entry: Dict[str, Any]) -> Dict[str, float]:
         "parameters": _number(entry["parameters"]) / 1e6,
         "macs": _number(entry["macs"]) / 1e9,
     }
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{value!r:.40} is not a text")
+    return value
 
 
 def _number(value: Any) -> float:
