@@ -335,7 +335,9 @@ def _scores(models: Sequence[Model]) -> List[str]:
 def _images(models: Sequence[Model]) -> List[str]:
     groups = [group for group in disagreements(models) if group.total]
     pictures = thumbnails(groups)
-    log.info("the page holds thumbnails of %d images", sum(picture is not None for picture in pictures.values()))
+    embedded = sum(picture is not None for picture in pictures.values())
+    if embedded:
+        log.info("the page holds thumbnails of %d images", embedded)
     numbers = {model.label: index for index, model in enumerate(models)}
     content: List[str] = []
     for group in groups:
