@@ -188,6 +188,67 @@ def test_other_files_are_refused_naming_file_and_line(tmp_path, text, message):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(("field", "value", "message"), [
+    ("path", 3, "3 is not a text"), ("path", ["a"], "is not a text"), ("path", None, "None is not a text"),
+    ("class", 3, "3 is not a text"), ("label", "bad", "'bad' is neither good nor anomalous"),
+    ("label", ["good"], "is neither good nor anomalous"), ("score", "1", "'1' is not a number"),
+    ("score", 10**400, "is not a finite number"), ("raw_score", True, "True is not a number"),
+    ("score", float("inf"), "inf is not a finite number"), ("error", None, None), ("class", None, None),
+])
+def test_images_are_checked(tmp_path, field, value, message):
+    records = score_records("m.onnx")
+    records[3][field] = value
+    refuse_at(tmp_path, lines(records), 4, message)
+
+
+@pytest.mark.parametrize(("field", "value"), [("recall", 1.1), ("recall", -0.1), ("recall", "1"), ("aupro", 3),
+                                              ("aupro", {"mean": 2}), ("image_auroc", {"per_class": {"a": 7}}),
+                                              ("image_auroc", {"per_class": 7}), ("false_positive_rate", 10**400)])
+def test_figures_are_shares(tmp_path, field, value):
+    records = score_records("m.onnx")
+    records[-1]["metrics"][field] = value
+    refuse_at(tmp_path, lines(records), 83, "")
+
+
+@pytest.mark.parametrize(("field", "value"), [("file_bytes", 0), ("peak_rss_bytes", -1), ("macs", 10**400),
+                                              ("latency_ms", {"p50": 0, "p99": 1}), ("gpu_bytes", "1"),
+                                              ("throughput", []), ("cold_start_ms", {"median": None})])
+def test_measurements_are_above_zero(tmp_path, field, value):
+    record = bench_record(model("m.onnx"))
+    record["models"][0][field] = value
+    refuse_at(tmp_path, json.dumps(record), 1, "")
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"a": ' * 100_000, '{"score": 1' + "0" * 5000 + "}"])
+def test_json_that_cannot_be_decoded_is_refused(tmp_path, text):
+    refuse_at(tmp_path, "\n" + text, 2, "")
+
+
+def refuse_at(folder, text, line, message):
+    """Or not, if there is no message."""
+    path = folder / "given.jsonl"
+    path.write_text(text)
+    if message is None:
+        compare([str(path)])
+        return
+    wanted = rf"given.jsonl:{line}: not a record of a score or bench file: .*{message}"
+    with pytest.raises(UadtoolError, match=wanted) as error:
+        compare([str(path)])
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < len(str(path)) + 200
+
+
+def test_a_class_of_the_name_pooled_does_not_hide_the_pooled_figure(tmp_path, caplog):
+    records = score_records("m.onnx")
+    figure = records[-1]["metrics"]["image_auroc"]
+    figure["per_class"]["pooled"] = figure["pooled"] / 2
+    (tmp_path / "m.jsonl").write_text(lines(records))
+    found = row(compare([str(tmp_path / "m.jsonl")]), "image_auroc.pooled")
+    assert found["values"] == [figure["pooled"]]
+    assert found["label"] == "image AUROC, pooled"
+    assert "the class 'pooled' is left out" in caplog.text
+
+
 def test_missing_and_binary_files_are_refused(tmp_path):
     (tmp_path / "model.onnx").write_bytes(b"\x08\x07\xff\xfe")
     with pytest.raises(UadtoolError, match=r"model\.onnx is not a score or bench file: it is not text"):

@@ -125,10 +125,13 @@ def test_charts_say_what_they_show(files):
     assert re.search(r"model 2: \d+ of 20 good above, \d+ of 20 defective", told["scores-0-text"])
 
 
-def test_thumbnails_are_small_and_few_and_what_is_gone_is_named(files):
+def test_thumbnails_are_small_and_few_and_what_is_gone_is_named(files, caplog):
+    caplog.set_level("INFO", "uadtool")
     text = page(*files)
     found = Page(text)
-    assert 0 < len(found.all("img")) <= 24
+    assert 0 < len(found.all("img")) <= 18
+    different = {attributes["alt"] for attributes, _ in found.all("img")}
+    assert f"the page holds thumbnails of {len(different)} images" in caplog.text
     for attributes, _ in found.all("img"):
         assert attributes["src"].startswith("data:image/jpeg;base64,")
         assert len(attributes["src"]) < 40_000
@@ -178,6 +181,7 @@ def test_the_page_asks_for_nothing_else(files):
     policy = next(attributes["content"] for attributes, _ in found.all("meta")
                   if attributes.get("http-equiv") == "Content-Security-Policy")
     assert policy.startswith("default-src 'none';")
+    assert policy.endswith("; base-uri 'none'; form-action 'none'")  # default-src is not about these
 
 
 @pytest.mark.parametrize("chosen", [["fp32.jsonl"], ["bench.json"], ["int8.jsonl", "bench.json"],

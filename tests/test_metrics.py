@@ -180,6 +180,14 @@ def bins(*lists: List[int]) -> str:
     {"regions": 0, "bins": bins([1], [2], [3])}, {"regions": 0, "bins": bins([1], [2], [3], [4, 5])},
     {"regions": 0, "bins": bins([1 << 16], [2], [3], [4])}, {"regions": 0, "bins": bins([-1], [2], [3], [4])},
     {"regions": 0, "bins": bins([1], [1 << 70], [3], [4])}, {"regions": None, "bins": bins([1], [2], [3], [4])},
+    {"regions": 4, "bins": bins([1], [2], [3], [4])}, {"regions": -1, "bins": bins([1], [2], [3], [4])},
+    {"regions": True, "bins": bins([1], [2], [3], [4])}, {"regions": 1.0, "bins": bins([1], [2], [3], [4])},
+    {"regions": 1, "bins": bins([1], [2.5], [3], [4])}, {"regions": 1, "bins": bins([1], [2], [3], [2 << 40])},
+    {"regions": 1, "bins": bins([1], [1 << 53], [3], [4])}, {"regions": 1, "bins": bins([1], [2], [1 << 53], [4])},
+    {"regions": 1, "bins": bins([1, 0], [2, 2], [3, 3], [4, 4])}, {"regions": 0, "bins": bins([], [], [], [], [])},
+    {"regions": 0, "bins": base64.b64encode(zlib.compress(b"[" * 100_000)).decode()},
+    {"regions": 0, "bins": base64.b64encode(zlib.compress(b"[[],[],[],[]]")[:-3]).decode()},
+    {"regions": 0, "bins": base64.b64encode(zlib.compress(b"[[],[],[],[]" + b" " * (8 << 20) + b"]")).decode()},
 ])
 def test_what_is_no_count_of_pixels_is_refused(counted):
     with pytest.raises(ValueError, match="its pixel counts cannot be read"):

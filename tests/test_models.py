@@ -114,11 +114,11 @@ def test_tensors_that_do_not_fit(trained, broken):
 
 FINITE = st.floats(allow_nan=False, allow_infinity=False)
 COUNT = st.integers(0, 2**40)
-SIZE = st.tuples(COUNT, COUNT)
+SIZE = st.tuples(st.integers(1, 2**20), st.integers(1, 2**20))
 PLAIN = st.recursive(st.none() | st.booleans() | COUNT | st.text(), lambda inner: st.lists(inner), max_leaves=3)
 METADATA = st.builds(
-    Metadata, method=st.text(), teacher=st.text(), classes=st.lists(st.text()), image_size=SIZE, map_size=SIZE,
-    threshold=FINITE, false_positive_rate=FINITE, parameters=COUNT, macs=COUNT, precision=st.text(),
+    Metadata, method=st.text(), teacher=st.text(), classes=st.lists(st.text(), min_size=1), image_size=SIZE,
+    map_size=SIZE, threshold=FINITE, false_positive_rate=FINITE, parameters=COUNT, macs=COUNT, precision=st.text(),
     options=st.dictionaries(st.text(), PLAIN), target=st.none() | st.text(),
     provenance=st.lists(st.dictionaries(st.text(), PLAIN)), tool_version=st.text(),
 )
@@ -133,6 +133,23 @@ def test_metadata_survive_being_written_and_read(metadata):
 def test_other_text_is_no_metadata(text):
     with pytest.raises(UadtoolError, match=r"^model has metadata that this version cannot read"):
         Metadata.from_json(text, "model")
+
+
+@pytest.mark.parametrize(("field", "value"), [
+    ("classes", []), ("classes", "red"), ("classes", [1]), ("image_size", [32]), ("image_size", [32, 0]),
+    ("image_size", "ab"), ("map_size", [8.0, 8.0]), ("map_size", [True, True]), ("threshold", "3"),
+    ("threshold", float("inf")), ("threshold", 10**400), ("false_positive_rate", None), ("parameters", 1.5),
+    ("macs", -1), ("good_scores", {}), ("good_scores", ["1"]), ("good_scores", [float("nan")]), ("options", []),
+    ("provenance", {}), ("provenance", [1]), ("method", 3), ("target", 3), ("quantization", []),
+    ("quantization", {"method": 1, "calibration": "", "source": "", "scope": "", "float_layers": []}),
+])
+def test_metadata_of_other_types_are_refused(field, value):
+    text = json.dumps({**json.loads(METADATA_OF_ONE.to_json()), field: value})
+    with pytest.raises(UadtoolError, match=f"^model has metadata that this version cannot read: its {field} is not "):
+        Metadata.from_json(text, "model")
+
+
+METADATA_OF_ONE = Metadata("stfpm", "none", ["red"], (32, 32), (8, 8), 3.0, 0.05, 6, 1024, [0.5, 1.0])
 
 
 def test_metadata_hold_finite_numbers_only(trained):

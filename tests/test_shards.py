@@ -123,12 +123,40 @@ def test_two_devices_with_two_shards_each_are_two_columns_in_any_order(tmp_path)
         assert all(row["changes"][1] == 0 for row in record["rows"])
 
 
-def test_what_two_machines_shared_out_is_one_column(tmp_path):
+def under(folder: str, run: List[Dict[str, Any]]) -> List[Dict[str, Any]]:
+    return [{**record, "path": f"{folder}/{record['path']}"} if record["type"] == "image" else record for record in run]
+
+
+def test_two_machines_are_two_columns_wherever_their_images_lie(tmp_path):
     images = examples(1, 20)
-    whole = compare(written(tmp_path, run_of(range(20), images)))
-    record = compare(written(tmp_path, run_of(range(8), images, "x86"), run_of(range(8, 20), images, "arm")))
-    assert [of["machine"] for of in record["models"]] == ["x86, arm"]
-    assert record["rows"] == whole["rows"]
+    for other in (under("data", run_of(range(20), images, "arm")), run_of(range(8, 20), images, "arm")):
+        record = compare(written(tmp_path, run_of(range(8), images, "x86"), other))
+        assert [of["machine"] for of in record["models"]] == ["x86", "arm"]
+        assert not any("shards" in of for of in record["models"])
+
+
+def test_images_of_one_name_below_two_folders_are_the_same_images(tmp_path, caplog):
+    caplog.set_level("INFO", "uadtool")
+    images = examples(1, 20)
+    ours, theirs = (under(folder, run_of(range(20), images)) for folder in ("parts/a/test/x", "/data/a/test/x"))
+    assert len(compare(written(tmp_path, ours, theirs))["models"]) == 2
+    assert "merged" not in caplog.text
+    compare(written(tmp_path, under("parts/a/test/x", run_of(range(9), images)),
+                    under("/data/a/test/x", run_of(range(9, 20), images))))
+    assert "merged 2 files of m.onnx: " in caplog.text
+
+
+def test_an_image_that_one_run_could_not_read_costs_a_warning(tmp_path, caplog):
+    images = examples(1, 12)
+    error = {"type": "image", "path": "11.png", "error": "11.png is cut short"}
+    first, second = run_of(range(11), images), run_of(range(1, 12), images)
+    first.insert(1, error)
+    second.insert(1, {**error, "path": "0.png"})
+    assert len(compare(written(tmp_path, first, second))["models"]) == 2  # each could not read another one
+    assert "0.png is in one alone: their figures are about different images" in caplog.text
+    assert len(compare(written(tmp_path, run_of(range(12), images), run_of(range(4), images)))["models"]) == 2
+    retried = compare(written(tmp_path, first, run_of([11], images)))
+    assert retried["rows"] == compare(written(tmp_path, run_of(range(12), images)))["rows"]
 
 
 def test_the_same_images_twice_stay_two_columns(tmp_path):

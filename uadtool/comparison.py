@@ -140,9 +140,10 @@ def changed(models: Sequence[Model]) -> List[Dict[str, Any]]:
     for other, b in scored[1:]:
         both = a.images.keys() & b.images.keys()
         if not both:
-            raise UadtoolError(f"{a.file} and {b.file} have no image in common; score the same paths, spelled the same")
+            raise UadtoolError(f"{a.source} and {b.source} have no image in common; score the same paths, spelled the "
+                               "same")
         if len(both) < max(len(a.images), len(b.images)):
-            log.warning("%s and %s share %d images; the others are left out", a.file, b.file, len(both))
+            log.warning("%s and %s share %d images; the others are left out", a.source, b.source, len(both))
         for path in both:
             before, after = a.images[path], b.images[path]
             if before.anomalous != after.anomalous:
@@ -212,7 +213,7 @@ def _intervals(first: Model, other: Model) -> Dict[str, Tuple[float, float]]:
     if not truth or not truth_b:
         return {}
     if truth != truth_b:
-        log.warning("%s and %s are about different images: no confidence intervals", a.file, b.file)
+        log.warning("%s and %s are about different images: no confidence intervals", a.source, b.source)
         return {}
     anomalous, classes = zip(*truth.values())
     if len(set(anomalous)) == 1:

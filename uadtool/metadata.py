@@ -2,8 +2,9 @@
 
 import dataclasses
 import json
+import sys
 from dataclasses import dataclass, field
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 from uadtool.errors import UadtoolError
 
@@ -79,13 +80,65 @@ class Metadata:
             fields["map_size"] = tuple(fields["map_size"])
             if fields.get("quantization"):
                 fields["quantization"] = Quantization(**fields["quantization"])
-            return cls(**fields)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise UadtoolError(f"{source} has metadata that this version cannot read: {error}") from error
+            found = cls(**fields)
+            found._check()
+            return found
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            reason = " ".join(str(error).split())  # a field's name may hold any character
+            raise UadtoolError(f"{source} has metadata that this version cannot read: {reason}") from error
+
+    def _check(self) -> None:
+        """Raises ValueError where a field is not of its type: all of them come out of a file."""
+        size = "two whole numbers above 0"
+        checks = {
+            "classes": (bool(self.classes) and _is_list(self.classes, _is_text), "a list of one name or more"),
+            "image_size": (_is_size(self.image_size), size),
+            "map_size": (_is_size(self.map_size), size),
+            "good_scores": (_is_list(self.good_scores, _is_finite), "a list of finite numbers"),
+            "options": (isinstance(self.options, dict), "an object"),
+            "provenance": (_is_list(self.provenance, lambda step: isinstance(step, dict)), "a list of objects"),
+            "target": (self.target is None or _is_text(self.target), "a text or null"),
+            "quantization": (self.quantization is None or _is_quantization(self.quantization), "that of a model"),
+            **{name: (_is_finite(getattr(self, name)), "a finite number")
+               for name in ("threshold", "false_positive_rate")},
+            **{name: (_is_count(getattr(self, name)), "a whole number of 0 or more")
+               for name in ("parameters", "macs")},
+            **{name: (_is_text(getattr(self, name)), "a text")
+               for name in ("method", "teacher", "precision", "tool_version")},
+        }
+        for name, (good, wanted) in checks.items():
+            if not good:
+                raise ValueError(f"its {name} is not {wanted}")
 
     def replace(self, **changes: Any) -> "Metadata":
         """A copy with some fields changed."""
         return dataclasses.replace(self, **changes)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_finite(value: Any) -> bool:
+    most = sys.float_info.max
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and -most <= value <= most
+
+
+def _is_list(value: Any, of: Callable[[Any], bool]) -> bool:
+    return isinstance(value, list) and all(of(item) for item in value)
+
+
+def _is_size(value: Any) -> bool:
+    return len(value) == 2 and all(_is_count(side) and side > 0 for side in value)
+
+
+def _is_quantization(value: Any) -> bool:
+    return (isinstance(value, Quantization) and _is_list(value.float_layers, _is_text)
+            and all(_is_text(text) for text in (value.method, value.calibration, value.source, value.scope)))
 
 
 def threshold_at(scores: Sequence[float], false_positive_rate: float) -> float:

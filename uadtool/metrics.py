@@ -13,6 +13,7 @@ from typing import Any, Callable, Dict, NamedTuple, Optional, Sequence, Tuple
 import numpy as np
 
 _BATCH = 50  # resamples worked on at a time: bounds the memory
+_UNPACKED = 8 << 20  # bytes of pixel counts at most: 65,536 bins have less
 
 
 def auroc(labels: Sequence[bool], scores: Sequence[float]) -> float:
@@ -134,15 +135,28 @@ class PixelMetrics:
         """
         found = cls()
         try:
-            text = zlib.decompress(base64.b64decode(counted["bins"], validate=True))
-            lists = np.array(json.loads(text), np.int64)
-            if lists.ndim != 2 or (lists < 0).any():
-                raise ValueError("not lists of counts")
-            distances, *counts = lists
+            unpacking = zlib.decompressobj()
+            text = unpacking.decompress(base64.b64decode(counted["bins"], validate=True), _UNPACKED)
+            if not unpacking.eof:
+                raise ValueError("the bins are cut short, or too many")
+            lists = np.array(json.loads(text))
+            if lists.ndim != 2 or len(lists) != 4 or (lists.size and lists.dtype.kind != "i") or (lists < 0).any():
+                raise ValueError("not four lists of counts")
+            distances, *counts = lists.astype(np.int64)
             filled = np.cumsum(distances)
+            if not distances[1:].all():
+                raise ValueError("a bin is there twice")
+            if max((values.sum(dtype=float) for values in counts[:2]), default=0) >= 2 ** 53:
+                raise ValueError("there are more pixels than can be")
+            regions, anomalous = counted["regions"], int(counts[1].sum())
+            if type(regions) is not int or not 0 <= regions <= anomalous:
+                raise ValueError(f"{regions!r:.40} is no number of regions in {anomalous} anomalous pixels")
+            # each pixel's weight was rounded; the float sum keeps the exact one from running over
+            if counts[2].sum(dtype=float) >= 2 ** 62 or int(counts[2].sum()) > cls._REGION * regions + anomalous:
+                raise ValueError(f"the overlap is more than {regions} regions have")
             found._good[filled], found._anomalous[filled], found._overlap[filled] = counts
-            found._regions = int(counted["regions"])
-        except (IndexError, KeyError, OverflowError, TypeError, ValueError, zlib.error) as error:
+            found._regions = regions
+        except (IndexError, KeyError, OverflowError, RecursionError, TypeError, ValueError, zlib.error) as error:
             raise ValueError(f"its pixel counts cannot be read: {error}") from error
         return found
 

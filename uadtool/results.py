@@ -1,14 +1,17 @@
 """Reading back what ``score`` and ``bench`` wrote: the figures of each model in a file."""
 
 import json
+import logging
 import math
 import re
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Tuple
+from typing import Any, Dict, FrozenSet, Iterator, List, NamedTuple, Optional, Set, Tuple
 
 from uadtool.errors import UadtoolError
+
+log = logging.getLogger("uadtool")
 
 
 class ScoredImage(NamedTuple):
@@ -30,7 +33,8 @@ class Result:
     of ``uadtool.comparison.METRICS``.
 
     Of scores alone: ``threshold``; the ``images`` that have a score, by path; ``pixels``, what the pixel metrics are
-    computed from (``Evaluation.pixels``), None in files that do not hold it; ``shards``, the files that were merged.
+    computed from (``Evaluation.pixels``), None in files that do not hold it; ``shards``, the files that were merged;
+    ``unread``, the paths of images that could not be scored.
     """
 
     kind: str
@@ -49,6 +53,17 @@ class Result:
     images: Dict[str, ScoredImage] = field(default_factory=dict)
     pixels: Optional[Dict[str, Any]] = None
     shards: Tuple[str, ...] = ()
+    unread: FrozenSet[str] = frozenset()
+
+    @property
+    def source(self) -> str:
+        """The file, or all that were merged, for messages."""
+        return ", ".join(self.shards) or self.file
+
+    def truth_of(self, path: str) -> Tuple[Optional[str], Optional[str]]:
+        """The label and the class of an image that has a score."""
+        image = self.images[path]
+        return image.label, image.class_name if image.label else None
 
     @property
     def truth(self) -> Dict[str, Tuple[bool, Optional[str]]]:
@@ -72,24 +87,28 @@ def read_results(file: str) -> List[Result]:
         raise UadtoolError(f"{name} is not a score or bench file: it is not text") from error
     results: List[Result] = []
     run: Optional[Result] = None  # the scores whose lines are being read
+    unread: Set[str] = set()  # of that run
     line = 0
     for line, record in _objects(text, name):
         try:
             kind = record.get("schema") or record["type"]
             if kind == "uadtool.score/1" and not run:
                 run = replace(_result("scores", name, record, record, {}), threshold=_number(record["threshold"]))
+                unread = set()
             elif kind == "image" and run:
-                if "error" not in record:
-                    run.images[record["path"]] = _scored(record)
+                if "error" in record:
+                    unread.add(_text(record["path"]))
+                else:
+                    run.images[_text(record["path"])] = _scored(record)
             elif kind == "summary" and run:
                 results.append(replace(run, values=score_values(record.get("metrics", {})),
-                                       pixels=record.get("pixels")))
+                                       pixels=record.get("pixels"), unread=frozenset(unread)))
                 run = None
             elif kind == "uadtool.bench/1" and not run:
                 results += [_result("bench", name, record, entry, _bench_values(entry)) for entry in record["models"]]
             else:
                 raise ValueError(f"{kind!r} is not expected here")
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
             reason = f"it lacks {error}" if isinstance(error, KeyError) else error
             raise UadtoolError(f"{name}:{line}: not a record of a score or bench file: {reason}") from error
     if run:
@@ -111,6 +130,9 @@ def _objects(text: str, name: str) -> Iterator[Tuple[int, Dict[str, Any]]]:
             value, end = decoder.raw_decode(text, start)
         except json.JSONDecodeError as error:
             raise UadtoolError(f"{name}:{error.lineno}: not JSON, or cut short: {error.msg}") from error
+        except (RecursionError, ValueError) as error:  # ValueError: a number of thousands of digits
+            reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
+            raise UadtoolError(f"{name}:{line}: not a record of a score or bench file: {reason}") from error
         if not isinstance(value, dict):
             raise UadtoolError(f"{name}:{line}: not a record of a score or bench file: it is not a JSON object")
         yield line, value
@@ -128,42 +150,74 @@ def _result(kind: str, file: str, opening: Dict[str, Any], entry: Dict[str, Any]
 
 
 def _scored(record: Dict[str, Any]) -> ScoredImage:
+    label, class_name = record.get("label"), record.get("class")
+    if label not in (None, "good", "anomalous"):
+        raise ValueError(f"the label {label!r:.40} is neither good nor anomalous")
     return ScoredImage(_number(record["score"]), _number(record["raw_score"]), bool(record["anomalous"]),
-                       record.get("label"), record.get("class"))
+                       label, None if class_name is None else _text(class_name))
 
 
 def score_values(metrics: Dict[str, Any]) -> Dict[str, float]:
-    """The values of a ``metrics`` object, by metric name."""
+    """The values of a ``metrics`` object, by metric name.
+
+    A class of the name ``pooled`` has none, for that is what the figure over all classes is called.
+
+    Raises:
+        AttributeError, TypeError, ValueError: it is none.
+    """
     image_auroc = metrics.get("image_auroc", {})
+    per_class = dict(image_auroc.get("per_class", {}))
+    if per_class.pop("pooled", None) is not None:
+        log.warning("the image AUROC of the class 'pooled' is left out: image_auroc.pooled is that over all classes")
     found = {name: metrics.get(name, {}).get("mean")
              for name in ("image_auroc", "average_precision", "f1_max", "pixel_auroc", "aupro")}
-    found.update({f"image_auroc.{name}": value for name, value in image_auroc.get("per_class", {}).items()})
+    found.update({f"image_auroc.{name}": value for name, value in per_class.items()})
     found["image_auroc.pooled"] = image_auroc.get("pooled")
     found.update({name: metrics.get(name) for name in ("false_positive_rate", "recall")})
-    return {name: _number(value) for name, value in found.items() if value is not None}
+    return {name: _share(value, name) for name, value in found.items() if value is not None}
 
 
 def _bench_values(entry: Dict[str, Any]) -> Dict[str, float]:
-    optional = {
-        "energy": min((batch["millijoules_per_image"] for batch in entry["throughput"]
-                       if "millijoules_per_image" in batch), default=None),
-        "gpu_memory": entry["gpu_bytes"] / 1e6 if "gpu_bytes" in entry else None,
-    }
-    return {
-        **{name: _number(value) for name, value in optional.items() if value is not None},
-        "latency_p50": _number(entry["latency_ms"]["p50"]),
-        "latency_p99": _number(entry["latency_ms"]["p99"]),
+    energies = [_number(batch["millijoules_per_image"]) for batch in entry["throughput"]
+                if "millijoules_per_image" in batch]
+    positive = {
+        "latency_p50": entry["latency_ms"]["p50"],
+        "latency_p99": entry["latency_ms"]["p99"],
         "throughput": max(_number(batch["images_per_second"]["median"]) for batch in entry["throughput"]),
-        "cold_start": _number(entry["cold_start_ms"]["median"]),
+        "cold_start": entry["cold_start_ms"]["median"],
         "peak_rss": _number(entry["peak_rss_bytes"]) / 1e6,
         "file_size": _number(entry["file_bytes"]) / 1e6,
         "parameters": _number(entry["parameters"]) / 1e6,
         "macs": _number(entry["macs"]) / 1e9,
     }
+    return {
+        **({"energy": min(energies)} if energies else {}),
+        **({"gpu_memory": _number(entry["gpu_bytes"]) / 1e6} if "gpu_bytes" in entry else {}),
+        **{name: _positive(value, name) for name, value in positive.items()},
+    }
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{value!r:.40} is not a text")
+    return value
 
 
 def _number(value: Any) -> float:
-    number = float(value)
-    if not math.isfinite(number):
-        raise ValueError(f"{value} is not a finite number")
-    return number
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ValueError(f"{value!r:.40} is not a number")
+    if not -sys.float_info.max <= value <= sys.float_info.max:
+        raise ValueError(f"{value!r:.40} is not a finite number")
+    return float(value)
+
+
+def _share(value: Any, name: str) -> float:
+    if not 0 <= _number(value) <= 1:
+        raise ValueError(f"{name} is {value!r:.40}, not from 0 to 1")
+    return float(value)
+
+
+def _positive(value: Any, name: str) -> float:
+    if not _number(value) > 0:
+        raise ValueError(f"{name} is {value!r:.40}, not above 0")
+    return float(value)

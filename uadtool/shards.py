@@ -2,7 +2,8 @@
 
 import logging
 from dataclasses import replace
-from typing import Any, Callable, Iterable, List
+from pathlib import PurePath
+from typing import Any, Iterable, List, Set, Tuple
 
 from uadtool.errors import UadtoolError
 from uadtool.results import Result, score_values
@@ -13,39 +14,45 @@ log = logging.getLogger("uadtool")
 def merge_shards(results: Iterable[Result]) -> List[Result]:
     """The results, with those runs of ``score`` merged that are about one model and different images.
 
-    A merged result stands where its first shard stood, and its figures are those of one run over all images. Runs of
-    one runtime and machine go together first; then what several machines shared out. Two runs (or merged ones) of the
-    very same images stay two results.
+    A merged result stands where its first shard stood, and its figures are those of one run over all images. Only runs
+    of one runtime and machine are merged, and only if no path of one ends as a path of the other does (``_tail``): the
+    images of another machine, or below another folder, may be the same ones. Other runs of one model stay apart.
 
     Raises:
-        UadtoolError: some images are in two shards of one model but others are not, or shards have other thresholds.
+        UadtoolError: some images are in two shards of one model but each has others too, or shards have other
+            thresholds or labels.
     """
-    parts = [[result] for result in results]
-    parts = _folded(parts, lambda a, b: (a.runtime, a.machine) == (b.runtime, b.machine))
-    parts = _folded(parts, lambda a, b: True)
+    parts: List[List[Result]] = []
+    tails: List[Set[Tuple[str, ...]]] = []  # of the images of each part
+    for result in results:
+        of_result = {_tail(path) for path in result.images}
+        for part, of_part in zip(parts, tails):
+            if _one_run(part[0], result) and not of_part & of_result:
+                part.append(result)
+                of_part |= of_result
+                break
+        else:
+            parts.append([result])
+            tails.append(of_result)
     merged = [_merged(part) if len(part) > 1 else part[0] for part in parts]
     for index, result in enumerate(merged):
         for other in merged[:index]:
             if _one_model(result, other):
-                _require_the_same_images(other, result)
+                _require_no_partial_overlap(other, result)
     return merged
 
 
-def _folded(parts: List[List[Result]], together: Callable[[Result, Result], bool]) -> List[List[Result]]:
-    found: List[List[Result]] = []
-    for part in parts:
-        for shards in found:
-            if (_one_model(shards[0], part[0]) and together(shards[0], part[0])
-                    and not any(a.images.keys() & b.images.keys() for a in shards for b in part)):
-                shards += part
-                break
-        else:
-            found.append(list(part))
-    return found
+def _tail(path: str) -> Tuple[str, ...]:
+    """What tells an image wherever its data set lies: CLASS/test/DEFECT/FILE, or all of a shorter path."""
+    return PurePath(path).parts[-4:]
 
 
 def _one_model(a: Result, b: Result) -> bool:
     return a.kind == b.kind == "scores" and a.digest == b.digest
+
+
+def _one_run(a: Result, b: Result) -> bool:
+    return _one_model(a, b) and (a.runtime, a.machine) == (b.runtime, b.machine)
 
 
 def _merged(shards: List[Result]) -> Result:
@@ -70,22 +77,36 @@ def _merged(shards: List[Result]) -> Result:
                 raise UadtoolError(f"{shard.file}: its summary is not that of a score file: {error}") from error
     elif any("pixel_auroc" in shard.values for shard in shards):
         log.warning("%s: no pixel metrics, for %s holds no pixel counts; score again", first.path, lacking[0])
+    try:
+        values = score_values(evaluation.figures())
+    except (OverflowError, ValueError) as error:
+        raise UadtoolError(f"{', '.join(shard.file for shard in shards)}: their counts of pixels do not make figures: "
+                           f"{error}; score again") from error
+    files = _distinct(shard.file for shard in shards)
+    log.info("merged %d file%s of %s: %s", len(files), "s" * (len(files) > 1), first.path, ", ".join(files))
     return replace(
-        first, values=score_values(evaluation.figures()), images=images,
-        pixels=None if lacking else evaluation.pixels(), shards=tuple(_distinct(shard.file for shard in shards)),
-        runtime=", ".join(_distinct(shard.runtime for shard in shards)),
-        machine=", ".join(_distinct(shard.machine for shard in shards)),
+        first, values=values, images=images, pixels=None if lacking else evaluation.pixels(), shards=tuple(files),
+        unread=frozenset(path for shard in shards for path in shard.unread if path not in images),
     )
 
 
-def _require_the_same_images(a: Result, b: Result) -> None:
-    both, one = a.images.keys() & b.images.keys(), a.images.keys() ^ b.images.keys()
-    if one:
-        raise UadtoolError(f"{a.file} and {b.file} both hold scores of {min(both)} by one model ({a.path}), but not of "
-                           f"the same images altogether ({min(one)} is in one alone); give each image in one shard")
-    if a.truth != b.truth:
-        raise UadtoolError(f"{a.file} and {b.file} hold scores of one model ({a.path}) with other labels for the same "
-                           "images; compare them one at a time")
+def _require_no_partial_overlap(a: Result, b: Result) -> None:
+    """An image that one run could not read is none that it was not given."""
+    both = a.images.keys() & b.images.keys()
+    if not both:
+        return
+    if any(a.truth_of(path) != b.truth_of(path) for path in both):
+        raise UadtoolError(f"{a.source} and {b.source} hold scores of one model ({a.path}) with other labels for the "
+                           "same images; compare them one at a time")
+    of_a = a.images.keys() - b.images.keys() - b.unread
+    of_b = b.images.keys() - a.images.keys() - a.unread
+    if of_a and of_b:
+        raise UadtoolError(f"{a.source} and {b.source} both hold scores of {min(both)} by one model ({a.path}), but "
+                           f"not of the same images altogether ({min(of_a | of_b)} is in one alone); give each image "
+                           "in one shard")
+    if a.images.keys() != b.images.keys():
+        log.warning("%s and %s hold scores of one model (%s), but %s is in one alone: their figures are about "
+                    "different images", a.source, b.source, a.path, min(a.images.keys() ^ b.images.keys()))
 
 
 def _distinct(names: Iterable[Any]) -> List[Any]:

@@ -1,8 +1,9 @@
 """A comparison as one page to look at: table, charts, images and provenance, in one file that needs nothing else.
 
-It is made of numbers that do not grow with the number of images: histograms, thinned curves, 24 thumbnails.
+It is made of numbers that do not grow with the number of images: histograms, thinned curves, at most 18 thumbnails.
 """
 
+import logging
 import re
 from pathlib import Path, PurePath
 from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
@@ -19,10 +20,12 @@ from uadtool.reports.table import DECIMALS
 from uadtool.reports.thumbnails import Group, Shown, disagreements, thumbnails
 from uadtool.results import Result
 
+log = logging.getLogger("uadtool")
+
 PANELS = 120
 """Histograms at most: of a hundred classes the first ones are drawn. The table has them all."""
 
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
 """The page may load nothing and run nothing, whatever the names in it are."""
 
 Record = Dict[str, Any]
@@ -332,6 +335,9 @@ def _scores(models: Sequence[Model]) -> List[str]:
 def _images(models: Sequence[Model]) -> List[str]:
     groups = [group for group in disagreements(models) if group.total]
     pictures = thumbnails(groups)
+    embedded = sum(picture is not None for picture in pictures.values())
+    if embedded:
+        log.info("the page holds thumbnails of %d images", embedded)
     numbers = {model.label: index for index, model in enumerate(models)}
     content: List[str] = []
     for group in groups:

@@ -2,7 +2,7 @@
 
 import base64
 import io
-from typing import Callable, Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple
 
 from PIL import Image
 
@@ -97,6 +97,6 @@ def thumbnail(path: str) -> Optional[str]:
     return "data:image/jpeg;base64," + base64.b64encode(jpeg.getvalue()).decode()
 
 
-def thumbnails(groups: Iterable[Group], read: Callable[[str], Optional[str]] = thumbnail) -> Dict[str, Optional[str]]:
+def thumbnails(groups: Iterable[Group]) -> Dict[str, Optional[str]]:
     """The thumbnail of each path in ``groups``."""
-    return {path: read(path) for path in {image.path: None for group in groups for image in group.images}}
+    return {path: thumbnail(path) for path in {image.path: None for group in groups for image in group.images}}
