@@ -149,7 +149,7 @@ def test_metadata_of_other_types_are_refused(field, value):
         Metadata.from_json(text, "model")
 
 
-METADATA_OF_ONE = Metadata("stfpm", "none", ["red"], (32, 32), (8, 8), 3.0, 0.05, 6, 1024, [0.5, 1.0])
+METADATA_OF_ONE = Metadata("stfpm", "none", ["red"], (32, 32), (8, 8), 3.0, 0.05, 6, 1024, good_scores=[0.5, 1.0])
 
 
 def test_metadata_hold_finite_numbers_only(trained):

@@ -52,13 +52,13 @@ class Metadata:
     false_positive_rate: float
     parameters: int
     macs: int
-    good_scores: List[float] = field(default_factory=list)
     options: Dict[str, Any] = field(default_factory=dict)
     precision: str = "fp32"
     target: Optional[str] = None
     quantization: Optional[Quantization] = None
     provenance: List[Dict[str, Any]] = field(default_factory=list)
     tool_version: str = ""
+    good_scores: List[float] = field(default_factory=list)
 
     def to_json(self) -> str:
         return json.dumps({"schema": SCHEMA, **dataclasses.asdict(self)}, allow_nan=False)
