@@ -19,7 +19,7 @@ demo/solar-cells: examples/solar_cells.py | $(VENV)/.demo
 	$(BIN)/python examples/solar_cells.py $@
 
 test: $(VENV)/.dev ## run the tests
-	$(BIN)/python -m pytest -n auto --dist loadfile
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 test-gpu: $(VENV)/.dev ## build and run engines on this machine's NVIDIA GPU (needs driver and CUDA toolkit)
 	$(BIN)/python -m pip install --quiet tensorrt pycuda
