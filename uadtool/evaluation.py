@@ -57,6 +57,8 @@ class Evaluation:
         Each figure has its value over all images in one list (``pooled``), for each class that has both labels
         (``per_class``), and their ``mean``, which is the pooled value when no class is known.
         """
+        if not self._labels:
+            return {}
         from uadtool import metrics
 
         labels, scores = np.array(self._labels, bool), np.array(self._scores)

@@ -104,6 +104,12 @@ def image_size(path: str) -> Tuple[int, int]:
         return (width, height) if _orientation(image) >= 5 else (height, width)
 
 
+def fitted(size: Tuple[int, int], longest: int) -> Tuple[int, int]:
+    """The (height, width) of the shape of ``size`` whose longer side has this length; no side is below 1."""
+    scale = longest / max(size)
+    return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
+
+
 def read_ahead(
     function: Callable[[T], R], items: Iterable[T], threads: int, ahead: int
 ) -> Iterator[Tuple[T, Union[R, UadtoolError]]]:

@@ -152,6 +152,6 @@ def threshold_at(scores: Sequence[float], false_positive_rate: float) -> float:
 
 def bounded_scores(scores: Sequence[float]) -> List[float]:
     """The scores, sorted; of very many, as many quantiles as a file should hold."""
-    count = min(len(scores), MOST_SCORES)
-    quantiles = (sorted(scores)[round(place * (len(scores) - 1) / max(1, count - 1))] for place in range(count))
+    count, ordered = min(len(scores), MOST_SCORES), sorted(scores)
+    quantiles = (ordered[round(place * (len(ordered) - 1) / max(1, count - 1))] for place in range(count))
     return [float(f"{score:.6g}") for score in quantiles]

@@ -30,8 +30,8 @@ def load_model(path: Union[str, Path]) -> tuple[nn.Module, Metadata]:
         UadtoolError: the file cannot be read, is not a model of uadtool, or its tensors do not fit its metadata.
     """
     with _opened(path) as file:
+        metadata = _metadata(file, path)
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - safe_open is no dict
-    metadata = read_metadata(path)
     detector = build_detector(metadata)
     model = detector if metadata.precision == "fp32" else _quantized_graph(detector, metadata, str(path))
     try:
@@ -49,7 +49,11 @@ def read_metadata(path: Union[str, Path]) -> Metadata:
         UadtoolError: the file cannot be read, or is not a model of uadtool.
     """
     with _opened(path) as file:
-        return Metadata.from_json((file.metadata() or {}).get(KEY), str(path))
+        return _metadata(file, path)
+
+
+def _metadata(file: Any, path: Union[str, Path]) -> Metadata:
+    return Metadata.from_json((file.metadata() or {}).get(KEY), str(path))
 
 
 @contextmanager

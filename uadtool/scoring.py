@@ -72,7 +72,6 @@ def score(
     began = time.perf_counter()
     images = errors = anomalous = 0
     evaluation = Evaluation(threshold)
-    labelled = False
     for sample, found in predict(runtime, samples, batch_size):
         images += 1
         if isinstance(found, UadtoolError):
@@ -99,7 +98,6 @@ def score(
                 log.warning("%s", error)
         yield record
         if sample.label:
-            labelled = True
             evaluate(evaluation, sample, found, runtime.metadata.image_size)
     seconds = time.perf_counter() - began
     summary: Record = {
@@ -110,9 +108,8 @@ def score(
         "seconds": rounded(seconds),
         "images_per_second": rounded((images - errors) / seconds),
     }
-    if labelled:
-        summary.update(metrics=evaluation.figures(), pixels=evaluation.pixels())
-    yield summary
+    metrics = evaluation.figures()
+    yield {**summary, "metrics": metrics, "pixels": evaluation.pixels()} if metrics else summary
 
 
 def predict(

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 from uadtool.artifacts import atomic_write
-from uadtool.images import image_size, read_image
+from uadtool.images import fitted, image_size, read_image
 from uadtool.reports.files import Folder
 from uadtool.scoring import upsample
 
@@ -84,9 +84,7 @@ class ContactSheet:
 def _tile(record: Dict[str, Any], anomaly_map: np.ndarray, threshold: float) -> Image.Image:
     """An image of the contact sheet, with its caption."""
     tile = Image.new("RGB", (TILE, TILE + 44), BACKGROUND)
-    height, width = image_size(record["path"])
-    scale = TILE / max(height, width)
-    size = max(1, round(height * scale)), max(1, round(width * scale))
+    size = fitted(image_size(record["path"]), TILE)
     overlay = _overlay(read_image(record["path"], size), upsample(anomaly_map, size), threshold)
     tile.paste(Image.fromarray(overlay), ((TILE - size[1]) // 2, (TILE - size[0]) // 2))
     draw = ImageDraw.Draw(tile)
@@ -104,7 +102,7 @@ def render(record: Dict[str, Any], anomaly_map: np.ndarray, threshold: float) ->
 
     The panels stand side by side, or one below the other when the image is wide.
     """
-    width, height = _panel_size(record["path"])
+    height, width = _panel_size(record["path"])
     image = read_image(record["path"], (height, width))
     overlay = _overlay(image, upsample(anomaly_map, (height, width)), threshold)
     beside = width < 1.5 * height
@@ -119,10 +117,8 @@ def render(record: Dict[str, Any], anomaly_map: np.ndarray, threshold: float) ->
 
 
 def _panel_size(path: str) -> Tuple[int, int]:
-    height, width = image_size(path)
-    longest = max(width, height)
-    scale = min(max(longest, LONGEST_SIDE[0]), LONGEST_SIDE[1]) / longest
-    return max(1, round(width * scale)), max(1, round(height * scale))
+    size = image_size(path)
+    return fitted(size, min(max(max(size), LONGEST_SIDE[0]), LONGEST_SIDE[1]))
 
 
 def _overlay(image: np.ndarray, values: np.ndarray, threshold: float) -> np.ndarray:

@@ -8,7 +8,7 @@ from PIL import Image
 
 from uadtool.comparison import Model, changed
 from uadtool.errors import UadtoolError
-from uadtool.images import image_size, read_image
+from uadtool.images import fitted, image_size, read_image
 from uadtool.results import Result, ScoredImage
 
 GROUP = 6
@@ -87,9 +87,8 @@ def _shown(path: str, finding: str, scored: Sequence[Tuple[str, Result]]) -> Sho
 def thumbnail(path: str) -> Optional[str]:
     """A JPEG of at most ``SIDE`` x ``SIDE`` pixels as a data URI, or None when the image cannot be read any more."""
     try:
-        height, width = image_size(path)
-        scale = min(1.0, SIDE / max(height, width))
-        pixels = read_image(path, (max(1, round(height * scale)), max(1, round(width * scale))))
+        size = image_size(path)
+        pixels = read_image(path, fitted(size, min(SIDE, max(size))))
     except (UadtoolError, ValueError):  # ValueError: a path with a null byte
         return None
     jpeg = io.BytesIO()

@@ -10,7 +10,7 @@ import numpy as np
 from uadtool.errors import UadtoolError, require
 from uadtool.metadata import Metadata
 from uadtool.runtimes import LayerTime, Output, Tensor, check_signature
-from uadtool.tensorrt.files import read_engine_metadata
+from uadtool.tensorrt.files import engine_package
 from uadtool.tensorrt.logger import make_logger
 from uadtool.tensorrt.versions import import_tensorrt
 
@@ -29,8 +29,7 @@ class TensorRt:
     name = "tensorrt"
 
     def __init__(self, path: str, metadata: Metadata, threads: int, streams: int = 1) -> None:
-        _, build = read_engine_metadata(path)
-        self._trt = trt = import_tensorrt(build["package"])
+        self._trt = trt = import_tensorrt(engine_package(path))
         self._cuda = require("pycuda.driver", "jetson")
         self.path = path
         self.version = trt.__version__
@@ -65,10 +64,8 @@ class TensorRt:
 
     def run(self, images: np.ndarray) -> Output:
         with self._running:
-            return self._run_all(images)
-
-    def _run_all(self, images: np.ndarray) -> Output:
-        parts = [self._run(images[start:start + self._max_batch]) for start in range(0, len(images), self._max_batch)]
+            parts = [self._run(images[start:start + self._max_batch])
+                     for start in range(0, len(images), self._max_batch)]
         return parts[0] if len(parts) == 1 else Output(*map(np.concatenate, zip(*parts)))
 
     def layer_times(self, images: np.ndarray, runs: int) -> List[LayerTime]:

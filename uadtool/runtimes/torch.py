@@ -27,7 +27,7 @@ class Torch:
         self.metadata = metadata
         self._torch = torch
         torch.set_num_threads(max(1, threads // streams))  # of all that torch does in this process
-        self._model = load_model(path)[0].eval()
+        self._model = load_model(path)[0]
 
     def run(self, images: np.ndarray) -> Output:
         with self._torch.inference_mode():

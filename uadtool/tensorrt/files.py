@@ -47,6 +47,11 @@ def read_engine_metadata(path: str) -> Tuple[Metadata, Dict[str, Any]]:
     return metadata, build
 
 
+def engine_package(path: str) -> str:
+    """The package that built an engine whose metadata are known to be right: one of ``PACKAGES``."""
+    return str(read_json(f"{path}.json", SCHEMA)["build"]["package"])
+
+
 def require_fit(path: str, build: Dict[str, Any]) -> None:
     """Require that an engine runs here; ``build`` is what ``read_engine_metadata`` gives.
 
