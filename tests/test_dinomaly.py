@@ -143,7 +143,8 @@ def test_training_is_recorded(trained_with_cnn):
 
 
 @pytest.mark.parametrize(("network", "target", "least"), [
-    ("trained_with_cnn", "onnxruntime", 0.9), ("trained_with_transformer", "tensorrt", 0.7)])  # it has random weights
+    ("trained_with_cnn", "onnxruntime", 0.9),
+    pytest.param("trained_with_transformer", "tensorrt", 0.7, marks=pytest.mark.slow)])  # it has random weights
 def test_the_chain(request, chain, network, target, least):
     found = chain(request.getfixturevalue(network), target)
     assert found["float"] > least

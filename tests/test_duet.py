@@ -17,7 +17,6 @@ from uadtool.detectors.duet import Duet, Head, _crop, segmentation_loss, vary
 from uadtool.detectors.memory import PatchMemory, coreset, principal_components
 from uadtool.models import load_model
 from uadtool.training import TrainingOptions, train
-from uadtool.training.loop import Interrupted
 
 SIZE = (64, 64)
 
@@ -185,7 +184,7 @@ def test_an_interrupted_run_goes_on_to_the_same_result(textures, tmp_path, monke
     whole, clock = run("whole"), iter(range(100))
     monkeypatch.setattr("uadtool.detectors.duet._crop", lambda *arguments: (
         signal.raise_signal(signal.SIGINT) if next(clock) == 3 else None, _crop(*arguments))[1])
-    with pytest.raises(Interrupted):
+    with pytest.raises(KeyboardInterrupt):
         run("resumed")
     resumed = run("resumed", resume=True)
     assert all(torch.equal(value, resumed[name]) for name, value in whole.items())

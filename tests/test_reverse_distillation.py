@@ -99,6 +99,7 @@ def test_training_is_recorded(trained_rd):
     assert trained_rd.record["held_out_loss"] < 1.5  # 3 is chance
 
 
+@pytest.mark.slow
 def test_the_chain(trained_rd, chain):
     found = chain(trained_rd, "onnxruntime", "tensorrt")
     assert found["float"] > 0.9

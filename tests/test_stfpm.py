@@ -196,7 +196,7 @@ def test_an_interrupted_run_with_attention_goes_on_to_the_same_result(run, atten
 
     with monkeypatch.context() as patch:
         patch.setattr(loop, "save_checkpoint", save_and_interrupt)
-        with pytest.raises(loop.Interrupted):
+        with pytest.raises(KeyboardInterrupt):
             run("interrupted", dcam="true")
     assert [name for name in saved[0] if name.startswith("model.attention.0.")]
     resumed = run("interrupted", resume=True, dcam="true").detector.state_dict()

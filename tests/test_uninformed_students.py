@@ -17,7 +17,6 @@ from uadtool.models import load_model
 from uadtool.quantization import TARGETS, calibrate
 from uadtool.quantization.teacher import quantized_teacher
 from uadtool.training import TrainingOptions, train
-from uadtool.training.loop import Interrupted
 
 TEACHER = "mobilenetv2_035"
 SIZE = (64, 96)
@@ -118,6 +117,7 @@ def test_the_deployed_model_has_patch_networks_alone(trained_us):
     assert set(build_detector(metadata).state_dict()) == set(model.state_dict())
 
 
+@pytest.mark.slow
 def test_the_chain(trained_us, chain):
     found = chain(trained_us, "onnxruntime", "tensorrt", source="synthetic-anomalies")
     assert found["float"] > 0.9
@@ -142,7 +142,7 @@ def test_an_interrupted_run_goes_on_to_the_same_result(textures, tmp_path, monke
     whole, clock = run("whole"), iter(range(100))
     monkeypatch.setattr("uadtool.detectors.uninformed_students._crop", lambda *arguments: (
         signal.raise_signal(signal.SIGINT) if next(clock) == 3 else None, _crop(*arguments))[1])
-    with pytest.raises(Interrupted):
+    with pytest.raises(KeyboardInterrupt):
         run("resumed")
     resumed = run("resumed", resume=True)
     assert all(torch.equal(value, resumed[name]) for name, value in whole.items())

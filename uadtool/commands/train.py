@@ -60,8 +60,9 @@ def train(data: str, output: str, method: str, method_options: Dict[str, str], t
           teacher_ranges: Optional[str], target: str, device: str, seed: int, resume: bool) -> None:
     """Train one detector for all classes of DATA, from good images alone.
 
-    DATA is a folder in MVTec layout (CLASS/train/good), one such class folder, or a manifest (CSV, JSONL). Ctrl-C
-    leaves OUTPUT.checkpoint, from which --resume goes on to the same result.
+    DATA is a folder in MVTec layout (CLASS/train/good), one such class folder, or a manifest (CSV, JSONL). What ends
+    the run early leaves OUTPUT.checkpoint, from which --resume goes on to the same result. Several processes, also of
+    several machines, that torchrun starts share the work.
 
     \b
     Examples:
@@ -69,6 +70,7 @@ def train(data: str, output: str, method: str, method_options: Dict[str, str], t
       uadtool train mvtec/ -o unified.safetensors --resume
       uadtool train parts.csv -o r18.safetensors --teacher resnet18 --teacher-weights resnet18.pth
       uadtool train mvtec/ -o first.safetensors --teacher-int8 ranges.json
+      torchrun --nproc-per-node 4 -m uadtool train mvtec/ -o unified.safetensors
     """
     if epochs and steps:
         raise click.UsageError("--epochs and --steps exclude each other.")
@@ -80,20 +82,26 @@ def train(data: str, output: str, method: str, method_options: Dict[str, str], t
     from uadtool.quantization import RangesFile
     from uadtool.training import TrainingOptions
     from uadtool.training import train as run
+    from uadtool.training.distributed import on_first, process_group
 
     keep_freed_memory()
-    check_writable(output)
-    ranges = RangesFile.read(teacher_ranges).ranges if teacher_ranges else None
-    samples = training_samples(data, classes.split(",") if classes else None)
-    length = {"length": steps, "unit": "steps"} if steps else {"length": epochs} if epochs else {}
-    result = run(samples, TrainingOptions(
-        method=method, method_options=method_options, teacher=teacher, teacher_weights=teacher_weights,
-        image_size=image_size, held_out=held_out, false_positive_rate=false_positive_rate, device=device, seed=seed,
-        teacher_ranges=ranges, target=target, **length,
-    ), Path(f"{output}.checkpoint"), resume)
-    save_model(result.detector, result.metadata, output)
-    write_json({
-        "schema": "uadtool.train/1", "output": output, "digest": file_digest(output), **result.report,
-        "threshold": result.metadata.threshold, "false_positive_rate": false_positive_rate,
-        "parameters": result.metadata.parameters, "macs": result.metadata.macs,
-    })
+    with process_group(device):
+        on_first(lambda: check_writable(output))
+        ranges = RangesFile.read(teacher_ranges).ranges if teacher_ranges else None
+        samples = training_samples(data, classes.split(",") if classes else None)
+        length = {"length": steps, "unit": "steps"} if steps else {"length": epochs} if epochs else {}
+        checkpoint = Path(f"{output}.checkpoint")
+        result = run(samples, TrainingOptions(
+            method=method, method_options=method_options, teacher=teacher, teacher_weights=teacher_weights,
+            image_size=image_size, held_out=held_out, false_positive_rate=false_positive_rate, device=device, seed=seed,
+            teacher_ranges=ranges, target=target, **length,
+        ), checkpoint, resume)
+        if result is None:
+            return
+        save_model(result.detector, result.metadata, output)
+        checkpoint.unlink(missing_ok=True)
+        write_json({
+            "schema": "uadtool.train/1", "output": output, "digest": file_digest(output), **result.report,
+            "threshold": result.metadata.threshold, "false_positive_rate": false_positive_rate,
+            "parameters": result.metadata.parameters, "macs": result.metadata.macs,
+        })

@@ -72,7 +72,9 @@ def build_detector(metadata: Metadata) -> Detector:
     method = find_method(metadata.method)
     try:
         detector = method(metadata.teacher, metadata.image_size, len(metadata.classes), **metadata.options)
-    except TypeError as error:
-        raise UadtoolError(f"the model has options {metadata.options} that this version does not know; "
+        return detector.fold_batch_norm()
+    except UadtoolError:
+        raise
+    except Exception as error:  # of torch, which complains in many ways of sizes that cannot be
+        raise UadtoolError(f"the model has options {metadata.options!s:.200} that this version does not know; "
                            "use the version of uadtool that made it") from error
-    return detector.fold_batch_norm()

@@ -255,8 +255,8 @@ def _read_weights(file: str) -> dict[str, Tensor]:
     except OSError as error:
         raise UadtoolError(f"cannot read {file}: {error.strerror or error}") from error
     except Exception as error:  # unpickling and safetensors errors
-        raise UadtoolError(f"{file} holds no weights that can be loaded safely: "
-                           f"{str(error).splitlines()[0]}") from error
+        line = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UadtoolError(f"{file} holds no weights that can be loaded safely: {line}") from error
     weights = weights.get("state_dict", weights) if isinstance(weights, dict) else weights
     if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
         raise UadtoolError(f"{file} is not a state dict (names -> tensors)")

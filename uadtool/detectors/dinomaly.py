@@ -38,7 +38,7 @@ class Dinomaly(Detector):
         image_size: (height, width) of the input in pixels.
         classes: number of classes.
         width: channels of the decoder, a multiple of 32.
-        depth: blocks of the decoder, an even number.
+        depth: blocks of the decoder, an even number up to 100.
         bottleneck: channels that all features of a token pass.
         dropout: in the bottleneck; 0.2 in the paper, 0.4 for its largest data set.
 
@@ -50,10 +50,10 @@ class Dinomaly(Detector):
 
     def __init__(self, teacher: str, image_size: tuple[int, int], classes: int, width: int = 128, depth: int = 4,
                  bottleneck: int = 24, dropout: float = 0.2) -> None:
-        if width % HEAD or depth % 2 or min(width, depth, bottleneck) < 1 or not 0 <= dropout < 1:
+        if width % HEAD or depth % 2 or min(width, depth, bottleneck) < 1 or depth > 100 or not 0 <= dropout < 1:
             raise UadtoolError(f"dinomaly cannot have width {width}, depth {depth}, bottleneck {bottleneck}, dropout "
-                               f"{dropout}; take a width that is a multiple of {HEAD}, an even depth, a bottleneck of "
-                               "at least 1, a dropout of at least 0 and below 1")
+                               f"{dropout}; take a width that is a multiple of {HEAD}, an even depth up to 100, a "
+                               "bottleneck of at least 1, a dropout of at least 0 and below 1")
         encoder = build_encoder(teacher, image_size)
         shapes = feature_shapes(encoder, image_size)
         map_size = shapes[0][1:]
@@ -68,7 +68,6 @@ class Dinomaly(Detector):
         return self.smooth(distance_maps(features, self.decoder(features), self.map_size)), describe(features)
 
     def fit(self, run: "Run") -> "Outcome":
-        from uadtool.training.loop import batch_indices
         from uadtool.training.precision import autocast
 
         parameters = list(self.decoder.parameters())
@@ -86,12 +85,11 @@ class Dinomaly(Detector):
             return maps, [r.float() for r in rebuilt]
 
         def training_loss(step: int) -> Tensor:
-            torch.manual_seed(run.seed * 1_000_003 + step)  # of dropout: a run that resumes repeats it
-            _, features = run.training.batch(batch_indices(len(run.training), step, run.seed))
+            _, features = run.training_batch(step)
             return loose_loss(*pairs(features), EASY * min(1.0, step / (RAMP * run.steps)))
 
         return run.optimize(self.decoder, optimizer, training_loss, lambda: (
-            (distillation_loss(*pairs(features)), len(images)) for images, features in run.held_out.batches()))
+            (distillation_loss(*pairs(features)), len(images)) for _, (images, features) in run.held_out_batches()))
 
     def fold_batch_norm(self) -> "Dinomaly":
         self.eval()

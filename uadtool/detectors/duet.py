@@ -72,8 +72,11 @@ class Duet(Detector):
         return torch.cat([self.small(features[1]), _double(self.large(features[2])), likely], dim=1), describe(features)
 
     def fit(self, run: "Run") -> "Outcome":
-        self.fit_memories(run)
+        from uadtool.training import distributed
+
         outcome = self.fit_head(run)
+        if distributed.rank() == 0:  # the others have no use for them
+            self.fit_memories(run)
         self.fold_batch_norm()
         return outcome
 
@@ -84,7 +87,7 @@ class Duet(Detector):
 
     def fit_head(self, run: "Run") -> "Outcome":
         """Train the head on synthetic anomalies."""
-        from uadtool.training.loop import batch_indices
+        from uadtool.training import distributed
         from uadtool.training.precision import autocast
 
         assert isinstance(self.head, Head)
@@ -100,13 +103,13 @@ class Duet(Detector):
             return segmentation_loss(logits.squeeze(1).float(), masks.to(run.device))
 
         def training_loss(step: int) -> Tensor:
-            generator = np.random.default_rng((run.seed, step))
-            images, _ = run.training.batch(batch_indices(len(run.training), step, run.seed))
+            generator = np.random.default_rng((run.seed, step, distributed.rank()))
+            images, _ = run.training_batch(step)
             changed, masks = vary(images, self.map_size, generator)
             return loss_of(*_crop(teacher(changed), masks, generator))
 
         held_out: list[tuple[Sequence[Tensor], Tensor]] = []
-        for number, (images, _) in enumerate(run.held_out.batches()):
+        for number, (images, _) in run.held_out_batches():
             changed, masks = vary(images, self.map_size, np.random.default_rng((run.seed, number)))
             held_out.append((teacher(changed), masks))
 

@@ -71,7 +71,6 @@ class UninformedStudents(Detector):
 
     def fit(self, run: "Run") -> "Outcome":
         """Train the teacher and, towards what it says by then, the students."""
-        from uadtool.training.loop import batch_indices
         from uadtool.training.precision import autocast
 
         networks = nn.ModuleDict({"teacher": self.teacher, "student": self.student})
@@ -89,11 +88,10 @@ class UninformedStudents(Detector):
             return F.mse_loss(descriptors, wanted) + F.mse_loss(learned, descriptors.detach().expand_as(learned))
 
         def training_loss(step: int) -> Tensor:
-            batch = run.training.batch(batch_indices(len(run.training), step, run.seed))
-            return loss_of(*_crop(*batch, np.random.default_rng((run.seed, step))))
+            return loss_of(*_crop(*run.training_batch(step), np.random.default_rng((run.seed, step))))
 
         def held_out_losses() -> Iterator[tuple[Tensor, int]]:
-            for number, batch in enumerate(run.held_out.batches()):
+            for number, batch in run.held_out_batches():
                 yield loss_of(*_crop(*batch, np.random.default_rng((run.seed, number)))), len(batch[0])
 
         return run.optimize(networks, optimizer, training_loss, held_out_losses)

@@ -16,14 +16,15 @@ from uadtool.dataset import Sample, balanced
 from uadtool.detectors import Detector, find_method, method_options
 from uadtool.detectors.backbones import DEFAULT_TEACHER, load_teacher_weights
 from uadtool.detectors.complexity import count_macs, count_parameters
-from uadtool.host import available_cores
+from uadtool.errors import UadtoolError
 from uadtool.metadata import Metadata, bounded_scores, threshold_at
 from uadtool.progress import Progress
 from uadtool.quantization import TARGETS, Ranges
 from uadtool.quantization.bias_correction import CORRECTION_IMAGES
 from uadtool.quantization.teacher import quantized_teacher
-from uadtool.training.data import Teacher, TeacherFeatures, image_batches, read_images, split_training
-from uadtool.training.loop import Run, steps_per_epoch
+from uadtool.training import distributed
+from uadtool.training.data import Teacher, TeacherFeatures, image_batches, read_images, split_again, split_training
+from uadtool.training.loop import BATCH_SIZE, Run, steps_per_epoch
 from uadtool.training.precision import autocast, autocast_dtype, choose_device
 from uadtool.training.statistics import RawMaps, fit_prototypes, fit_statistics
 
@@ -65,23 +66,28 @@ class TrainingResult:
 
 
 def train(samples: Sequence[Sample], options: TrainingOptions, checkpoint: Path,
-          resume: bool = False) -> TrainingResult:
+          resume: bool = False) -> Optional[TrainingResult]:
     """Train a detector for all classes of the samples; their labels are used for the score statistics alone.
+
+    Of processes that train together (``distributed.process_group``) the first one finishes the detector, the others
+    return None.
 
     Args:
         samples: good images, each with a class, as ``dataset.training_samples`` gives them.
-        checkpoint: file that holds the state of the run while it lasts; it is removed in the end.
+        checkpoint: file that holds the state of the run while it lasts; the caller removes it once it
+            has saved the result.
         resume: go on from the checkpoint, if there is one, to the result that an uninterrupted run gives.
 
     Raises:
         UadtoolError: the teacher is unknown or unsuitable, its weights cannot be had, an image cannot be read, or the
-            checkpoint is of another run.
-        training.loop.Interrupted: SIGINT came; the checkpoint is written.
+            checkpoint is of another run; or processes that train together do not agree in what on, or are too many.
+        KeyboardInterrupt: a signal came; the checkpoint is written.
     """
     began = time.monotonic()
     device = choose_device(options.device)
     dtype = autocast_dtype(device)
-    threads = available_cores()
+    if distributed.any_of_them(dtype == torch.float32):
+        dtype = torch.float32
     torch.manual_seed(options.seed)
     classes = sorted({str(sample.class_name) for sample in samples})
     chosen = method_options(options.method, options.method_options)
@@ -89,6 +95,7 @@ def train(samples: Sequence[Sample], options: TrainingOptions, checkpoint: Path,
     pretrained = detector.pretrained()
     weights = load_teacher_weights(pretrained, options.teacher, options.teacher_weights)
     log.info("teacher %s with weights of %s", options.teacher, weights)
+    distributed.copy_first(detector)
     detector.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     pretrained.to(device).eval().requires_grad_(False)
 
@@ -98,16 +105,23 @@ def train(samples: Sequence[Sample], options: TrainingOptions, checkpoint: Path,
             return features
 
     rest, held_out_samples = split_training(samples, options.held_out, options.seed)
-    teacher = _int8_teacher(detector, options, rest, device) if options.teacher_ranges else float_teacher
-    training = TeacherFeatures(rest, options.image_size, teacher, threads)
-    held_out = TeacherFeatures(held_out_samples, options.image_size, teacher, threads)
-    steps = options.length * (steps_per_epoch(len(training)) if options.unit == "epochs" else 1)
     images_digest = list_digest(sample.path for sample in samples)
     config = {**asdict(replace(options, method_options={})), **{f"option {k}": v for k, v in chosen.items()},
               "image_size": list(options.image_size),
               "device": device.type, "dtype": str(dtype),
               "images": images_digest}
+    distributed.require_same(config)
+    processes, batch_size = distributed.world_size(), min(BATCH_SIZE, len(rest))
+    if processes > batch_size:
+        raise UadtoolError(f"there are more processes ({processes}) than images in a batch ({batch_size}); start at "
+                           f"most {batch_size}")
+    teacher = _int8_teacher(detector, options, rest, device) if options.teacher_ranges else float_teacher
+    training = TeacherFeatures(rest, options.image_size, teacher, distributed.own_cores())
+    held_out = TeacherFeatures(held_out_samples, options.image_size, teacher, distributed.own_cores())
+    steps = options.length * (steps_per_epoch(len(training)) if options.unit == "epochs" else 1)
     outcome = detector.fit(Run(training, held_out, steps, options.seed, device, dtype, checkpoint, config, resume))
+    if distributed.rank() > 0:
+        return None
     detector.fold_batch_norm()
     fit_prototypes(detector, classes, training)
     scores = _fit_statistics(detector, detector.raw_maps_and_class, classes, held_out_samples, options.image_size,
@@ -118,7 +132,8 @@ def train(samples: Sequence[Sample], options: TrainingOptions, checkpoint: Path,
                            "held_out": sum(s.class_name == name for s in held_out_samples)} for name in classes},
         "steps": steps, "epochs": round(steps / steps_per_epoch(len(training)), 2), "best_step": outcome.best_step,
         "held_out_loss": outcome.held_out_loss, "seconds": round(time.monotonic() - began, 1),
-        "device": device.type, "dtype": str(dtype).removeprefix("torch."), "teacher_weights": weights,
+        "device": device.type, "dtype": str(dtype).removeprefix("torch."), "processes": processes,
+        "teacher_weights": weights,
     }
     metadata = Metadata(
         method=options.method, teacher=options.teacher, classes=classes, image_size=options.image_size,
@@ -128,10 +143,9 @@ def train(samples: Sequence[Sample], options: TrainingOptions, checkpoint: Path,
         options=chosen, tool_version=__version__,
         provenance=[{"command": "train", "tool_version": __version__, "images": images_digest,
                      "teacher_weights": weights, "steps": steps, "seed": options.seed,
-                     "held_out": options.held_out, "dtype": report["dtype"],
+                     "held_out": options.held_out, "dtype": report["dtype"], "processes": processes,
                      "teacher_int8": options.target if options.teacher_ranges else None}],
     )
-    checkpoint.unlink(missing_ok=True)
     return TrainingResult(detector, metadata, report)
 
 
@@ -140,7 +154,7 @@ def _int8_teacher(detector: Detector, options: TrainingOptions, samples: Sequenc
     """``quantized_teacher``, its biases corrected with images of the samples."""
     assert options.teacher_ranges is not None
     chosen = balanced(list(samples), CORRECTION_IMAGES, options.seed)
-    images = read_images(chosen, options.image_size, available_cores())
+    images = read_images(chosen, options.image_size, distributed.own_cores())
     model = quantized_teacher(detector, options.teacher_ranges, TARGETS[options.target], images.to(device))
 
     def teacher(images: Tensor) -> Sequence[Tensor]:
@@ -163,8 +177,7 @@ def refit_statistics(detector: Detector, raw_maps: RawMaps, metadata: Metadata, 
     Raises:
         ImageError: an image cannot be read.
     """
-    step = metadata.provenance[0]
-    _, held_out = split_training(samples, step["held_out"], step["seed"])
+    _, held_out = split_again(metadata, samples)
     scores = _fit_statistics(detector, raw_maps, metadata.classes, held_out, metadata.image_size, torch.device("cpu"))
     *before, last = metadata.provenance
     threshold = threshold_at(scores, metadata.false_positive_rate)
@@ -177,7 +190,7 @@ def _fit_statistics(detector: Detector, raw_maps: RawMaps, classes: Sequence[str
     """``fit_statistics`` with images read from files, and progress."""
     with Progress("score statistics", len(held_out)) as progress:
         def batches() -> Iterator[tuple[Sequence[Sample], Tensor]]:
-            for part, images in image_batches(held_out, image_size, available_cores()):
+            for part, images in image_batches(held_out, image_size, distributed.own_cores()):
                 yield part, images.to(device)
                 progress.update(len(part))
 

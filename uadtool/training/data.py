@@ -7,8 +7,11 @@ import torch
 from torch import Tensor
 
 from uadtool.dataset import Sample, split_held_out
+from uadtool.errors import UadtoolError
 from uadtool.images import read_ahead, read_image
+from uadtool.metadata import Metadata
 from uadtool.progress import Progress
+from uadtool.training import distributed
 from uadtool.training.precision import physical_memory
 
 Teacher = Callable[[Tensor], Sequence[Tensor]]
@@ -41,6 +44,19 @@ def split_training(samples: Sequence[Sample], share: float, seed: int) -> tuple[
     return rest, held_out + [sample for sample in rest if sample.class_name not in classes]
 
 
+def split_again(metadata: Metadata, samples: Sequence[Sample]) -> tuple[list[Sample], list[Sample]]:
+    """``split_training`` as the run did it that trained this model.
+
+    Raises:
+        UadtoolError: the metadata do not tell.
+    """
+    origin = metadata.provenance[0] if metadata.provenance else {}
+    share, seed = origin.get("held_out"), origin.get("seed")
+    if not isinstance(share, float) or not 0 < share < 1 or not isinstance(seed, int):
+        raise UadtoolError("the model does not tell which images were held out when it was trained; train it again")
+    return split_training(samples, share, seed)
+
+
 def image_batches(samples: Sequence[Sample], image_size: tuple[int, int],
                   threads: int) -> Iterator[tuple[Sequence[Sample], Tensor]]:
     """The samples in batches of at most 32, with their images: uint8 [N, H, W, 3].
@@ -48,15 +64,21 @@ def image_batches(samples: Sequence[Sample], image_size: tuple[int, int],
     Raises:
         ImageError: as ``read_images``.
     """
-    for start in range(0, len(samples), CHUNK):
-        part = samples[start:start + CHUNK]
+    for places in chunks(len(samples)):
+        part = samples[places.start:places.stop]
         yield part, read_images(part, image_size, threads)
+
+
+def chunks(total: int) -> list[range]:
+    """The indices of so many images, in ranges of at most 32."""
+    return [range(start, min(start + CHUNK, total)) for start in range(0, total, CHUNK)]
 
 
 class TeacherFeatures:
     """Images with the teacher's feature maps of them, by index.
 
-    When both fit into half of the main memory they are computed once, at the start; else batch by batch.
+    When both fit into half of the main memory they are computed once, at the start; else batch by batch. Processes
+    that train together compute a share each, and then all of them have all.
     """
 
     def __init__(self, samples: Sequence[Sample], image_size: tuple[int, int], teacher: Teacher, threads: int) -> None:
@@ -64,10 +86,11 @@ class TeacherFeatures:
         self._cache: tuple[Tensor, list[Tensor]] | None = None
         first = self._compute([0])
         one = sum(t.nbytes for t in (first[0], *first[1]))
-        if one * len(samples) < MEMORY_SHARE * physical_memory():
-            self._cache = self._fill(first)
-        else:
+        most = MEMORY_SHARE * physical_memory() / distributed.processes_here()
+        if distributed.any_of_them(one * len(samples) >= most):
             log.info("the images do not fit into memory; they are read again in every epoch")
+        else:
+            self._cache = self._fill(first)
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -82,8 +105,8 @@ class TeacherFeatures:
 
     def batches(self) -> Iterator[tuple[Tensor, list[Tensor]]]:
         """All images in order, in batches of at most 32."""
-        for start in range(0, len(self), CHUNK):
-            yield self.batch(range(start, min(start + CHUNK, len(self))))
+        for part in chunks(len(self)):
+            yield self.batch(part)
 
     def _compute(self, indices: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
         images = read_images([self.samples[i] for i in indices], self.image_size, self.threads)
@@ -93,12 +116,16 @@ class TeacherFeatures:
         total = len(self.samples)
         images, *features = (t.new_empty(total, *t.shape[1:]) for t in (first[0], *first[1]))
         features = [f.contiguous(memory_format=torch.channels_last) for f in features]
-        with Progress("teacher features", total) as progress:
-            for start in range(0, total, CHUNK):
-                indices = range(start, min(start + CHUNK, total))
+        parts = chunks(total)
+        own = distributed.share(parts)
+        with Progress("teacher features", sum(map(len, own))) as progress:
+            for indices in own:
                 part, part_features = self._compute(indices)
-                images[start:start + len(indices)] = part
-                for whole, piece in zip(features, part_features):
-                    whole[start:start + len(indices)] = piece
+                for whole, piece in zip((images, *features), (part, *part_features)):
+                    whole[indices.start:indices.stop] = piece
                 progress.update(len(indices))
+        if distributed.world_size() > 1:
+            for number, indices in enumerate(parts):
+                for whole in (images, *(f.permute(0, 2, 3, 1) for f in features)):
+                    distributed.broadcast(whole[indices.start:indices.stop], number % distributed.world_size())
         return images, features

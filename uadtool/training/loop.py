@@ -15,8 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from uadtool.progress import Progress
-from uadtool.training.checkpoint import load_checkpoint, save_checkpoint
-from uadtool.training.data import TeacherFeatures
+from uadtool.terminal import ending_signals
+from uadtool.training import distributed
+from uadtool.training.checkpoint import read_checkpoint, restore, save_checkpoint
+from uadtool.training.data import TeacherFeatures, chunks
 from uadtool.training.precision import autocast, large_depthwise_float
 
 BATCH_SIZE = 16
@@ -37,16 +39,16 @@ class Outcome:
     held_out_loss: float
 
 
-class Interrupted(KeyboardInterrupt):
-    """SIGINT came; the checkpoint is written."""
-
-
 @dataclass(frozen=True)
 class Run:
     """What a detector trains on, how long, and where the state of the run lies while it lasts.
 
     ``steps`` counts batches of 16. ``config`` is what a checkpoint must agree in with this run, and with ``resume`` the
     run goes on from it, if there is one.
+
+    Processes that train together have all of ``training`` and ``held_out``. Each computes the losses of its share, the
+    ``training_batch`` and the ``held_out_batches``; a detector that takes losses of more is trained as well, but no
+    faster.
     """
 
     training: TeacherFeatures
@@ -58,6 +60,15 @@ class Run:
     checkpoint: Path
     config: dict[str, Any]
     resume: bool
+
+    def training_batch(self, step: int) -> tuple[Tensor, list[Tensor]]:
+        """Images [N, H, W, 3] and the teacher's feature maps of them: this process's share of a step's batch."""
+        return self.training.batch(distributed.share(batch_indices(len(self.training), step, self.seed)))
+
+    def held_out_batches(self) -> Iterator[tuple[int, tuple[Tensor, list[Tensor]]]]:
+        """The held-out batches that are this process's share, each with its number among all of them."""
+        for number, indices in distributed.share(list(enumerate(chunks(len(self.held_out))))):
+            yield number, self.held_out.batch(indices)
 
     def distill(self, student: nn.Module, optimizer: torch.optim.Optimizer, loss: Loss) -> Outcome:
         """Train the student, in place; it ends with the weights of the lowest held-out loss.
@@ -73,51 +84,68 @@ class Run:
                 return loss(images.to(self.device), [f.to(self.device) for f in features])
 
         def training_loss(step: int) -> Tensor:
-            return loss_of(*self.training.batch(batch_indices(len(self.training), step, self.seed)))
+            return loss_of(*self.training_batch(step))
 
         return self.optimize(student, optimizer, training_loss, lambda: (
-            (loss_of(*batch), len(batch[0])) for batch in self.held_out.batches()))
+            (loss_of(*batch), len(batch[0])) for _, batch in self.held_out_batches()))
 
     def optimize(self, model: nn.Module, optimizer: torch.optim.Optimizer, training_loss: Callable[[int], Tensor],
                  held_out_losses: Callable[[], Iterable[tuple[Tensor, int]]]) -> Outcome:
-        """The function ``optimize`` with the settings of this run.
+        """The function ``optimize`` with the settings of this run. Each step has a seed of its own, of dropout, say.
 
         Args:
-            held_out_losses: loss of each held-out batch, computed in evaluation mode, and how many images it has.
+            training_loss: of ``training_batch(step)``, a mean over its images.
+            held_out_losses: loss of each of the ``held_out_batches``, computed in evaluation mode, and how many images
+                it has.
         """
+        size = min(BATCH_SIZE, len(self.training))
+
+        def seeded_loss(step: int) -> Tensor:
+            # A run that resumes repeats it. Of the seed 32 bits count, so up to 16 processes differ.
+            torch.manual_seed(self.seed * 1_000_003 + step + (distributed.rank() << 28))
+            return training_loss(step)
+
         def held_out_loss() -> float:
             model.eval()
             with torch.inference_mode():
-                total = sum(loss.item() * count for loss, count in held_out_losses())
+                losses = [(loss.item() * count, count) for loss, count in held_out_losses()]
             model.train()
-            return total / len(self.held_out)
+            total, images = distributed.total(sum(loss for loss, _ in losses), sum(count for _, count in losses))
+            return total / images
 
         model.train()
         with large_depthwise_float(model) if self.device.type == "cpu" else nullcontext():
-            return optimize(model, optimizer, training_loss, held_out_loss, self.steps, self.checkpoint, self.config,
-                            self.resume)
+            return optimize(model, optimizer, seeded_loss, held_out_loss, self.steps, self.checkpoint, self.config,
+                            self.resume, share=len(distributed.share(range(size))) / size)
 
 
 def optimize(model: nn.Module, optimizer: torch.optim.Optimizer, training_loss: Callable[[int], Tensor],
              held_out_loss: Callable[[], float], steps: int, checkpoint: Path, config: dict[str, Any], resume: bool,
-             keep_start: bool = False) -> Outcome:
+             keep_start: bool = False, share: float = 1.0) -> Outcome:
     """Train a model, in place; it ends with the state of the lowest held-out loss.
 
-    The learning rate warms up to the optimizer's and sinks to 0 as a cosine. After SIGINT the step in progress ends,
-    the checkpoint is written and ``Interrupted`` raised.
+    The learning rate warms up to the optimizer's and sinks to 0 as a cosine. After SIGINT, SIGTERM or SIGHUP the step
+    in progress ends and the checkpoint is written; then the signal does what it would have done.
 
     Args:
         model: its state dict is what a checkpoint holds.
         training_loss: of the batch of a step; it depends on nothing but the step and the model.
         steps, checkpoint, config, resume: as in ``Run``.
         keep_start: the state at the start may be the best one, too.
+        share: of the images of a batch, those that this process's training loss is the mean of.
     """
     start, best_step, best_loss, best = 0, 0, math.inf, dict[str, Tensor]()
     rates = [group["lr"] for group in optimizer.param_groups]
-    if resume and checkpoint.exists():
-        progress_so_far, best = load_checkpoint(checkpoint, config, model, optimizer)
+
+    def read() -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+        return read_checkpoint(checkpoint, config) if resume and checkpoint.exists() else None
+
+    if found := distributed.on_first(read):
+        progress_so_far, best = restore(found, model, optimizer)
         start, best_step, best_loss = (progress_so_far[k] for k in ("step", "best_step", "best_loss"))
         log.info("resuming at step %d of %d", start, steps)
+    elif checkpoint.exists():
+        log.warning("starting anew; with --resume the run would go on from %s", checkpoint)
 
     def evaluate(step: int) -> None:
         nonlocal best_step, best_loss, best
@@ -128,27 +156,40 @@ def optimize(model: nn.Module, optimizer: torch.optim.Optimizer, training_loss: 
 
     def save(step: int) -> None:
         state = {"step": step, "best_step": best_step, "best_loss": best_loss}
-        save_checkpoint(checkpoint, config, state, model, best, optimizer)
+        distributed.on_first(lambda: save_checkpoint(checkpoint, config, state, model, best, optimizer))
+
+    def average() -> None:
+        """Let all processes have the gradients of the whole batch, and the same statistics of batch norm.
+
+        Not by DistributedDataParallel: it sees the gradients of what passes its ``forward``, but losses are functions
+        of their own, which call parts of the model. Its gain, to communicate while the backward pass still runs, is
+        small for so small networks. Averaged after each step, statistics are the same wherever a run is interrupted.
+        """
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        statistics = [buffer for module in model.modules() if module.training
+                      for buffer in module.buffers(recurse=False) if buffer.is_floating_point()]
+        distributed.average([*gradients, *statistics], share)
 
     if keep_start and start == 0:
         evaluate(0)
     every = max(1, steps // EVALUATIONS)
-    with Progress("training", steps, start) as progress, _deferred_interrupt() as interrupted:
+    with Progress("training", steps, start) as progress, _deferred_signals() as stopped:
         for step in range(start, steps):
             for group, rate in zip(optimizer.param_groups, rates):
                 group["lr"] = rate * _schedule(step, steps)
             loss = training_loss(step)
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
+            average()
             optimizer.step()
             progress.update(note=f"loss {loss.item():.4f}")
             if (step + 1) % every == 0 or step + 1 == steps:
                 evaluate(step + 1)
                 save(step + 1)
-            if interrupted():
+            if distributed.any_of_them(stopped()):
                 save(step + 1)
                 log.warning("interrupted at step %d; --resume goes on from %s", step + 1, checkpoint)
-                raise Interrupted
+                raise KeyboardInterrupt
     model.load_state_dict(best)
     return Outcome(best_step, best_loss)
 
@@ -174,23 +215,26 @@ def _schedule(step: int, steps: int) -> float:
 
 
 @contextmanager
-def _deferred_interrupt() -> Iterator[Callable[[], bool]]:
-    """Within the block the first SIGINT only sets a flag, which the yielded function tells; a second one interrupts.
+def _deferred_signals() -> Iterator[Callable[[], bool]]:
+    """Within the block SIGINT, SIGTERM and SIGHUP only set a flag, which the yielded function tells; a second SIGINT
+    interrupts. After the block they do what they would have done.
 
     An interrupt in the middle of an optimizer step would leave a state that no uninterrupted run passes through.
     """
-    came = False
+    came: list[int] = []
 
     def handler(signum: int, frame: FrameType | None) -> None:
-        nonlocal came
-        came = True
+        came.append(signum)
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     if threading.current_thread() is not threading.main_thread():  # only that one may set handlers
         yield lambda: False
         return
-    before = signal.signal(signal.SIGINT, handler)
+    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, *ending_signals())}
     try:
-        yield lambda: came
+        yield lambda: bool(came)
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, old in before.items():
+            signal.signal(number, old)
+        if came:
+            signal.raise_signal(came[0])
