@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,8 @@ from hypothesis import strategies as st
 from records import HOST, bench_record, lines, model, score_records
 
 import uadtool
-from uadtool.comparison import compare
+from uadtool.commands.compare import compare as command
+from uadtool.comparison import METRICS, compare
 from uadtool.errors import UadtoolError
 from uadtool.gates import Gate, Verdict
 from uadtool.reports import table
@@ -352,6 +354,12 @@ def test_gates_that_cannot_be_decided_are_errors(gate, values, message):
         list(Gate.parse(gate).failures(given_rows(*values)))
 
 
+def test_help_names_every_metric_of_a_gate():
+    assert command.help
+    named = set(re.findall(r"[a-z0-9_.]+[a-z0-9]", command.help.partition("Metrics from score:")[2]))
+    assert set(METRICS) <= named
+
+
 # What is printed
 
 
@@ -573,4 +581,4 @@ def test_command_prints_names_that_are_not_utf8(files):
     for style in ("table", "csv", "markdown"):
         found = run("odd.json", "--format", style)
         assert (found.returncode, found.stderr) == (0, "")
-        assert "caf?.onnx" in found.stdout
+        assert r"caf\udce9" in found.stdout

@@ -1,4 +1,5 @@
 import csv
+import fcntl
 import io
 import json
 import os
@@ -6,6 +7,7 @@ import pty
 import signal
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 from typing import Any, Dict, List
@@ -27,7 +29,7 @@ from uadtool.runtimes import open_model
 from uadtool.scoring import Prediction, evaluate, score, upsample
 
 SCHEMA = json.loads((Path(uadtool.__file__).parent / "schemas" / "score.json").read_text())
-COMMAND = [sys.executable, "-m", "uadtool", "score"]
+COMMAND = [sys.executable, "-m", "uadtool", "score", "-q"]
 
 
 def records(text: str) -> List[Dict[str, Any]]:
@@ -52,7 +54,7 @@ def photos(mvtec, tmp_path):
 
 
 def test_every_line_is_valid_and_says_what_the_detector_computes(uadtool, detector, mvtec):
-    done = uadtool("score", detector, mvtec)
+    done = uadtool("score", "-q", detector, mvtec)
     assert (done.returncode, done.stderr) == (0, "")
     run, *images, summary = records(done.stdout)
     assert run["threshold"] == METADATA.threshold
@@ -75,7 +77,7 @@ def test_every_line_is_valid_and_says_what_the_detector_computes(uadtool, detect
 
 
 def test_a_broken_image_costs_one_line(uadtool, detector, photos):
-    done = uadtool("score", detector, photos)
+    done = uadtool("score", "-q", detector, photos)
     assert done.returncode == 1
     _, good, broken, spot, summary = records(done.stdout)
     assert "score" in good
@@ -123,6 +125,29 @@ def test_ends_quietly_when_the_reader_goes(detector, mvtec):
         assert process.stderr.read() == b""
 
 
+@pytest.mark.parametrize("number", [None, signal.SIGINT, signal.SIGTERM])
+def test_a_slow_reader_gets_whole_lines(detector, mvtec, tmp_path, number):
+    """More of them than a pipe holds; and when a signal comes while the pipe is full, those that were scored."""
+    paths = tmp_path / "paths"
+    paths.write_text(f"{mvtec}/red/test/good/000.png\n" * 500)
+    with paths.open() as stdin, subprocess.Popen(
+            [*COMMAND, str(detector), "-"], stdin=stdin, stdout=subprocess.PIPE, preexec_fn=lambda: [
+                signal.signal(one, signal.SIG_DFL) for one in (signal.SIGINT, signal.SIGTERM)]) as process:
+        fcntl.fcntl(process.stdout, fcntl.F_SETPIPE_SZ, 4096)
+        lines = [process.stdout.readline()]
+        waiting = bytes(4)
+        while int.from_bytes(waiting, sys.byteorder) < 3000:
+            time.sleep(0.01)
+            waiting = fcntl.ioctl(process.stdout, termios.FIONREAD, bytes(4))
+        if number:
+            process.send_signal(number)
+        lines += process.stdout.readlines()
+    assert process.returncode == (128 + number if number else 0)
+    found = [json.loads(line) for line in lines]
+    assert [one["type"] for one in found][:2] == ["run", "image"]
+    assert len(found) == 502 if number is None else len(found) < 502
+
+
 def test_interrupt_while_waiting_for_paths(detector):
     def heed() -> None:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # tests that run in the background ignore it, and so would this
@@ -157,7 +182,7 @@ def test_threshold_and_heatmaps(uadtool, detector, photos, tmp_path):
 
 
 def test_fail_above(uadtool, detector, photos):
-    done = uadtool("score", detector, photos, "--fail-above", "5")
+    done = uadtool("score", "-q", detector, photos, "--fail-above", "5")
     assert done.returncode == 4
     assert len(records(done.stdout)) == 5
     unread, gate = done.stderr.splitlines()
@@ -310,7 +335,7 @@ def test_wrong_usage(uadtool, detector, arguments, message):
 
 
 def test_no_paths(uadtool, detector, tmp_path):
-    done = uadtool("score", detector)
+    done = uadtool("score", "-q", detector)
     assert (done.returncode, done.stderr) == (1, "uadtool: error: there was no image to score\n")
     assert records(done.stdout)[-1]["images"] == 0
     terminal, other_end = pty.openpty()
@@ -344,7 +369,7 @@ print(*{"torch", "onnx", "openvino", "scipy", "sklearn", "uadtool.metrics", "uad
       & set(sys.modules), file=sys.stderr, end="")
 """
     path = mvtec / "red/train/good/000.png"  # given by itself, it has no label
-    done = subprocess.run([sys.executable, "-c", program, "score", str(detector), str(path)], capture_output=True,
+    done = subprocess.run([sys.executable, "-c", program, "score", "-q", str(detector), str(path)], capture_output=True,
                           timeout=60)
     assert (done.returncode, done.stderr) == (0, b"")
 

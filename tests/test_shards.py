@@ -6,7 +6,7 @@ from typing import Any, Dict, List, NamedTuple, Optional, Sequence
 
 import numpy as np
 import pytest
-from conftest import validate
+from conftest import run_here, validate
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from records import HOST, RUNTIME, lines, model
@@ -191,3 +191,71 @@ def test_pixel_counts_that_are_none_are_refused(tmp_path, pixels):
     with pytest.raises(UadtoolError, match=r"1.jsonl: its summary is not that of a score file") as caught:
         compare(written(tmp_path, *shards))
     assert "\n" not in str(caught.value)
+
+
+# score --shard
+
+
+def shards_of(images: Sequence[Example], count: int, machines: Sequence[str] = ("some",)) -> List[List[Dict[str, Any]]]:
+    """What ``--shard 1/count`` to ``count/count`` print, on these machines in turn."""
+    found = []
+    for index in range(count):
+        opening, *rest = run_of(range(index, len(images), count), images, machines[index % len(machines)])
+        found.append([{**opening, "shard": {"index": index + 1, "count": count}}, *rest])
+    return found
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 40])
+def test_all_shards_of_the_command_are_the_whole_run(detector, mvtec, tmp_path, count):
+    def images(printed):
+        return [{**record, "milliseconds": 0} for record in map(json.loads, printed.splitlines())
+                if record["type"] == "image"]
+
+    whole = run_here("score", detector, mvtec)
+    printed = [run_here("score", detector, mvtec, "--shard", f"{index + 1}/{count}") for index in range(count)]
+    for index, of_shard in enumerate(printed):
+        assert images(of_shard) == images(whole)[index::count]
+        for record in map(json.loads, of_shard.splitlines()):
+            validate(record, "score")
+    (tmp_path / "whole").write_text(whole)
+    (tmp_path / "shards").write_text("".join(printed))
+    assert compare([str(tmp_path / "shards")])["rows"] == compare([str(tmp_path / "whole")])["rows"]
+
+
+def test_shards_of_several_machines_are_one_run(tmp_path, caplog):
+    images = examples(0, 23)
+    whole = compare(written(tmp_path, run_of(range(23), images)))["rows"]
+    record = compare(written(tmp_path, *shards_of(images, 4, ["x86", "arm"])))
+    assert record["rows"] == whole
+    assert [model["machine"] for model in record["models"]] == ["x86, arm"]
+    assert "missing" not in caplog.text
+
+
+def test_a_machine_that_has_all_shards_is_a_column_of_its_own(tmp_path):
+    images = examples(0, 23)
+    ours, theirs = shards_of(images, 2, ["x86"]), shards_of(images, 2, ["arm"])
+    for order in ([*ours, *theirs], [ours[0], theirs[1], theirs[0], ours[1]]):
+        record = compare(written(tmp_path, *order))
+        assert [model["machine"] for model in record["models"]] == ["x86", "arm"]
+        assert all(row["changes"][1] == 0 for row in record["rows"])
+
+
+def test_a_missing_shard_is_named(tmp_path, caplog):
+    first, _, third, _ = shards_of(examples(0, 23), 4)
+    compare(written(tmp_path, first, third))
+    assert caplog.messages[0] == "m.onnx: of 4 shards these are missing: 2, 4"
+
+
+@pytest.mark.parametrize("value", ["0/2", "3/2", "1/0", "a/b", "1", "-1/2", "1/2/3"])
+def test_shards_that_there_are_not(uadtool, detector, value):
+    done = uadtool("score", detector, "photos", f"--shard={value}")
+    assert done.returncode == 2
+    assert f"{value!r} is not I/N with I from 1 to N, 2/8 say" in done.stderr
+
+
+@pytest.mark.parametrize("shard", [{"index": 0, "count": 1}, {"index": 2, "count": 1}, {"index": 1}, 3,
+                                   {"index": "1", "count": 2}])
+def test_a_record_of_a_shard_that_is_none(tmp_path, shard):
+    (opening, *rest), = shards_of(examples(0, 3), 1)
+    with pytest.raises(UadtoolError, match=r"0.jsonl:1: not a record of a score or bench file: "):
+        compare(written(tmp_path, [{**opening, "shard": shard}, *rest]))

@@ -10,21 +10,21 @@ Understood are
   the manifest. Without a class anywhere, the manifest's name is the class. Rows without a split are in both splits;
 - for scoring also any folder of images, and single images.
 
-Hidden files and folders are left out. Links to folders are followed, each folder once.
+For scoring, all of them may also lie at a URL. Hidden files and folders are left out.
 """
 
 import itertools
-import os
 import random
 from collections import defaultdict
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple
 
-from uadtool import manifest
+from uadtool import manifest, storage
 from uadtool.artifacts import file_digest
 from uadtool.errors import UadtoolError
 from uadtool.images import image_size
+from uadtool.storage import Folder
 
 SUFFIXES = {
     ".avif", ".bmp", ".dib", ".gif", ".j2k", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm", ".pfm", ".pgm", ".png",
@@ -63,9 +63,12 @@ def training_samples(data: str, classes: Optional[Sequence[str]] = None) -> List
         UadtoolError: there are no images, or a class has none to train on, or is unknown; an image is empty or
             missing; a mask is missing or has another size than its image; an image is in train and in test.
     """
-    if not Path(data).exists():
+    if storage.is_url(data):
+        raise UadtoolError(f"{data} is elsewhere, and training reads its images again and again: copy them to this "
+                           "machine first")
+    if not storage.exists(data):
         raise UadtoolError(f"{data} does not exist")
-    layout = _read_layout(Path(data))
+    layout = _read_layout(data, _folder(data))
     if layout is None or not layout.classes:
         raise UadtoolError(
             f"no images to train on in {data}: wanted is a folder with CLASS/train/good/*, one such CLASS folder, or "
@@ -95,20 +98,20 @@ def scoring_samples(paths: Iterable[str]) -> Iterator[Sample]:
     """The images to score, path by path as ``paths`` gives them.
 
     A data set gives its test split, with classes, labels and masks; another folder all images in it. Any other path
-    is an image, even if it does not exist: reading it will tell.
+    is an image, even if it does not exist: reading it will tell. So do URLs, but that what ends as an image does is
+    one.
 
     Raises:
         UadtoolError: a folder without images to score, or a broken manifest.
+        MissingPackage: what fsspec needs for a kind of URL is not installed.
     """
-    for name in paths:
-        path = Path(name)
-        layout = _read_layout(path)
+    for name in map(storage.local, paths):
+        folder = _folder(name)
+        layout = _read_layout(name, folder)
         if layout is not None:
             samples = [sample for sample, split in layout.rows if split != "train"]
-        elif _is_folder(path):
-            samples = [Sample(str(image)) for image in _images(path)]
         else:
-            samples = [Sample(name)]
+            samples = [Sample(folder.path(image)) for image in _images(folder)] if folder else [Sample(name)]
         if not samples:
             raise UadtoolError(f"no images to score in {name}")
         yield from samples
@@ -149,85 +152,62 @@ def _names(classes: Iterable[str]) -> str:
     return ", ".join(sorted(classes))
 
 
-def _is_folder(path: Path) -> bool:
-    try:
-        return path.is_dir()
-    except OSError:  # too long a name, say
-        return False
+def _folder(name: str) -> Optional[Folder]:
+    """The folder ``name``, unless it is a URL that ends as an image or a manifest does, which need not be asked."""
+    if storage.is_url(name) and storage.suffix(name) in SUFFIXES | manifest.SUFFIXES:
+        return None
+    return storage.open_folder(name)
 
 
-def _read_layout(path: Path) -> Optional[Layout]:
-    """The data set at ``path``, or None if it is something else."""
-    if not _is_folder(path):
-        return _read_manifest(path) if path.suffix.lower() in manifest.SUFFIXES else None
-    if _is_class(path):
-        name = Path(os.path.abspath(path)).name  # noqa: PTH100 resolve() would replace the name of a link
-        folders = {name: path}
+def _read_layout(name: str, folder: Optional[Folder]) -> Optional[Layout]:
+    """The data set of this path or URL, which is ``folder`` if it is one; None if it is something else."""
+    if folder is None:
+        return _read_manifest(name) if storage.suffix(name) in manifest.SUFFIXES else None
+    if _is_class(folder):
+        folders = {folder.name: folder}
     else:
-        try:
-            folders = {child.name: child for child in sorted(path.iterdir())}
-        except OSError as error:
-            raise UadtoolError(f"cannot read {path}: {error.strerror}") from error
-        folders = {name: child for name, child in folders.items() if not name.startswith(".") and _is_folder(child)}
+        folders = {child: folder / child for child in folder.folders()}
         if not any(map(_is_class, folders.values())):
             return None
     return Layout(set(folders), [row for name, folder in folders.items() for row in _read_class(folder, name)])
 
 
-def _is_class(folder: Path) -> bool:
-    return _is_folder(folder / "train") or _is_folder(folder / "test")
+def _is_class(folder: Folder) -> bool:
+    return (folder / "train").exists() or (folder / "test").exists()
 
 
-def _read_class(folder: Path, name: str) -> Iterator[Tuple[Sample, str]]:
-    for image in _images(folder / "train" / "good"):
-        yield Sample(str(image), name, "good"), "train"
-    for image in _images(folder / "test"):
-        inside = image.relative_to(folder / "test")
-        defect = inside.parts[0] if len(inside.parts) > 1 else None
+def _read_class(folder: Folder, name: str) -> Iterator[Tuple[Sample, str]]:
+    training, test, truth = folder / "train" / "good", folder / "test", folder / "ground_truth"
+    for image in _images(training):
+        yield Sample(training.path(image), name, "good"), "train"
+    for image in _images(test):
+        defect = image.parts[0] if len(image.parts) > 1 else None
         label = "good" if defect == "good" else "anomalous" if defect else None
-        mask = _mask(folder / "ground_truth", inside) if label == "anomalous" else None
-        yield Sample(str(image), name, label, mask), "test"
+        yield Sample(test.path(image), name, label, _mask(truth, image) if label == "anomalous" else None), "test"
 
 
-def _mask(folder: Path, image: Path) -> Optional[str]:
-    if not _is_folder(folder / image.parts[0]):
+def _mask(folder: Folder, image: PurePath) -> Optional[str]:
+    if not folder.has(PurePath(image.parts[0])):
         return None
-    usual = folder / image.parent / f"{image.stem}_mask.png"
-    other = folder / image.parent / f"{image.stem}.png"
-    return str(other if other.exists() and not usual.exists() else usual)
+    usual, other = image.with_name(f"{image.stem}_mask.png"), image.with_suffix(".png")
+    return folder.path(other if folder.has(other) and not folder.has(usual) else usual)
 
 
-def _images(folder: Path) -> List[Path]:
-    """The images in a folder and below it, sorted; none if there is no such folder."""
-    def cannot_list(error: OSError) -> None:
-        if not isinstance(error, FileNotFoundError):
-            raise UadtoolError(f"cannot read {error.filename}: {error.strerror}") from error
-
-    found: List[Path] = []
-    seen: Set[Tuple[int, int]] = set()
-    for here, folders, files in os.walk(folder, followlinks=True, onerror=cannot_list):
-        status = Path(here).stat()
-        if (status.st_dev, status.st_ino) in seen:
-            folders.clear()
-            continue
-        seen.add((status.st_dev, status.st_ino))
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        paths = [Path(here) / name for name in files if not name.startswith(".")]
-        found += [path for path in paths if path.suffix.lower() in SUFFIXES]
-    return sorted(found)
+def _images(folder: Folder) -> List[PurePath]:
+    return [file for file in folder.files() if file.suffix.lower() in SUFFIXES]
 
 
-def _read_manifest(path: Path) -> Layout:
-    rows = manifest.read_manifest(path)
-    one_class = path.stem if not any(row["class"] for row in rows) else None
+def _read_manifest(name: str) -> Layout:
+    rows = manifest.read_manifest(name)
+    one_class = Path(name).stem if not any(row["class"] for row in rows) else None
     samples = []
     for row in rows:
         label = row["label"].lower()
         samples.append((Sample(
-            path=str(path.parent / row["path"]),
+            path=storage.beside(name, row["path"]),
             class_name=row["class"] or one_class,
             label=("good" if label in GOOD_LABELS else "anomalous") if label else None,
-            mask=str(path.parent / row["mask"]) if row["mask"] else None,
+            mask=storage.beside(name, row["mask"]) if row["mask"] else None,
         ), row["split"]))
     return Layout({sample.class_name for sample, _ in samples if sample.class_name}, samples)
 
@@ -237,7 +217,7 @@ def _check_masks(samples: Iterable[Sample]) -> None:
     for sample in samples:
         if not sample.mask:
             continue
-        if not Path(sample.mask).exists():
+        if not storage.exists(sample.mask):
             raise UadtoolError(f"{sample.path} has no mask: {sample.mask} does not exist")
         image, mask = image_size(sample.path), image_size(sample.mask)
         if image != mask:

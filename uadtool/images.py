@@ -2,25 +2,30 @@
 
 import io
 import queue
-import stat
 import threading
 import warnings
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
-from pathlib import Path
+from importlib.util import find_spec
 from typing import Callable, Iterable, Iterator, Optional, Set, Tuple, TypeVar, Union
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-from uadtool.errors import UadtoolError
+from uadtool import storage
+from uadtool.errors import MissingPackage, UadtoolError
 
 T = TypeVar("T")
 R = TypeVar("R")
 
 BITS_PER_SAMPLE, PHOTOMETRIC, ORIENTATION = 258, 262, 274
 """TIFF tags; EXIF shares the last one."""
+
+FORMATS = ["PNG", "JPEG", "BMP", "DIB", "GIF", "PPM", "TIFF", "WEBP", "JPEG2000", "TGA"]
+"""Of images that are read, whatever their names. Pillow would also read others, and run Ghostscript for some."""
+if find_spec("PIL.AvifImagePlugin"):  # Pillow 11.3 and later
+    FORMATS.append("AVIF")
 
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -187,17 +192,17 @@ def read_ahead(
 def _opened(path: str) -> Iterator[Image.Image]:
     """Open an image file. Whatever goes wrong in the block is an ImageError: broken files break decoders in any way."""
     try:
-        if not stat.S_ISREG(Path(path).stat().st_mode):  # opening a FIFO would block
-            raise ValueError("not a regular file")
-        with Path(path).open("rb") as file, Image.open(file) as image:
+        with storage.open_file(path) as file, Image.open(file, formats=FORMATS) as image:
             yield image
+    except MissingPackage:
+        raise
     except Exception as error:
         raise ImageError(f"cannot read {path}: {_reason(error)}") from error
 
 
 def _reason(error: Exception) -> str:
     if isinstance(error, UnidentifiedImageError):
-        return "not an image, or of a kind that Pillow does not know"
+        return "not an image, or of a kind that is not read"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     text = " ".join(str(error).split()) or type(error).__name__

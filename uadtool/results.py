@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Dict, FrozenSet, Iterator, List, NamedTuple, Optional, Set, Tuple
 
+from uadtool.artifacts import refuse_newer
 from uadtool.errors import UadtoolError
 
 log = logging.getLogger("uadtool")
@@ -34,7 +35,7 @@ class Result:
 
     Of scores alone: ``threshold``; the ``images`` that have a score, by path; ``pixels``, what the pixel metrics are
     computed from (``Evaluation.pixels``), None in files that do not hold it; ``shards``, the files that were merged;
-    ``unread``, the paths of images that could not be scored.
+    ``unread``, the paths of images that could not be scored; ``shard``, (I, N) of a run of ``--shard I/N``.
     """
 
     kind: str
@@ -54,6 +55,7 @@ class Result:
     pixels: Optional[Dict[str, Any]] = None
     shards: Tuple[str, ...] = ()
     unread: FrozenSet[str] = frozenset()
+    shard: Optional[Tuple[int, int]] = None
 
     @property
     def source(self) -> str:
@@ -93,7 +95,8 @@ def read_results(file: str) -> List[Result]:
         try:
             kind = record.get("schema") or record["type"]
             if kind == "uadtool.score/1" and not run:
-                run = replace(_result("scores", name, record, record, {}), threshold=_number(record["threshold"]))
+                run = replace(_result("scores", name, record, record, {}), threshold=_number(record["threshold"]),
+                              shard=_shard(record.get("shard")))
                 unread = set()
             elif kind == "image" and run:
                 if "error" in record:
@@ -107,8 +110,10 @@ def read_results(file: str) -> List[Result]:
             elif kind == "uadtool.bench/1" and not run:
                 results += [_result("bench", name, record, entry, _bench_values(entry)) for entry in record["models"]]
             else:
+                for known in ("uadtool.score/1", "uadtool.bench/1"):
+                    refuse_newer(kind, known, name)
                 raise ValueError(f"{kind!r} is not expected here")
-        except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, OverflowError, RecursionError, TypeError, ValueError) as error:
             reason = f"it lacks {error}" if isinstance(error, KeyError) else error
             raise UadtoolError(f"{name}:{line}: not a record of a score or bench file: {reason}") from error
     if run:
@@ -147,6 +152,15 @@ def _result(kind: str, file: str, opening: Dict[str, Any], entry: Dict[str, Any]
     return Result(kind, file, str(model["path"]), str(model["digest"]), str(model["method"]), str(model["precision"]),
                   dict(model.get("quantization", {})), f"{runtime['name']} {runtime['version']}",
                   str(host.get("board") or host["cpu"]), str(opening["tool"]), str(opening["started"]), values)
+
+
+def _shard(value: Any) -> Optional[Tuple[int, int]]:
+    if value is None:
+        return None
+    index, count = value["index"], value["count"]
+    if not (isinstance(index, int) and isinstance(count, int) and 1 <= index <= count):
+        raise ValueError(f"there is no shard {index!r:.20} of {count!r:.20}")
+    return index, count
 
 
 def _scored(record: Dict[str, Any]) -> ScoredImage:

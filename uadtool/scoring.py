@@ -5,6 +5,7 @@ import threading
 import time
 from itertools import islice
 from typing import (
+    TYPE_CHECKING,
     Any,
     Callable,
     Dict,
@@ -29,6 +30,9 @@ from uadtool.evaluation import Evaluation, rounded
 from uadtool.images import ImageError, read_ahead, read_image, read_mask
 from uadtool.metadata import Metadata
 from uadtool.runtimes import Runtime, describe
+
+if TYPE_CHECKING:
+    from uadtool.cluster import Cluster
 
 SCHEMA = "uadtool.score/1"
 
@@ -60,19 +64,30 @@ def score(
     threshold: Optional[float] = None,
     batch_size: int = 1,
     outputs: Sequence[PerImage] = (),
+    shard: Optional[Tuple[int, int]] = None,
+    cluster: Optional["Cluster"] = None,
 ) -> Generator[Record, None, None]:
     """Yield the records of a run (schemas/score.json): ``run``, an ``image`` as soon as it is known, ``summary``.
 
     ``threshold`` is the model's if None; an image above it is anomalous. What cannot be read becomes an ``image`` with
     ``error``. ``outputs`` are called with each record, its anomaly map, float32 [h, w], and the threshold; what they
     return joins the record. Metrics come from the scores as they stand in the records, rounded to 6 digits.
+
+    ``shard`` (I, N) scores of the samples each N-th alone, from the I-th (of 1 to N) on. ``cluster`` does the work
+    instead of this machine.
     """
     threshold = runtime.metadata.threshold if threshold is None else threshold
-    yield {"schema": SCHEMA, "type": "run", **host.opening(), **describe(runtime), "threshold": threshold}
+    run: Record = {"schema": SCHEMA, "type": "run", **host.opening(), **describe(runtime), "threshold": threshold}
+    if shard:
+        run["shard"] = {"index": shard[0], "count": shard[1]}
+        samples = islice(samples, shard[0] - 1, None, shard[1])
+    if cluster:
+        run["cluster"] = cluster.size()
+    yield run
     began = time.perf_counter()
     images = errors = anomalous = 0
     evaluation = Evaluation(threshold)
-    for sample, found in predict(runtime, samples, batch_size):
+    for sample, found in (cluster.predict if cluster else predict)(runtime, samples, batch_size):
         images += 1
         if isinstance(found, UadtoolError):
             errors += 1

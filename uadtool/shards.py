@@ -14,26 +14,30 @@ log = logging.getLogger("uadtool")
 def merge_shards(results: Iterable[Result]) -> List[Result]:
     """The results, with those runs of ``score`` merged that are about one model and different images.
 
-    A merged result stands where its first shard stood, and its figures are those of one run over all images. Only runs
-    of one runtime and machine are merged, and only if no path of one ends as a path of the other does (``_tail``): the
-    images of another machine, or below another folder, may be the same ones. Other runs of one model stay apart.
+    A merged result stands where its first shard stood, and its figures are those of one run over all images. Runs of
+    ``--shard`` are merged wherever they ran, unless one machine ran all of them. Of others only runs of one runtime and
+    machine are merged, and only if no path of one ends as a path of the other does (``_tail``): the images of another
+    machine, or below another folder, may be the same ones. Other runs of one model stay apart.
 
     Raises:
         UadtoolError: some images are in two shards of one model but each has others too, or shards have other
             thresholds or labels.
     """
+    results = list(results)
     parts: List[List[Result]] = []
     tails: List[Set[Tuple[str, ...]]] = []  # of the images of each part
     for result in results:
         of_result = {_tail(path) for path in result.images}
         for part, of_part in zip(parts, tails):
-            if _one_run(part[0], result) and not of_part & of_result:
+            if _next_shard(part, result, results) or (_one_run(part[0], result) and not of_part & of_result):
                 part.append(result)
                 of_part |= of_result
                 break
         else:
             parts.append([result])
             tails.append(of_result)
+    for part in parts:
+        _warn_of_missing(part)
     merged = [_merged(part) if len(part) > 1 else part[0] for part in parts]
     for index, result in enumerate(merged):
         for other in merged[:index]:
@@ -51,8 +55,38 @@ def _one_model(a: Result, b: Result) -> bool:
     return a.kind == b.kind == "scores" and a.digest == b.digest
 
 
+def _next_shard(part: List[Result], result: Result, results: List[Result]) -> bool:
+    """Is it a further one of the shards in ``part``?"""
+    first = part[0]
+    if not (first.shard and result.shard and _one_model(first, result) and first.runtime == result.runtime
+            and first.shard[1] == result.shard[1]):
+        return False
+    if first.machine != result.machine and (_has_all(first, results) or _has_all(result, results)):
+        return False
+    return not any(other.shard == result.shard or other.images.keys() & result.images.keys() for other in part)
+
+
+def _has_all(shard: Result, results: List[Result]) -> bool:
+    """Did the machine of this shard run all of them?"""
+    assert shard.shard
+    return shard.shard[1] == len({other.shard for other in results if other.shard and _one_model(other, shard)
+                                  and other.shard[1] == shard.shard[1]
+                                  and (other.runtime, other.machine) == (shard.runtime, shard.machine)})
+
+
+def _warn_of_missing(part: List[Result]) -> None:
+    found = {result.shard[0] for result in part if result.shard}
+    if not (found and all(result.shard for result in part)):
+        return
+    count = max(result.shard[1] for result in part if result.shard)
+    missing = sorted(set(range(1, min(count, 10_000) + 1)) - found)
+    if missing:
+        names = ", ".join(map(str, missing[:10])) + ", ..." * (len(missing) > 10)
+        log.warning("%s: of %d shards these are missing: %s", part[0].path, count, names)
+
+
 def _one_run(a: Result, b: Result) -> bool:
-    return _one_model(a, b) and (a.runtime, a.machine) == (b.runtime, b.machine)
+    return _one_model(a, b) and (a.runtime, a.machine) == (b.runtime, b.machine) and not (a.shard and b.shard)
 
 
 def _merged(shards: List[Result]) -> Result:
@@ -86,6 +120,7 @@ def _merged(shards: List[Result]) -> Result:
     log.info("merged %d file%s of %s: %s", len(files), "s" * (len(files) > 1), first.path, ", ".join(files))
     return replace(
         first, values=values, images=images, pixels=None if lacking else evaluation.pixels(), shards=tuple(files),
+        machine=", ".join(_distinct(shard.machine for shard in shards)),
         unread=frozenset(path for shard in shards for path in shard.unread if path not in images),
     )
 

@@ -26,9 +26,16 @@ def compare(files: Tuple[str, ...], style: Optional[str], changed: bool, conditi
     Scores of the same model for different images (shards) are merged. Metrics have a difference to the first model,
     image AUROC with its 95% bootstrap interval over the images; speed and size have a ratio.
 
-    A gate takes a metric name as in --format json, one of >= <= > <, and a number in the unit of the table: a plain
-    number must hold for every model; a signed one is a difference and one with x a ratio to the first model, and must
-    hold for all others.
+    A gate is METRIC OP NUMBER, OP one of >= <= > <, NUMBER in the unit of the table: a plain number must hold for every
+    model; a signed one is a difference and one with x a ratio to the first model, and must hold for all others. What is
+    judged is the figure itself, not its interval. When a gate is not met, the comparison is printed all the same, each
+    miss is a line on stderr, and the exit code is 4; it is 1 when a gate cannot be decided, since a figure is missing.
+
+    \b
+    Metrics from score: image_auroc (the mean of the classes), image_auroc.pooled, image_auroc.CLASS,
+      average_precision, f1_max, pixel_auroc, aupro, false_positive_rate, recall
+    Metrics from bench: latency_p50, latency_p99, throughput, energy, cold_start, peak_rss,
+      gpu_memory, file_size, parameters, macs
 
     \b
     Examples:

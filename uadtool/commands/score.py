@@ -1,3 +1,4 @@
+import contextlib
 import csv
 import io
 import json
@@ -6,18 +7,30 @@ import math
 import os
 import signal
 import sys
-from contextlib import closing
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Optional, TextIO, Tuple
 
 import click
 
 from uadtool import options
 from uadtool.errors import GateFailed, UadtoolError
+from uadtool.terminal import printable
 
 COLUMNS = ("path", "class", "label", "score", "raw_score", "anomalous", "nearest_class", "milliseconds", "heatmap",
            "mask", "copy", "error")
 """Of CSV."""
+
+LONGEST_PATH = 1 << 20
+"""Bytes on stdin after which what has no end is no path."""
+
+
+def _shard(ctx: click.Context, param: click.Parameter, value: Optional[str]) -> Optional[Tuple[int, int]]:
+    if value is None:
+        return None
+    index, slash, count = value.partition("/")
+    if not (slash and index.isdecimal() and count.isdecimal() and 1 <= int(index) <= int(count)):
+        raise click.BadParameter(f"{value!r} is not I/N with I from 1 to N, 2/8 say")
+    return int(index), int(count)
 
 
 def _finite(ctx: click.Context, param: click.Parameter, value: Optional[float]) -> Optional[float]:
@@ -56,18 +69,23 @@ def _finite(ctx: click.Context, param: click.Parameter, value: Optional[float]) 
               help="Put symbolic links to anomalous images into this folder.")
 @click.option("--follow", is_flag=True,
               help="PATH is a folder: score each image that appears in it from now on, until Ctrl-C.")
+@click.option("--shard", metavar="I/N", callback=_shard,
+              help="Score each N-th image alone, from the I-th on; compare merges the N runs.")
+@click.option("--ray", metavar="ADDRESS",
+              help="Score on the Ray cluster there (HOST:PORT; auto: that of this machine; local: a new one).")
 @click.option("-0", "--null", is_flag=True, help="Paths on stdin end with NUL (find -print0).")
 @options.verbosity
 def score(model: str, paths: Tuple[str, ...], threshold: Optional[float], false_positive_rate: Optional[float],
           fail_above: Optional[float], fail_anomalous: bool, batch_size: int, runtime: str, threads: Optional[int],
           layout: str, heatmaps: Optional[str], masks: Optional[str], contact_sheet: Optional[str], top: int,
-          copy_anomalous: Optional[str], link_anomalous: Optional[str], follow: bool, null: bool) -> None:
+          copy_anomalous: Optional[str], link_anomalous: Optional[str], follow: bool, shard: Optional[Tuple[int, int]],
+          ray: Optional[str], null: bool) -> None:
     """Score images with an exported MODEL: one JSON line per image, as soon as it is known.
 
-    PATH is an image, a folder, a dataset in MVTec layout or a manifest (CSV, JSONL). With `-`, or no PATH, paths come
-    from stdin, one a line. The first line describes the run, the last one sums it up, with metrics when the layout
-    tells labels. Scores count standard deviations above good images, whatever the class. An image that cannot be read
-    becomes a line with `error`; the run goes on and exits with 1.
+    PATH is an image, a folder, a dataset in MVTec layout or a manifest (CSV, JSONL), here or at a URL (s3://, gs://;
+    extra `remote`). With `-`, or no PATH, paths come from stdin, one a line. The first line describes the run, the last
+    one sums it up, with metrics when the layout tells labels. Scores count standard deviations above good images,
+    whatever the class. An image that cannot be read becomes a line with `error`; the run goes on and exits with 1.
 
     \b
     Examples:
@@ -75,6 +93,7 @@ def score(model: str, paths: Tuple[str, ...], threshold: Optional[float], false_
       uadtool score model.onnx mvtec/ --heatmaps pictures > scores.jsonl
       find photos -print0 | uadtool score model.onnx - -0 --fail-above 6
       uadtool score model.onnx --follow incoming/ --copy-anomalous suspicious/
+      uadtool score model.onnx s3://line-3/photos --shard 2/8 > 2.jsonl
     """
     if follow and len(paths) != 1:
         raise click.UsageError("--follow takes one folder.")
@@ -93,6 +112,10 @@ def score(model: str, paths: Tuple[str, ...], threshold: Optional[float], false_
     folders = [Path(one).resolve() for one in (heatmaps, masks, copy_anomalous, link_anomalous) if one]
     if len(set(folders)) < len(folders):
         raise click.UsageError("Give each of --heatmaps, --masks, --copy-anomalous, --link-anomalous its own folder.")
+    if follow and (shard or ray):
+        raise click.UsageError("--follow is for one process: leave out --shard and --ray.")
+    if ray and threads:
+        raise click.UsageError("--ray takes a core for each image: leave out --threads.")
     if follow and batch_size > 1:
         raise click.UsageError("--follow answers images one by one: leave out --batch-size.")
     if follow and any(Path(paths[0]).resolve() in (one, *one.parents) for one in folders):
@@ -118,7 +141,7 @@ def score(model: str, paths: Tuple[str, ...], threshold: Optional[float], false_
         samples = scoring_samples(_stdin_paths(b"\0" if null else b"\n"))
     else:
         listed = list(scoring_samples(paths))
-        samples, total = iter(listed), len(listed)
+        samples, total = iter(listed), len(listed[shard[0] - 1::shard[1]]) if shard else len(listed)
     outputs: List[Any] = []
     if heatmaps:
         from uadtool.reports.heatmap import Heatmaps
@@ -140,35 +163,45 @@ def score(model: str, paths: Tuple[str, ...], threshold: Optional[float], false_
         check_writable(contact_sheet)
         sheet = ContactSheet(contact_sheet, top)
         outputs.append(sheet)
-    write = _write_json if layout == "jsonl" else _csv_writer()
-    images = 0
-    errors: List[str] = []
-    above: List[Tuple[float, str]] = []
-    with Progress("score", total) as progress, \
-            closing(scoring.score(detector, samples, threshold, batch_size, [one.add for one in outputs])) as records:
+    stdout = sys.stdout  # a cluster's client prints to what has this name
+    write = _json_writer(stdout) if layout == "jsonl" else _csv_writer(stdout)
+    images = errors = above = 0
+    first_error, worst = "", (-math.inf, "")
+    with contextlib.ExitStack() as stack:
+        cluster = stack.enter_context(_cluster(ray, detector)) if ray else None
+        records = stack.enter_context(contextlib.closing(scoring.score(
+            detector, samples, threshold, batch_size, [one.add for one in outputs], shard, cluster)))
+        progress = stack.enter_context(Progress("score", total))
         for record in records:
             write(record)
             if record["type"] != "image":
                 continue
             images += 1
             if "error" in record:
-                errors.append(record["error"])
+                errors += 1
+                first_error = first_error or record["error"]
             elif fail_above is not None and record["score"] > fail_above:
-                above.append((record["score"], record["path"]))
-            if not sys.stdout.isatty():  # on a terminal the lines show the progress
+                above += 1
+                worst = max(worst, (record["score"], record["path"]))
+            if not stdout.isatty():  # on a terminal the lines show the progress
                 progress.update()
     if sheet:
         sheet.save()
-    unscored = f"{len(errors)} of {images} images could not be scored; first: {errors[0]}" if errors else ""
+    unscored = f"{errors} of {images} images could not be scored; first: {first_error}" if errors else ""
     if above:
         if unscored:
             logging.getLogger("uadtool").error("error: %s", unscored)
-        worst, path = max(above)
-        raise GateFailed(f"{len(above)} of {images} images score above {fail_above:g}; worst: {path} with {worst:g}")
+        raise GateFailed(f"{above} of {images} images score above {fail_above:g}; worst: {worst[1]} with {worst[0]:g}")
     if unscored:
         raise UadtoolError(unscored)
-    if not images and not follow:
+    if not images and not follow and not shard:
         raise UadtoolError("there was no image to score")
+
+
+def _cluster(address: str, detector: Any) -> Any:
+    from uadtool.cluster import connected
+
+    return connected(address, detector)
 
 
 def _threshold_at(metadata: Any, false_positive_rate: float, model: str) -> float:
@@ -190,22 +223,37 @@ def _watched(folder: str) -> Iterator[str]:
     return iter(watch)
 
 
-def _write_json(record: Dict[str, Any]) -> None:
-    if sys.stdout.isatty():
-        record.pop("pixels", None)  # kilobytes that no eye reads
-    print(json.dumps(record, allow_nan=False), flush=True)
+def _json_writer(stdout: TextIO) -> Callable[[Dict[str, Any]], None]:
+    def write(record: Dict[str, Any]) -> None:
+        if stdout.isatty():
+            record.pop("pixels", None)  # kilobytes that no eye reads
+        print(json.dumps(record, allow_nan=False), file=stdout, flush=True)
+
+    return write
 
 
-def _csv_writer() -> Callable[[Dict[str, Any]], None]:
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="surrogateescape")  # names are bytes
-    writer = csv.DictWriter(sys.stdout, COLUMNS, extrasaction="ignore", lineterminator="\n")
+def _csv_writer(stdout: TextIO) -> Callable[[Dict[str, Any]], None]:
+    if isinstance(stdout, io.TextIOWrapper):
+        stdout.reconfigure(errors="surrogateescape")  # names are bytes
+    line = io.StringIO(newline="")
+    writer = csv.DictWriter(line, COLUMNS, extrasaction="ignore")  # ends lines with CR LF, and so quotes both in names
+
+    def flush() -> None:
+        stdout.write(line.getvalue()[:-2] + "\n")
+        stdout.flush()
+        line.seek(0)
+        line.truncate()
+
     writer.writeheader()
+    flush()
+
+    def shown(value: Any) -> Any:
+        return printable(value) if isinstance(value, str) and stdout.isatty() else value
 
     def write(record: Dict[str, Any]) -> None:
         if record["type"] == "image":
-            writer.writerow(record)
-            sys.stdout.flush()
+            writer.writerow({name: shown(value) for name, value in record.items()})
+            flush()
 
     return write
 
@@ -215,6 +263,8 @@ def _stdin_paths(separator: bytes) -> Iterator[str]:
     # Not through sys.stdin: Python aborts at exit when a thread still waits for it.
     rest = b""
     while chunk := os.read(sys.stdin.fileno(), 1 << 16):
+        if len(rest) > LONGEST_PATH:
+            raise UadtoolError("stdin is no list of paths: a line does not end; after find -print0 give -0")
         *lines, rest = (rest + chunk).split(separator)
         yield from (os.fsdecode(line) for line in lines if line)
     if rest:
