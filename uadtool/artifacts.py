@@ -1,56 +1,135 @@
 """Files that appear whole or not at all, and the digests that tie them together."""
 
+import contextlib
+import glob
 import hashlib
 import json
 import os
+import re
 import sys
 import tempfile
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, Dict, Iterable, Iterator, Union
+from typing import Any, Dict, Iterable, Iterator, Tuple, Union
 
 from uadtool.errors import UadtoolError
+
+MOST_JSON = 64 << 20
+"""Bytes of a file that is one JSON object: hundreds of times what the largest network needs."""
+
+PART = ".part"
+"""Suffix of temporary files; their names start with a dot."""
 
 
 @contextmanager
 def atomic_write(path: Union[str, Path]) -> Iterator[Path]:
     """Yield a temporary path in the folder of ``path``; it takes the place of ``path`` when the block ends well.
 
-    The content is synced to disk before ``os.replace``, so a crash leaves the old file or the new one. When the
-    block raises, the temporary file is removed and ``path`` stays as it was.
+    The content is synced to disk before ``os.replace`` and the folder after it, so a crash leaves the old file or the
+    new one, and the new one once the block has ended. When the block raises, the temporary file is removed and ``path``
+    stays as it was. Who writes it must write the file that is there, and not put another one in its place.
     """
     path = Path(path)
+    _require_replaceable(path)
     try:
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=PART, dir=path.parent)
     except OSError as error:
         raise UadtoolError(f"cannot write {path}: {error.strerror}") from error
     temporary = Path(name)
     try:
-        os.close(handle)
+        _lock(handle)
         yield temporary
         umask = os.umask(0)
         os.umask(umask)
-        temporary.chmod(0o666 & ~umask)  # mkstemp, and safetensors too, make files that only their owner reads
-        with temporary.open("rb") as written:
-            os.fsync(written.fileno())
+        temporary.chmod(0o666 & ~umask)  # mkstemp makes files that only their owner reads
+        os.fsync(handle)
         temporary.replace(path)
+        _sync_folder(path.parent)
     except OSError as error:
         raise UadtoolError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
+        os.close(handle)
         temporary.unlink(missing_ok=True)
 
 
 def check_writable(path: Union[str, Path]) -> None:
-    """Require, before any long work, that ``path`` can be written.
+    """Require, before any long work, that ``path`` can be written; and remove what a killed run left beside it.
 
     Raises:
-        UadtoolError: its folder does not exist or cannot be written to.
+        UadtoolError: its folder does not exist or cannot be written to, or it is a device or a pipe.
     """
-    folder = Path(path).parent
+    folder, name = Path(path).parent, Path(path).name
     if not folder.is_dir():
         raise UadtoolError(f"cannot write {path}: there is no folder {folder}")
     if not os.access(folder, os.W_OK):
         raise UadtoolError(f"cannot write {path}: the folder {folder} is read-only")
+    _require_replaceable(Path(path))
+    remove_leftovers(folder, f".{glob.escape(name)}.")
+
+
+def remove_leftovers(folder: Path, beginning: str = ".") -> None:
+    """Remove the temporary files of ``atomic_write`` whose process was killed; one at work holds a lock on its own.
+
+    Args:
+        beginning: of their names, as a pattern.
+    """
+    for left in folder.glob(f"{beginning}*{PART}"):
+        with contextlib.suppress(OSError), left.open("r+b") as file:  # r+: NFS locks no file that is open to read
+            if _lock(file.fileno()):
+                left.unlink()
+
+
+def _lock(handle: int) -> bool:
+    """Lock an open file until it is closed or the process ends, if nobody has and the file system can."""
+    try:
+        import fcntl  # not on Windows
+
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (ImportError, OSError):
+        return False
+    return True
+
+
+def _require_replaceable(path: Path) -> None:
+    """``os.replace`` would put a file in the place of /dev/null, too."""
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise UadtoolError(f"cannot write {path}: it is not a regular file; give a file's name")
+
+
+def _sync_folder(folder: Path) -> None:
+    """Write a folder's entries to disk; not all file systems can."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def file_identity(path: Union[str, Path]) -> Tuple[int, ...]:
+    """What changes when a file is replaced or written to: device, inode, size in bytes, nanoseconds of the last change.
+
+    Raises:
+        UadtoolError: there is no such file.
+    """
+    try:
+        found = Path(path).stat()
+    except OSError as error:
+        raise UadtoolError(f"cannot read {path}: {error.strerror}") from error
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
+@contextmanager
+def unchanged(path: Union[str, Path]) -> Iterator[str]:
+    """Yield the digest of a file, and require that what the block reads of it is of the same content.
+
+    Raises:
+        UadtoolError: it was replaced or written to meanwhile.
+    """
+    before = file_identity(path)
+    yield file_digest(path)
+    if file_identity(path) != before:
+        raise UadtoolError(f"{path} was replaced while it was read; run this again")
 
 
 def file_digest(path: Union[str, Path]) -> str:
@@ -88,16 +167,34 @@ def read_json(path: Union[str, Path], schema: str) -> Dict[str, Any]:
     """Read a JSON object from ``path`` (``-``: stdin) and require that its ``schema`` is the given one.
 
     Raises:
-        UadtoolError: the file cannot be read, is not JSON, or holds another kind of record.
+        UadtoolError: the file cannot be read, is larger than ``MOST_JSON``, is not JSON, or holds another kind of
+            record, or one of a newer uadtool.
     """
     name = "stdin" if str(path) == "-" else str(path)
     try:
-        text = sys.stdin.read() if str(path) == "-" else Path(path).read_text(encoding="utf-8")
+        with nullcontext(sys.stdin) if str(path) == "-" else Path(path).open(encoding="utf-8") as file:
+            text = file.read(MOST_JSON + 1)
+        if len(text) > MOST_JSON:
+            raise UadtoolError(f"{name} is not a {schema} file: it is larger than {MOST_JSON >> 20} MiB")
         record = json.loads(text)
     except OSError as error:
         raise UadtoolError(f"cannot read {name}: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UadtoolError(f"{name} is not JSON: {error}") from error
+    if isinstance(record, dict):
+        refuse_newer(record.get("schema"), schema, name)
     if not isinstance(record, dict) or record.get("schema") != schema:
         raise UadtoolError(f"{name} is not a {schema} file")
     return record
+
+
+def refuse_newer(found: Any, known: str, name: str) -> None:
+    """Refuse the schema ``found`` in the file ``name`` if it is one that came after ``known`` (uadtool.ranges/1, say).
+
+    Raises:
+        UadtoolError: it is.
+    """
+    kind, _, number = known.rpartition("/")
+    match = re.fullmatch(re.escape(kind) + "/([0-9]{1,9})", found) if isinstance(found, str) else None
+    if match and int(match[1]) > int(number):
+        raise UadtoolError(f"{name} was written by a newer uadtool ({found}); upgrade this one: pip install -U uadtool")

@@ -127,7 +127,7 @@ def bench(paths: Sequence[str], repetitions: int = 5, duration: float = 3.0, war
     for model in models:
         one = random.integers(0, 256, (1, *model.runtime.metadata.image_size, 3), np.uint8)
         for count in _thread_counts(model.runtime.threads) if sweep else []:
-            alone = open_model(model.runtime.path, count, runtime)
+            alone = open_model(model.runtime.path, count, model.runtime.name)
             for _ in range(1 + warmup):
                 alone.run(one)
             model.sweep[count] = _run_times(alone, one, duration / repetitions)
@@ -158,11 +158,14 @@ def _cold_start(runtime: Runtime) -> Tuple[float, int]:
     command = [sys.executable, "-c", FIRST_SCORE, runtime.path, str(runtime.threads), runtime.name]
     began = time.perf_counter()
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        assert process.stdout
-        assert process.stderr
-        answer = process.stdout.readline()
-        seconds = time.perf_counter() - began
-        complaint = process.stderr.read().decode(errors="replace").split("\n")
+        try:
+            assert process.stdout
+            assert process.stderr
+            answer = process.stdout.readline()
+            seconds = time.perf_counter() - began
+            complaint = process.stderr.read().decode(errors="replace").split("\n")
+        finally:
+            process.kill()  # if a signal ends this process
     if not answer:
         raise UadtoolError(f"{runtime.path} cannot be run in a fresh process: {' '.join(complaint[-2:])}")
     return seconds, int(answer)

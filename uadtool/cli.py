@@ -1,17 +1,19 @@
 """The command group: commands are imported when they are run, and every way to end has its exit code."""
 
+import contextlib
 import importlib
+import io
 import logging
 import os
 import signal
 import sys
-from contextlib import contextmanager
-from typing import Any, Iterator, List, NoReturn, Optional
+from typing import Any, List, NoReturn, Optional
 
 import click
 
 from uadtool import __version__
 from uadtool.errors import UadtoolError
+from uadtool.terminal import OneLine, ending_signals
 
 COMMANDS = ["train", "calibrate", "quantize", "export", "score", "bench", "compare"]
 
@@ -20,6 +22,19 @@ log = logging.getLogger("uadtool")
 
 class ReaderGone(Exception):
     """The reader of stdout went away."""
+
+
+class Stdout(io.FileIO):
+    """Tells errors of stdout from all others. After the first one it takes everything, and keeps nothing."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())  # Python flushes at exit
+            if isinstance(error, BrokenPipeError):
+                raise ReaderGone from error
+            raise UadtoolError(f"cannot write to stdout: {error.strerror}") from error
 
 
 class LazyGroup(click.Group):
@@ -34,22 +49,6 @@ class LazyGroup(click.Group):
         command = getattr(importlib.import_module(f"uadtool.commands.{cmd_name}"), cmd_name)
         assert isinstance(command, click.Command)
         return command
-
-    def make_context(self, *args: Any, **extra: Any) -> click.Context:
-        with _reader_wanted():  # --help and --version print here
-            return super().make_context(*args, **extra)
-
-    def invoke(self, ctx: click.Context) -> Any:
-        with _reader_wanted():
-            return super().invoke(ctx)
-
-
-@contextmanager
-def _reader_wanted() -> Iterator[None]:
-    try:
-        yield
-    except BrokenPipeError as error:  # click itself would exit with 1
-        raise ReaderGone from error
 
 
 @click.group(
@@ -69,17 +68,30 @@ def cli() -> None:
 
 def main() -> NoReturn:
     """Run the command line and exit: 0, 1 (failed), 2 (usage), 3 (missing package), 4 (gate), 130, 141."""
-    logging.basicConfig(format="uadtool: %(message)s", stream=sys.stderr)
+    _prepare_streams()
+    messages = logging.StreamHandler(sys.stderr)
+    messages.setFormatter(OneLine("uadtool: %(message)s"))
+    logging.basicConfig(handlers=[messages])
     log.setLevel(logging.INFO)  # of libraries, only warnings
-    signal.signal(signal.SIGTERM, _terminate)
+    for number in ending_signals():
+        signal.signal(number, _terminate)
+    code: Any
     try:
         code = _run()
-        sys.stdout.flush()
-    except (BrokenPipeError, ReaderGone):
-        # Python would complain while flushing at exit: give it somewhere to flush.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 141
+    except SystemExit as end:  # a signal
+        code = end.code
+    with contextlib.suppress(ReaderGone, UadtoolError):
+        sys.stdout.flush()  # the line that was interrupted
     sys.exit(code)
+
+
+def _prepare_streams() -> None:
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):  # in this order they get their numbers
+        if getattr(sys, name) is None:  # closed: the next file that is opened would be taken for it
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode, closefd=False))
+    if not sys.stdout.isatty():
+        stdout = io.BufferedWriter(Stdout(sys.stdout.fileno(), "w", closefd=False))
+        sys.stdout = io.TextIOWrapper(stdout, sys.stdout.encoding, sys.stdout.errors)
 
 
 def _terminate(signum: int, frame: object) -> NoReturn:
@@ -89,6 +101,7 @@ def _terminate(signum: int, frame: object) -> NoReturn:
 def _run() -> int:
     try:
         code = cli.main(prog_name="uadtool", standalone_mode=False)
+        sys.stdout.flush()
         return code if isinstance(code, int) else 0  # click returns the code of ctx.exit()
     except click.ClickException as error:
         error.show()
@@ -100,8 +113,8 @@ def _run() -> int:
         log.error("error: %s", error)
         log.debug("traceback", exc_info=True)
         return error.exit_code
-    except (BrokenPipeError, ReaderGone):
-        raise
+    except ReaderGone:
+        return 141
     except Exception as error:
         log.error("error: %s: %s (-v shows where)", type(error).__name__, " ".join(str(error).split()))
         log.debug("traceback", exc_info=True)

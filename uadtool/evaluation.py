@@ -44,10 +44,12 @@ class Evaluation:
         """Add what another run's ``pixels`` returned.
 
         Raises:
-            ValueError: it did not.
+            ValueError: it did not, or counts pixels of a class without images.
         """
         from uadtool.metrics import PixelMetrics
 
+        if counted.keys() - set(self._classes):
+            raise ValueError(f"it counts pixels of {min(counted.keys() - set(self._classes))!r:.80} and no images")
         for name, of_class in counted.items():
             self._pixels.setdefault(name, PixelMetrics()).merge(PixelMetrics.from_json(of_class))
 

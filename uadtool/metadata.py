@@ -6,6 +6,7 @@ import sys
 from dataclasses import dataclass, field
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
+from uadtool.artifacts import refuse_newer
 from uadtool.errors import UadtoolError
 
 KEY = "uadtool"
@@ -14,6 +15,9 @@ KEY = "uadtool"
 SCHEMA = "uadtool.model/1"
 
 MOST_SCORES = 1001
+
+MOST_CHARACTERS, MOST_CLASSES, LONGEST_SIDE, MOST_OF_AN_OPTION = 16 << 20, 10_000, 4096, 1_000_000
+"""Bounds of what is read: of the JSON, classes, pixels, and options of a method. Far more than any model has."""
 
 
 @dataclass(frozen=True)
@@ -68,13 +72,30 @@ class Metadata:
         """Parse what ``to_json`` wrote.
 
         Raises:
-            UadtoolError: ``source`` (the file's name, for the message) has no metadata, or not ours.
+            UadtoolError: ``source`` (the file's name, for the message) has no metadata, or not ours, or newer ones, or
+                ones beyond bounds.
         """
         if text is None:
             raise UadtoolError(f"{source} was not made by uadtool: it has no '{KEY}' metadata")
         try:
-            fields = json.loads(text)
-            if fields.pop("schema") != SCHEMA:
+            if len(text) > MOST_CHARACTERS:
+                raise ValueError(f"it is longer than {MOST_CHARACTERS >> 20} MiB")
+            return cls.from_fields(json.loads(text), source)
+        except (ValueError, RecursionError) as error:
+            raise _unreadable(source, error) from error
+
+    @classmethod
+    def from_fields(cls, fields: Any, source: str) -> "Metadata":
+        """``from_json`` of what is no text any more.
+
+        Raises:
+            UadtoolError: as ``from_json``.
+        """
+        try:
+            fields = dict(fields)
+            schema = fields.pop("schema")
+            refuse_newer(schema, SCHEMA, source)
+            if schema != SCHEMA:
                 raise ValueError(f"its schema is not {SCHEMA}")
             fields["image_size"] = tuple(fields["image_size"])
             fields["map_size"] = tuple(fields["map_size"])
@@ -82,26 +103,28 @@ class Metadata:
                 fields["quantization"] = Quantization(**fields["quantization"])
             found = cls(**fields)
             found._check()
+            found.to_json()  # later commands write it
             return found
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            reason = " ".join(str(error).split())  # a field's name may hold any character
-            raise UadtoolError(f"{source} has metadata that this version cannot read: {reason}") from error
+            raise _unreadable(source, error) from error
 
     def _check(self) -> None:
         """Raises ValueError where a field is not of its type: all of them come out of a file."""
-        size = "two whole numbers above 0"
+        size = f"two whole numbers from 1 to {LONGEST_SIDE}"
         checks = {
-            "classes": (bool(self.classes) and _is_list(self.classes, _is_text), "a list of one name or more"),
+            "classes": (_is_list(self.classes, _is_text) and 0 < len(self.classes) <= MOST_CLASSES,
+                        f"a list of 1 to {MOST_CLASSES} names"),
             "image_size": (_is_size(self.image_size), size),
             "map_size": (_is_size(self.map_size), size),
             "good_scores": (_is_list(self.good_scores, _is_finite), "a list of finite numbers"),
-            "options": (isinstance(self.options, dict), "an object"),
+            "options": (isinstance(self.options, dict) and all(map(_is_option, self.options.values())),
+                        f"an object of texts, booleans and numbers up to {MOST_OF_AN_OPTION}"),
             "provenance": (_is_list(self.provenance, lambda step: isinstance(step, dict)), "a list of objects"),
             "target": (self.target is None or _is_text(self.target), "a text or null"),
             "quantization": (self.quantization is None or _is_quantization(self.quantization), "that of a model"),
             **{name: (_is_finite(getattr(self, name)), "a finite number")
                for name in ("threshold", "false_positive_rate")},
-            **{name: (_is_count(getattr(self, name)), "a whole number of 0 or more")
+            **{name: (_is_count(getattr(self, name)), "a whole number from 0 to 2^63")
                for name in ("parameters", "macs")},
             **{name: (_is_text(getattr(self, name)), "a text")
                for name in ("method", "teacher", "precision", "tool_version")},
@@ -115,12 +138,24 @@ class Metadata:
         return dataclasses.replace(self, **changes)
 
 
+def _unreadable(source: str, error: Exception) -> UadtoolError:
+    reason = " ".join(str(error)[:500].split())  # a field's name may hold any character
+    return UadtoolError(f"{source} has metadata that this version cannot read: {reason}")
+
+
 def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
+    if not isinstance(value, str):
+        return False
+    value.encode("utf-8", "surrogateescape")  # a ValueError of what no name of a file and no output can hold
+    return True
 
 
 def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 63
+
+
+def _is_option(value: Any) -> bool:
+    return isinstance(value, (bool, str)) or (_is_finite(value) and abs(value) <= MOST_OF_AN_OPTION)
 
 
 def _is_finite(value: Any) -> bool:
@@ -133,7 +168,7 @@ def _is_list(value: Any, of: Callable[[Any], bool]) -> bool:
 
 
 def _is_size(value: Any) -> bool:
-    return len(value) == 2 and all(_is_count(side) and side > 0 for side in value)
+    return len(value) == 2 and all(_is_count(side) and 0 < side <= LONGEST_SIDE for side in value)
 
 
 def _is_quantization(value: Any) -> bool:

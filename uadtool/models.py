@@ -5,8 +5,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Union
 
+import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import nn
 
 from uadtool.artifacts import atomic_write
@@ -19,8 +20,9 @@ from uadtool.quantization import TARGETS, empty_quantized
 def save_model(model: nn.Module, metadata: Metadata, path: Union[str, Path]) -> None:
     """Write a deployed detector, or its quantized graph, with its metadata; whole or not at all."""
     tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    content = save(tensors, metadata={KEY: metadata.to_json()})
     with atomic_write(path) as temporary:
-        save_file(tensors, temporary, metadata={KEY: metadata.to_json()})
+        temporary.write_bytes(content)  # save_file would put a file of its own there
 
 
 def load_model(path: Union[str, Path]) -> tuple[nn.Module, Metadata]:
@@ -32,10 +34,14 @@ def load_model(path: Union[str, Path]) -> tuple[nn.Module, Metadata]:
     with _opened(path) as file:
         metadata = _metadata(file, path)
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - safe_open is no dict
-    detector = build_detector(metadata)
-    model = detector if metadata.precision == "fp32" else _quantized_graph(detector, metadata, str(path))
+    # Without memory, which the metadata may ask for in any amount: what the file does not hold is not allocated.
+    with torch.device("meta"):
+        detector = build_detector(metadata)
+        model = detector if metadata.precision == "fp32" else _quantized_graph(detector, metadata, str(path))
     try:
-        model.load_state_dict(tensors)
+        wanted = {name: tensor.dtype for name, tensor in model.state_dict().items()}
+        model.load_state_dict({name: tensor.to(wanted.get(name, tensor.dtype)) for name, tensor in tensors.items()},
+                              assign=True)
     except RuntimeError as error:
         first = str(error).splitlines()[-1].strip()
         raise UadtoolError(f"the tensors of {path} do not fit its metadata: {first}") from error

@@ -43,6 +43,8 @@ device = click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), de
 seed = click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True,
                     help="Source of all randomness.")
 runtime = click.option("--runtime", type=click.Choice(["auto", "onnxruntime", "openvino", "tensorrt", "torch"]),
-                       default="auto", show_default=True, help="What runs the model; auto takes what suits it best.")
+                       default="auto", show_default=True,
+                       help="What runs the model; auto goes by the kind of file, for speed, and what is installed, and "
+                            "says on stderr which it took where there was a choice.")
 threads = click.option("--threads", type=click.IntRange(1), metavar="N",
                        help="Cores to use  [default: all]")

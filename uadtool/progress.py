@@ -1,5 +1,6 @@
 """Progress on stderr: a bar on a terminal, a log line now and then elsewhere."""
 
+import contextlib
 import logging
 import os
 import sys
@@ -51,20 +52,19 @@ class Progress:
         if self._shown:
             self._show()
             if self._bar:
-                print(file=sys.stderr)
+                _draw("\n")
 
     def _show(self) -> None:
         self._shown = True
         if self._bar:
-            columns = os.get_terminal_size(sys.stderr.fileno()).columns or 80
-            print(f"\r{self._text()[:columns - 1]}\x1b[K", end="", file=sys.stderr, flush=True)
+            _draw("\r{}\x1b[K", self._text())
         else:
             log.info("%s", self._text())
 
     def _make_room(self, record: logging.LogRecord) -> bool:
         """A log message goes where the bar was; the bar comes back below it."""
         if self._shown:
-            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+            _draw("\r\x1b[K")
         return True
 
     def _text(self) -> str:
@@ -83,6 +83,13 @@ class Progress:
         else:
             parts.append(_clock(seconds))
         return ", ".join([*parts, self.note] if self.note else parts)
+
+
+def _draw(layout: str, text: str = "") -> None:
+    """Print on the terminal, cut to its width; one that was closed takes nothing, and the work goes on."""
+    with contextlib.suppress(OSError):
+        columns = os.get_terminal_size(sys.stderr.fileno()).columns or 80
+        print(layout.format(text[:columns - 1]), end="", file=sys.stderr, flush=True)
 
 
 def _clock(seconds: float) -> str:

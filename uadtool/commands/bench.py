@@ -36,9 +36,11 @@ def bench(models: Tuple[str, ...], repetitions: int, duration: float, warmup: in
           layers: bool, sweep: bool, roofline: bool, runtime: str, threads: Optional[int]) -> None:
     """Time exported MODELs: latency, throughput, cold start, memory, and energy where it can be read, as JSON.
 
-    Models take turns, round by round, so that a machine that slows down slows all of them. Every figure carries its
-    spread, also the ratios to the first model. Cold start is from starting Python to the first score. Images are
-    random: only inference is timed, no decoding. Power and energy come from the sensors of a Jetson, or from the
+    Models take turns, round by round, so that a machine that slows down slows all of them. Figures are the median of
+    the rounds with the lowest and the highest, latency has its percentiles over all runs, and ratios to the first model
+    are taken within each round: two models whose ratios lie on both sides of 1 are equally fast as far as this tells;
+    more --repetitions tell more. Cold start is from starting Python to the first score. Images are random: only
+    inference is timed, no decoding. Power and energy come from the sensors of a Jetson, or from the
     processor's own counters where they may be read; with them go power mode, clocks, temperatures and throttling.
 
     \b

@@ -58,7 +58,7 @@ def calibrate(model: str, data: Optional[str], output: str, method: str, percent
         raise click.UsageError(f"--count {count} is too few for {len(sources)} sources.")
     require_lab()
     from uadtool import __version__
-    from uadtool.artifacts import check_writable, file_digest, write_json
+    from uadtool.artifacts import check_writable, file_digest, unchanged, write_json
     from uadtool.dataset import training_samples
     from uadtool.host import keep_freed_memory
     from uadtool.models import load_float_model
@@ -70,7 +70,8 @@ def calibrate(model: str, data: Optional[str], output: str, method: str, percent
     keep_freed_memory()
     if output != "-":
         check_writable(output)
-    detector, metadata = load_float_model(model)
+    with unchanged(model) as digest:
+        detector, metadata = load_float_model(model)
     good = training_samples(data, classes.split(",") if classes else None) if data else []
     chosen, source = calibration_batches(sources, good, count, seed, detector, metadata.image_size)
     percentile = percentile or 99.99
@@ -82,7 +83,7 @@ def calibrate(model: str, data: Optional[str], output: str, method: str, percent
 
         ranges = run(detector, batches(), method, percentile)
     file = RangesFile(
-        model_digest=file_digest(model), ranges=ranges, source=source, tool=f"uadtool {__version__}",
+        model_digest=digest, ranges=ranges, source=source, tool=f"uadtool {__version__}",
         method=f"{method}-{percentile:.10g}" if method == "percentile" else method,
     )
     file.write(output)

@@ -46,7 +46,8 @@ def export(model: str, output: str, images: Optional[str], **build: Any) -> None
         raise click.UsageError("--images is for ONNX detectors; score checks an engine")
     if build["gpu_fallback"] and build["dla"] is None:
         raise click.UsageError("--gpu-fallback goes with --dla")
-    check_writable(output)
+    for path in filter(None, (output, build["timing_cache"])):
+        check_writable(path)
     if to_engine:
         _write_engine(model, output, {name: value for name, value in build.items() if value is not None})
     else:
@@ -67,12 +68,12 @@ def _write_engine(model: str, output: str, build: Any) -> None:
 def _write_onnx(model: str, output: str, images: Optional[str]) -> None:
     require_lab()
     from uadtool import __version__
-    from uadtool.artifacts import file_digest, write_json
+    from uadtool.artifacts import file_digest, unchanged, write_json
     from uadtool.models import load_model
     from uadtool.onnx_export import check_parity, lint, parity_images, save_onnx, to_onnx
 
-    digest = file_digest(model)
-    detector, metadata = load_model(model)
+    with unchanged(model) as digest:
+        detector, metadata = load_model(model)
     pixels = parity_images(images, metadata.image_size)
     step = {"command": "export", "tool_version": __version__, "model_digest": digest}
     metadata = metadata.replace(provenance=[*metadata.provenance, step])

@@ -1,4 +1,5 @@
 import re
+from pathlib import Path
 from typing import Optional, Tuple
 
 import click
@@ -56,7 +57,7 @@ def quantize(model: str, data: Optional[str], ranges_file: Optional[str], output
     if not data and (numbers or sensitivity or qat):
         raise click.UsageError("Missing argument 'DATA': auto:N, --sensitivity and --qat take good images from there.")
     require_lab()
-    from uadtool.artifacts import check_writable, file_digest, write_json
+    from uadtool.artifacts import check_writable, file_digest, unchanged, write_json
     from uadtool.host import keep_freed_memory
     from uadtool.models import load_float_model, save_model
     from uadtool.quantization import RangesFile
@@ -65,14 +66,17 @@ def quantize(model: str, data: Optional[str], ranges_file: Optional[str], output
     keep_freed_memory()
     check_writable(output)
     ranges = RangesFile.read(ranges_file) if ranges_file else None
-    digest = file_digest(model)
-    if ranges:
-        ranges.check_model(digest, model)
-    detector, metadata = load_float_model(model)
+    with unchanged(model) as digest:
+        if ranges:
+            ranges.check_model(digest, model)
+        detector, metadata = load_float_model(model)
     recipe = Recipe(precision=precision, target=target, scope=scope, keep_float=patterns,
                     keep_sensitive=numbers[0] if numbers else 0, bias_correction=bias_correction,
                     sensitivity=sensitivity, qat_steps=steps if qat else 0, seed=seed)
-    result = apply_recipe(detector, metadata, digest, ranges, data, recipe, f"{output}.checkpoint", resume)
+    checkpoint = Path(f"{output}.checkpoint")
+    result = apply_recipe(detector, metadata, digest, ranges, data, recipe, checkpoint, resume)
     save_model(result.model, result.metadata, output)
+    if qat:
+        checkpoint.unlink(missing_ok=True)
     write_json({"schema": "uadtool.quantize/1", "output": output, "digest": file_digest(output),
                 "model_digest": digest, "target": target, "precision": result.metadata.precision, **result.report})

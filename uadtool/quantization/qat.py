@@ -57,7 +57,7 @@ def fine_tune(detector: Detector, ranges: Ranges, target: Target, float_layers: 
         held_out: batches of uint8 [N, H, W, 3], good ones and ones with synthetic anomalies.
         correction: images to correct the biases with at the start, as for ``quantize``.
         steps: number of batches.
-        checkpoint, config, resume: as in ``training.loop.Run``; the checkpoint is removed in the end.
+        checkpoint, config, resume: as in ``training.loop.Run``; the caller removes the checkpoint.
 
     Returns:
         Another float detector, and its ranges. It holds the biases that suit the quantized one: ``quantize`` without
@@ -66,7 +66,7 @@ def fine_tune(detector: Detector, ranges: Ranges, target: Target, float_layers: 
     Raises:
         UadtoolError: as ``quantize``, or the checkpoint is of another run.
         ImageError: a training image cannot be read.
-        training.loop.Interrupted: SIGINT came; the checkpoint is written.
+        KeyboardInterrupt: SIGINT came; the checkpoint is written.
     """
     tuned = copy.deepcopy(detector).requires_grad_(False)
     start = quantize(detector, ranges, target, float_layers, correction)
@@ -90,7 +90,6 @@ def fine_tune(detector: Detector, ranges: Ranges, target: Target, float_layers: 
     optimize(nn.ModuleDict({"student": student, "points": points}), optimizer, training_loss,
              lambda: map_distance(expected, anomaly_maps(model, held_out)), steps, checkpoint, config, resume,
              keep_start=True)
-    checkpoint.unlink(missing_ok=True)
     learned = {name: point.range() for name, point in points.named_children() if isinstance(point, LearnedQuantizer)}
     return tuned, {**ranges, **learned}
 

@@ -50,7 +50,7 @@ class RangesFile:
             ranges = {str(name): (float(low), float(high)) for name, (low, high) in record["ranges"].items()}
             read = cls(str(record["model_digest"]), str(record["method"]), dict(record["source"]), ranges,
                        str(record["tool"]))
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
             raise UadtoolError(f"{path} is damaged ({error!r}); run calibrate again") from error
         for name, (low, high) in ranges.items():
             if not (math.isfinite(low) and math.isfinite(high) and low <= high):

@@ -24,7 +24,7 @@ from uadtool.quantization.graph import QuantizableGraph
 from uadtool.quantization.qat import fine_tune
 from uadtool.quantization.sensitivity import anomaly_maps, layer_sensitivity, map_distance
 from uadtool.training import refit_statistics
-from uadtool.training.data import read_images, split_training
+from uadtool.training.data import read_images, split_again
 from uadtool.training.synthetic import synthetic_anomalies
 
 SENSITIVITY_IMAGES = 16
@@ -63,9 +63,8 @@ class _Images:
     """Good images of the data set that a model was trained on."""
 
     def __init__(self, data: str, metadata: Metadata, seed: int) -> None:
-        origin = metadata.provenance[0]
         self.samples = training_samples(data, metadata.classes)
-        self.training, held_out = split_training(self.samples, origin["held_out"], origin["seed"])
+        self.training, held_out = split_again(metadata, self.samples)
         self.size, self.seed = metadata.image_size, seed
         good = self._read(held_out, SENSITIVITY_IMAGES)
         anomalous = synthetic_anomalies(good.numpy(), good.numpy(), np.random.default_rng(seed))
@@ -80,7 +79,7 @@ class _Images:
 
 
 def apply_recipe(detector: Detector, metadata: Metadata, digest: str, ranges: Optional[RangesFile], data: Optional[str],
-                 recipe: Recipe, checkpoint: str, resume: bool = False) -> Result:
+                 recipe: Recipe, checkpoint: Path, resume: bool = False) -> Result:
     """Quantize a float detector as the recipe says.
 
     Args:
@@ -88,7 +87,8 @@ def apply_recipe(detector: Detector, metadata: Metadata, digest: str, ranges: Op
         ranges: recorded with it; None for fp16.
         data: the data set that it was trained on, wherever it lies now. Needed for all that looks at images; without,
             biases, score statistics and threshold stay as they are.
-        checkpoint: file for the state of interrupted quantization-aware training.
+        checkpoint: file for the state of quantization-aware training; the caller removes it once it has saved the
+            result.
 
     Raises:
         UadtoolError: the ranges are not of this detector, a pattern matches no layer, or as ``training_samples``.
@@ -109,8 +109,9 @@ def apply_recipe(detector: Detector, metadata: Metadata, digest: str, ranges: Op
         if recipe.qat_steps:
             assert images is not None
             tuned, found = fine_tune(detector, ranges.ranges, target, kept, images.training, metadata.image_size,
-                                     images.sensitivity, correction, recipe.qat_steps, recipe.seed, Path(checkpoint),
-                                     {**step, "ranges": _digest(ranges)}, resume)
+                                     images.sensitivity, correction, recipe.qat_steps, recipe.seed, checkpoint,
+                                     {**step, "target": recipe.target, "ranges": _digest(ranges),
+                                      "images": list_digest(sample.path for sample in images.samples)}, resume)
             model = quantize(tuned, found, target, kept)
         else:
             model = quantize(detector, ranges.ranges, target, kept, correction)

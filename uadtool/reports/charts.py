@@ -4,6 +4,7 @@ Models come by their index: its number in a ring, its colour and its dashes are 
 is told by colour alone. Each chart holds what it shows as text, too.
 """
 
+import math
 from typing import List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
@@ -19,8 +20,8 @@ WIDTH = 480.0
 """Of all charts but histograms, so that their letters are of one size."""
 
 
-_BESIDE = ((-17, -13), (17, 13), (17, -13), (-17, 13))
-"""Where the number of a point stands: points of similar models lie on each other."""
+_BESIDE = ((-17, -13), (17, 13), (17, -13), (-17, 13), (17, 33), (37, 13))
+"""Where the number of a point may stand: points of similar models lie on each other."""
 
 
 class Point(NamedTuple):
@@ -141,7 +142,7 @@ def class_changes(classes: Sequence[str], models: Named, intervals: Sequence[Seq
                 continue
             y, (low, middle, high) = blocks.middle(place, row), interval
             text = (f"{name}, {of_model}: {number(middle, 4, '+')}, "
-                    f"{confidence:.0%} interval {number(low, 3, '+')} to {number(high, 3, '+')}")
+                    f"{confidence:.0%} interval {number(low, 4, '+')} to {number(high, 4, '+')}")
             told.append(text)
             marks += [svg.label(x.start - 20, y + 4, str(model + 1), class_="soft"),
                       tag("g", tag("title", text), svg.line(x(low), y, x(high), y, "whisker"),
@@ -185,9 +186,13 @@ def roc(curves: Sequence[Curve]) -> Markup:
         told.append(f"{curve.name}: AUROC {number(curve.auroc, 3)}; at its threshold it finds "
                     f"{curve.at_threshold[1]:.0%} of the defective images, with {curve.at_threshold[0]:.0%} of the "
                     "good ones above it")
-    for place, curve in enumerate(curves):
-        at, across = (x(curve.at_threshold[0]), y(curve.at_threshold[1])), _BESIDE[place % len(_BESIDE)]
-        beside = (at[0] + across[0], at[1] + across[1])
+    taken: List[Tuple[float, float]] = []
+    for curve in curves:
+        at = (x(curve.at_threshold[0]), y(curve.at_threshold[1]))
+        places = [(at[0] + across, at[1] + down) for across, down in _BESIDE]
+        beside = next((place for place in places if x(0) + 8 <= place[0] <= x(1) and y(1) + 8 <= place[1] <= y(0)
+                       and all(math.dist(place, other) > 16 for other in taken)), places[0])
+        taken.append(beside)
         marks += [tag("g", svg.line(*at, *beside, "leader"), tag("circle", cx=at[0], cy=at[1], r=4, class_="dot"),
                       class_=svg.model_class(curve.model)),
                   svg.badge(*beside, curve.model)]

@@ -2,19 +2,21 @@
 
 import shutil
 from pathlib import Path
-from typing import Any, Dict, Set
+from typing import Any, Dict
 
 import numpy as np
 from PIL import Image
 
-from uadtool.artifacts import atomic_write
+from uadtool.artifacts import atomic_write, remove_leftovers
 from uadtool.errors import UadtoolError
 from uadtool.images import ImageError, image_size
 from uadtool.scoring import upsample
+from uadtool.storage import is_url, open_file
+from uadtool.terminal import printable
 
 
 class Folder:
-    """A folder that is made if need be, for one file per image.
+    """A folder that is made if need be, for one file per image; what a killed run left there is removed.
 
     Raises:
         UadtoolError: it cannot be made.
@@ -22,11 +24,12 @@ class Folder:
 
     def __init__(self, directory: str) -> None:
         self._directory = Path(directory)
-        self._names: Set[str] = set()
+        self._names: Dict[str, int] = {}  # in use, and the last number that told others of this name from it
         try:
             self._directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UadtoolError(f"cannot make the folder {directory}: {error.strerror}") from error
+        remove_leftovers(self._directory)
 
     def path(self, image: str, suffix: str) -> Path:
         """A file for an image, named after the last parts of its path; every call gives another one.
@@ -36,12 +39,13 @@ class Folder:
         """
         # Class, split, defect and file of a dataset's image; bytes that are not UTF-8 and slashes cannot stay.
         parts = [part for part in Path(image).parts if part not in ("/", "..")][-4:]
-        stem = "-".join([*parts[:-1], Path(image).stem]).encode("utf-8", "replace")[-200:].decode("utf-8", "ignore")
-        name, count = f"{stem}{suffix}", 1
+        stem = printable("-".join([*parts[:-1], Path(image).stem])).encode()[-200:].decode("utf-8", "ignore")
+        suffix = printable(suffix)[-20:]
+        wanted = name = f"{stem}{suffix}"
         while name in self._names:
-            count += 1
-            name = f"{stem}-{count}{suffix}"
-        self._names.add(name)
+            self._names[wanted] += 1
+            name = f"{stem}-{self._names[wanted]}{suffix}"
+        self._names[name] = 1
         path = self._directory / name
         if path.exists() and not path.is_symlink() and Path(image).exists() and path.samefile(image):
             raise UadtoolError(f"{path} is the image itself; write into a folder of its own")
@@ -75,6 +79,8 @@ class AnomalousImages:
             return {}
         path = self._folder.path(record["path"], Path(record["path"]).suffix)
         if self._link:
+            if is_url(record["path"]):
+                raise UadtoolError(f"{record['path']} is elsewhere, where no link leads; take --copy-anomalous")
             try:
                 temporary = path.with_name(f".{path.name}.link")
                 temporary.unlink(missing_ok=True)
@@ -82,9 +88,11 @@ class AnomalousImages:
                 temporary.replace(path)
             except OSError as error:
                 raise UadtoolError(f"cannot write {path}: {error.strerror}") from error
-        elif not Path(record["path"]).is_file():
-            raise ImageError(f"{record['path']} is gone, and was not copied")
         else:
-            with atomic_write(path) as temporary:
-                shutil.copyfile(record["path"], temporary)
+            try:
+                image = open_file(record["path"])
+            except (OSError, ValueError) as error:
+                raise ImageError(f"{record['path']} is gone, and was not copied") from error
+            with image, atomic_write(path) as temporary, temporary.open("wb") as copy:
+                shutil.copyfileobj(image, copy)
         return {"copy": str(path)}

@@ -13,6 +13,7 @@ from uadtool.artifacts import atomic_write
 from uadtool.images import fitted, image_size, read_image
 from uadtool.reports.files import Folder
 from uadtool.scoring import upsample
+from uadtool.terminal import printable
 
 LONGEST_SIDE = (400, 4096)
 """Bounds in pixels of each of the two panels, which otherwise have the image's own size: small images grow so that the
@@ -156,8 +157,8 @@ def _text(draw: ImageDraw.ImageDraw, position: Tuple[float, float], text: str, c
 
 
 def _latin(text: str) -> str:
-    """The font has no other letters."""
-    return text.encode("latin-1", "replace").decode("latin-1")
+    """The font has no other letters, and no lines."""
+    return printable(text).encode("latin-1", "replace").decode("latin-1")
 
 
 @lru_cache(maxsize=1)

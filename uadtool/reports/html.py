@@ -78,7 +78,7 @@ def _subject(models: Sequence[Model]) -> str:
     classes = {name for _, name in truth.values() if name}
     defective = sum(anomalous for anomalous, _ in truth.values())
     of = f" of {len(classes)} classes" if len(classes) > 1 else ""
-    return f"{len(truth)} images{of}, {len(truth) - defective} good and {defective} defective. {against}"
+    return f"{len(truth):,} images{of}, {len(truth) - defective:,} good and {defective:,} defective. {against}"
 
 
 def _named(index: int, label: str) -> Markup:
@@ -217,7 +217,7 @@ def _groups(rows: Sequence[Record]) -> Iterator[Tuple[str, List[Record]]]:
 
 def _interval(row: Record, index: int) -> str:
     interval = row.get("intervals", [None] * (index + 1))[index]
-    return f"{number(interval[0], 3, '+')} to {number(interval[1], 3, '+')}" if interval else ""
+    return f"{number(interval[0], 4, '+')} to {number(interval[1], 4, '+')}" if interval else ""
 
 
 def _class_of(row: Record) -> str:

@@ -8,6 +8,7 @@ from typing import Any, Dict, Iterator, List, Optional, Tuple
 from tabulate import tabulate
 
 from uadtool.comparison import METRICS
+from uadtool.terminal import printable
 
 DECIMALS = {"": 4, "ms": 2, "images/s": 1, "MB": 1, "mJ": 1, "M": 2, "G": 3}
 """Digits after the point, by unit."""
@@ -25,19 +26,25 @@ def as_table(record: Dict[str, Any], markdown: bool = False) -> str:
     Below an image AUROC stands the confidence interval of its change, where there is one; of classes only while all
     of it still fits on a screen.
     """
+    def name(text: str) -> str:
+        return printable(text).replace("|", "\\|") if markdown else printable(text)
+
+    def cell(text: str) -> str:
+        return name(text) if markdown else _broken(name(text))
+
     headers = ["metric"]
     for index, model in enumerate(record["models"]):
-        label = model["label"] if markdown else _broken(model["label"])
+        label = cell(model["label"])
         headers += [label, "change"] if index else [label]
     lines = []
     for label, cells in _origins(record["models"]):
-        shown = cells if markdown else [_broken(cell) for cell in cells]
-        lines.append([label, shown[0], *(part for cell in shown[1:] for part in (cell, ""))])
+        first, *others = map(cell, cells)
+        lines.append([label, first, *(part for other in others for part in (other, ""))])
     with_interval = [row for row in record["rows"] if "intervals" in row]
     fits = len(lines) + len(record["rows"]) + len(with_interval) <= _LINES
     for row in record["rows"]:
         decimals = DECIMALS[row["unit"]]
-        line, below = [f"{row['label']}, {row['unit']}" if row["unit"] else row["label"]], [""]
+        line, below = [f"{row['label']}, {row['unit']}" if row["unit"] else name(row["label"])], [""]
         intervals = row.get("intervals", [None] * len(headers))
         for index, (value, change, interval) in enumerate(zip(row["values"], row["changes"], intervals)):
             line.append("-" if value is None else f"{value:.{decimals}f}")
@@ -92,6 +99,6 @@ def as_csv(record: Dict[str, Any]) -> str:
         intervals: List[Any] = row.get("intervals", [None] * len(record["models"]))
         for model, value, change, interval in zip(record["models"], row["values"], row["changes"], intervals):
             changes = [change if row["change"] == kind else None for kind in ("difference", "ratio")]
-            writer.writerow([row["metric"], row["unit"], row["better"], model["label"], value, *changes,
-                             *(interval or [None, None])])
+            writer.writerow([printable(row["metric"]), row["unit"], row["better"], printable(model["label"]), value,
+                             *changes, *(interval or [None, None])])
     return text.getvalue()

@@ -9,7 +9,7 @@ from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Protocol, Se
 
 import numpy as np
 
-from uadtool.artifacts import file_digest
+from uadtool.artifacts import file_digest, file_identity
 from uadtool.errors import UadtoolError, require_lab
 from uadtool.host import available_cores
 from uadtool.metadata import Metadata
@@ -21,6 +21,9 @@ RUNTIMES = {"onnxruntime": "OnnxRuntime", "openvino": "OpenVino", "tensorrt": "T
 
 OPENVINO_TARGETS = ("openvino", "tensorrt")
 """Targets of quantized graphs that OpenVINO runs in integers and ONNX Runtime mostly in float."""
+
+ATTEMPTS = 10
+"""To open a file that others replace."""
 
 log = logging.getLogger("uadtool")
 
@@ -51,7 +54,7 @@ class Runtime(Protocol):
     """A detector ready to run: ``path`` of its file, ``name`` and ``version`` of the runtime.
 
     It uses ``threads`` cores, shared by ``streams`` runs that go on at once. ``gpu_bytes`` is the memory that it holds
-    on a GPU, None where it uses none.
+    on a GPU, None where it uses none. ``identity`` is that of the file (``file_identity``) which ``open_model`` read.
     """
 
     path: str
@@ -61,6 +64,7 @@ class Runtime(Protocol):
     streams: int
     metadata: Metadata
     gpu_bytes: Optional[int]
+    identity: Tuple[int, ...]
 
     def run(self, images: np.ndarray) -> Output:
         """Score ``images``, uint8 [N, H, W, 3] RGB of the size that the metadata says. Any thread may call it."""
@@ -72,9 +76,12 @@ class Runtime(Protocol):
 def open_model(path: str, threads: Optional[int] = None, runtime: str = "auto", streams: int = 1) -> Runtime:
     """Open the model file ``path`` on ``threads`` cores (all available ones if None).
 
+    A file that is replaced or written to meanwhile is opened anew.
+
     Args:
         streams: runs that share the cores; one is fastest for an image, as many as cores for many images.
-        runtime: one of ``RUNTIMES``; "auto" takes what suits the model best of those that are installed.
+        runtime: one of ``RUNTIMES``; "auto" takes the fastest for this kind of file of those that are installed, and
+            says which where it had a choice.
 
     Raises:
         UadtoolError: there is no such file, it is damaged or not an exported detector, or is an engine that was not
@@ -83,13 +90,25 @@ def open_model(path: str, threads: Optional[int] = None, runtime: str = "auto", 
     """
     if not Path(path).is_file():
         raise UadtoolError(f"{path}: no such model file")
+    for _ in range(ATTEMPTS):
+        identity = file_identity(path)
+        try:
+            model = _open(path, threads, runtime, streams)
+        except UadtoolError:
+            if identity == file_identity(path):
+                raise
+        else:
+            model.identity = identity
+            if identity == file_identity(path):
+                return model
+    raise UadtoolError(f"{path} was replaced whenever it was opened; run this again once it stays")
+
+
+def _open(path: str, threads: Optional[int], runtime: str, streams: int) -> Runtime:
     metadata = _metadata(path, runtime)
-    if runtime == "auto" and Path(path).suffix == ".engine":
-        runtime = "tensorrt"
-    elif runtime == "auto":
-        runtime = _best_installed(metadata.target)
-        if runtime != "onnxruntime":
-            log.info("%s runs on %s", path, runtime)
+    others: List[str] = []
+    if runtime == "auto":
+        runtime, *others = ["tensorrt"] if Path(path).suffix == ".engine" else _installed(metadata.target)
     module = importlib.import_module(f"uadtool.runtimes.{runtime}")
     try:
         model: Runtime = getattr(module, RUNTIMES[runtime])(path, metadata, threads or available_cores(), streams)
@@ -97,6 +116,8 @@ def open_model(path: str, threads: Optional[int] = None, runtime: str = "auto", 
         raise
     except Exception as error:  # those of the runtimes have no common base
         raise UadtoolError(f"{path} cannot be loaded by {runtime}: {' '.join(str(error).split())}") from error
+    if others:
+        log.info("%s runs on %s (by its kind; --runtime %s runs it, too)", path, runtime, others[0])
     return model
 
 
@@ -128,12 +149,16 @@ def _metadata(path: str, runtime: str) -> Metadata:
     return read_metadata(path)
 
 
-def _best_installed(target: Optional[str]) -> str:
-    """The runtime for a model of this target; ONNX Runtime if none is installed."""
+def _installed(target: Optional[str]) -> List[str]:
+    """The runtimes here that run an ONNX file of this target, the fastest first; ONNX Runtime if there is none.
+
+    The order is a rule, from the latencies in the README; where neither is ahead throughout, ONNX Runtime is first. To
+    measure here would take longer than to score an image, and two runs that chose differently could not be merged.
+    """
     names = ["onnxruntime", "openvino"]
     if target in OPENVINO_TARGETS:
         names.reverse()
-    return next(filter(find_spec, names), "onnxruntime")
+    return list(filter(find_spec, names)) or ["onnxruntime"]
 
 
 Tensor = Tuple[str, str, Sequence[Any]]
@@ -165,13 +190,20 @@ def _lines(tensors: Iterable[Tensor]) -> List[str]:
 
 
 def describe(runtime: Runtime) -> Dict[str, Any]:
-    """The ``model`` and ``runtime`` objects of a record."""
+    """The ``model`` and ``runtime`` objects of a record.
+
+    Raises:
+        UadtoolError: the file is no longer the one that was opened.
+    """
     metadata = runtime.metadata
+    digest = file_digest(runtime.path)
+    if file_identity(runtime.path) != runtime.identity:
+        raise UadtoolError(f"{runtime.path} was replaced while this ran; run it again")
     quantization = metadata.quantization
     return {
         "model": {
             "path": runtime.path,
-            "digest": file_digest(runtime.path),
+            "digest": digest,
             "method": metadata.method,
             "teacher": metadata.teacher,
             "precision": metadata.precision,

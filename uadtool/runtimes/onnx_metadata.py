@@ -1,4 +1,7 @@
-"""The metadata in an ONNX file, read without the onnx package, which the edge half does not need otherwise."""
+"""What must be known of an ONNX file before a runtime sees it: its metadata, and that no tensor lies in another file.
+
+It is read without the onnx package, which the edge half does not need otherwise.
+"""
 
 from pathlib import Path
 from typing import Dict, Iterator, Tuple
@@ -6,27 +9,55 @@ from typing import Dict, Iterator, Tuple
 from uadtool.errors import UadtoolError
 from uadtool.metadata import KEY, Metadata
 
-METADATA_PROPS = 14
-ENTRY_KEY, ENTRY_VALUE = 1, 2
-"""Numbers of fields of ModelProto and of StringStringEntryProto, from onnx.proto."""
+MOST_BYTES = (1 << 31) - 1
+"""Of a file in protobuf; larger networks need external data."""
 
 VARINT, LENGTH_DELIMITED = 0, 2
 FIXED_SIZES = {1: 8, 5: 4}
 """Wire types of protobuf (https://protobuf.dev/programming-guides/encoding) and bytes of those of one size."""
+
+METADATA_PROPS = 14
+ENTRY_KEY, ENTRY_VALUE = 1, 2
+"""Numbers of fields of ModelProto and of StringStringEntryProto, from onnx.proto."""
+
+EXTERNAL_DATA = ("TensorProto", 13)
+INSIDE = {
+    "ModelProto": {7: "GraphProto", 20: "TrainingInfoProto", 25: "FunctionProto"},
+    "TrainingInfoProto": {1: "GraphProto", 2: "GraphProto"},
+    "GraphProto": {1: "NodeProto", 5: "TensorProto", 15: "SparseTensorProto"},
+    "FunctionProto": {7: "NodeProto", 11: "AttributeProto"},
+    "NodeProto": {5: "AttributeProto"},
+    "AttributeProto": {5: "TensorProto", 6: "GraphProto", 10: "TensorProto", 11: "GraphProto",
+                       22: "SparseTensorProto", 23: "SparseTensorProto"},
+    "SparseTensorProto": {1: "TensorProto", 2: "TensorProto"},
+    "TensorProto": {},
+}
+"""By message of onnx.proto, the fields in which a tensor may lie, and their messages."""
+
+DEEPEST = 100
+"""Messages in each other, as in protobuf itself."""
 
 
 def read_metadata(path: str) -> Metadata:
     """The metadata that export wrote into the ONNX file ``path``.
 
     Raises:
-        UadtoolError: the file cannot be read, is damaged, or was not made by uadtool.
+        UadtoolError: the file cannot be read, is damaged, was not made by uadtool, or names other files, which runtimes
+            would read wherever they lie.
     """
     try:
-        properties = read_properties(Path(path).read_bytes())
+        if Path(path).stat().st_size > MOST_BYTES:
+            raise ValueError("it is larger than 2 GiB")
+        model = Path(path).read_bytes()
+        properties = read_properties(model)
+        external = has_external_data(model)
     except OSError as error:
         raise UadtoolError(f"cannot read {path}: {error.strerror}") from error
     except ValueError as error:
         raise UadtoolError(f"{path} is damaged, or no ONNX file: {error}") from error
+    if external:
+        raise UadtoolError(f"{path} has tensors in other files (external data), which uadtool does not read; export "
+                           "writes all into one file")
     return Metadata.from_json(properties.get(KEY), path)
 
 
@@ -37,20 +68,41 @@ def read_properties(model: bytes) -> Dict[str, str]:
         ValueError: it is none.
     """
     properties = {}
-    for number, content in _fields(memoryview(model)):
+    for number, content in _messages(memoryview(model)):
         if number == METADATA_PROPS:
-            entry = dict(_fields(content))
+            entry = dict(_messages(content))
             key, value = (bytes(entry.get(part, b"")).decode() for part in (ENTRY_KEY, ENTRY_VALUE))
             properties[key] = value
     return properties
 
 
-def _fields(message: memoryview) -> Iterator[Tuple[int, memoryview]]:
-    """Number and content of each field of a message; numbers of variable length are passed over."""
+def has_external_data(model: bytes) -> bool:
+    """Does a tensor of a serialized ModelProto lie in another file?
+
+    Raises:
+        ValueError: it is none.
+    """
+    found = [("ModelProto", memoryview(model), 0)]
+    while found:
+        kind, message, depth = found.pop()
+        if depth > DEEPEST:
+            raise ValueError("it is nested too deeply")
+        for number, content in _messages(message):
+            if (kind, number) == EXTERNAL_DATA:
+                return True
+            if number in INSIDE[kind]:
+                found.append((INSIDE[kind][number], content, depth + 1))
+    return False
+
+
+def _messages(message: memoryview) -> Iterator[Tuple[int, memoryview]]:
+    """Number and content of each field of a message that has a length; numbers are passed over."""
     at = 0
     while at < len(message):
         tag, at = _varint(message, at)
         number, wire_type = tag >> 3, tag & 7
+        if not 0 < number < 1 << 29:
+            raise ValueError(f"there is no field {number}")
         if wire_type == VARINT:
             _, at = _varint(message, at)
             continue
@@ -62,7 +114,8 @@ def _fields(message: memoryview) -> Iterator[Tuple[int, memoryview]]:
             raise ValueError(f"there is no wire type {wire_type}")
         if size > len(message) - at:
             raise ValueError("it ends too early")
-        yield number, message[at:at + size]
+        if wire_type == LENGTH_DELIMITED:
+            yield number, message[at:at + size]
         at += size
 
 

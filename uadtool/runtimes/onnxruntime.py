@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, List, Optional, Tuple
 
 import numpy as np
 
@@ -23,6 +23,7 @@ class OnnxRuntime:
 
     name = "onnxruntime"
     gpu_bytes: Optional[int] = None
+    identity: Tuple[int, ...] = ()
 
     def __init__(self, path: str, metadata: Metadata, threads: int, streams: int = 1) -> None:
         self._ort = require("onnxruntime", "onnxruntime")

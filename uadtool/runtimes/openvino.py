@@ -4,7 +4,7 @@ import sys
 import threading
 from collections import defaultdict
 from types import ModuleType
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, List, Optional, Tuple
 
 import numpy as np
 
@@ -27,6 +27,7 @@ class OpenVino:
 
     name = "openvino"
     gpu_bytes: Optional[int] = None
+    identity: Tuple[int, ...] = ()
 
     def __init__(self, path: str, metadata: Metadata, threads: int, streams: int = 1) -> None:
         openvino = import_openvino()

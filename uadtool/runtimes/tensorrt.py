@@ -3,7 +3,7 @@
 import threading
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Dict, Iterator, List
+from typing import Any, Dict, Iterator, List, Tuple
 
 import numpy as np
 
@@ -27,6 +27,7 @@ class TensorRt:
     """
 
     name = "tensorrt"
+    identity: Tuple[int, ...] = ()
 
     def __init__(self, path: str, metadata: Metadata, threads: int, streams: int = 1) -> None:
         self._trt = trt = import_tensorrt(engine_package(path))

@@ -14,6 +14,7 @@ class Torch:
 
     name = "torch"
     gpu_bytes: Optional[int] = None
+    identity: Tuple[int, ...] = ()
 
     def __init__(self, path: str, metadata: Metadata, threads: int, streams: int = 1) -> None:
         import torch

@@ -37,10 +37,11 @@ def read_engine_metadata(path: str) -> Tuple[Metadata, Dict[str, Any]]:
     if not Path(beside).is_file():
         raise UadtoolError(f"{path} has no {Path(beside).name} beside it; export writes both: copy that one, too")
     record = read_json(beside, SCHEMA)
-    metadata = Metadata.from_json(json.dumps(record.get("metadata")), beside)
+    metadata = Metadata.from_fields(record.get("metadata"), beside)
     build = record.get("build")
-    if not isinstance(build, dict) or build.get("package") not in PACKAGES or not {
-            "version", "gpu", "compute_capability"} <= build.keys():
+    if (not isinstance(build, dict) or "gpu" not in build
+            or not all(isinstance(build.get(name), str) for name in ("package", "version", "compute_capability"))
+            or build["package"] not in PACKAGES):
         raise UadtoolError(f"{beside} does not tell what built the engine; export it again")
     if record.get("digest") != file_digest(path):
         raise UadtoolError(f"{beside} is of another engine than {path}; export it again")
