@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jsonschema
@@ -9,6 +10,7 @@ import pytest
 from conftest import METADATA
 
 import uadtool
+from uadtool import benchmark
 from uadtool.artifacts import file_digest
 from uadtool.benchmark import _thread_counts, bench
 from uadtool.errors import UadtoolError
@@ -19,7 +21,7 @@ QUICK = ["--repetitions", "2", "--duration", "0.02", "--warmup", "1"]
 
 def test_two_models(uadtool, detector, make_detector, tmp_path):
     other = make_detector(tmp_path / "other.onnx", METADATA.replace(precision="int8"), divisor=2.0)
-    done = uadtool("bench", detector, other, *QUICK, "--batch-sizes", "4,2", "--threads", "1")
+    done = uadtool("bench", "-q", detector, other, *QUICK, "--batch-sizes", "4,2", "--threads", "1")
     assert (done.returncode, done.stderr) == (0, "")
     record = json.loads(done.stdout)
     jsonschema.validate(record, SCHEMA, cls=jsonschema.Draft202012Validator)
@@ -67,7 +69,7 @@ def test_batch_sizes_that_are_none(uadtool, detector, sizes):
 
 
 def test_every_model_is_opened_before_anything_is_timed(uadtool, detector, tmp_path):
-    done = uadtool("bench", detector, tmp_path / "missing.onnx")
+    done = uadtool("bench", "-q", detector, tmp_path / "missing.onnx")
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == f"uadtool: error: {tmp_path}/missing.onnx: no such model file\n"
 
@@ -84,3 +86,36 @@ def test_peak_memory_is_not_that_of_the_parent():
     held = np.ones(30_000_000)
     peak = int(subprocess.run([sys.executable, "-c", program], capture_output=True, check=True).stdout)
     assert 1e6 < peak < held.nbytes
+
+
+def runs(process: str) -> bool:
+    """Whether it is there, and not one that ended and is only still listed."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_no_process_is_left_when_a_signal_ends_it(detector):
+    with subprocess.Popen([sys.executable, "-m", "uadtool", "bench", str(detector)], stdout=subprocess.PIPE) as process:
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        if not children.exists():
+            process.kill()
+            pytest.skip("this system does not list children")
+        while not (found := children.read_text().split()) and process.poll() is None:
+            time.sleep(0.001)
+        process.terminate()
+        printed, _ = process.communicate(timeout=60)
+    assert (process.returncode, printed) == (143, b"")
+    # A signal in the midst of starting it leaves the child to end by itself, with nobody to read its answer.
+    end = time.monotonic() + 60
+    while (left := [child for child in found if runs(child)]) and time.monotonic() < end:
+        time.sleep(0.01)
+    assert not left
+
+
+def test_a_model_that_is_replaced_meanwhile_has_no_figures(uadtool, detector, make_detector, tmp_path, monkeypatch):
+    path = make_detector(tmp_path / "model.onnx")
+    monkeypatch.setattr(benchmark, "_cold_start", lambda runtime: (make_detector(path), (1.0, 1))[1])
+    with pytest.raises(UadtoolError, match=r"model.onnx was replaced while this ran; run it again"):
+        bench([str(path)], 1, 0.01)

@@ -3,6 +3,7 @@ import itertools
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -205,12 +206,41 @@ def test_help_needs_click_alone(bare):
         assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_terminated_while_waiting(detector):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_stopped_while_waiting(detector, number):
     with subprocess.Popen([*PROGRAM, "score", str(detector)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE, preexec_fn=lambda: signal.signal(number, signal.SIG_DFL)) as process:
+        process.stdout.readline()
+        process.send_signal(number)
+        assert process.wait(30) == 128 + number
+
+
+def test_nohup(detector, mvtec):
+    with subprocess.Popen(["nohup", *PROGRAM, "score", str(detector)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                           stderr=subprocess.PIPE) as process:
         process.stdout.readline()
-        process.terminate()
-        assert process.wait(30) == 143
+        process.send_signal(signal.SIGHUP)
+        answers, _ = process.communicate(os.fsencode(f"{mvtec}/red/test/good/000.png\n"), timeout=60)
+        assert answers.count(b"\n") == 2
+        assert process.returncode == 0
+
+
+@pytest.mark.parametrize(("line", "code"), [
+    ("score -q {detector} <&-", 1), ("score -q {detector} <&- 2>&-", 1), ("--version >&-", 0), ("train 2>&-", 2),
+    ("compare {scores} -o out <&- >&- 2>&-", 0),
+])
+def test_streams_that_are_closed(uadtool, detector, mvtec, tmp_path, line, code):
+    scores = tmp_path / "scores"
+    scores.write_text(uadtool("score", detector, mvtec).stdout)
+    words = line.format(detector=detector, scores=scores)
+    done = subprocess.run(f"{shlex.join(PROGRAM)} {words}", shell=True, capture_output=True, text=True, cwd=tmp_path,
+                          timeout=60)
+    assert done.returncode == code
+    assert "Traceback" not in done.stderr
+    if code == 1 and done.stderr:
+        assert done.stderr == "uadtool: error: there was no image to score\n"
+    if "-o out" in line:
+        assert (tmp_path / "out").read_text() == uadtool("compare", scores).stdout
 
 
 @pytest.mark.parametrize("options", [["--help"], ["--version"], ["score", "--help"]])

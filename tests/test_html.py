@@ -19,7 +19,7 @@ from records import bench_record, lines, model, score_records
 
 from uadtool.comparison import join, set_side_by_side
 from uadtool.gates import Gate, decide
-from uadtool.reports import svg
+from uadtool.reports import html, svg
 from uadtool.reports.html import as_html
 from uadtool.reports.markup import Markup, tag
 from uadtool.reports.svg import Scale, number
@@ -89,7 +89,7 @@ def test_the_page_has_what_it_should(files):
     assert any(re.match(r"image_auroc>=-0.01✗ not metint8.onnx: image_auroc is -0\.", row) for row in rows)
     assert "file_size<=0.5x✓ met" in rows
     assert any(row.startswith("File size, MB12.06.00.50×") for row in rows)
-    assert any(re.match(r"bolt0\.\d{4}0\.\d{4}▼ −0\.\d{4} worse−0\.\d{3} to −0\.\d{3}$", row) for row in rows)
+    assert any(re.match(r"bolt0\.\d{4}0\.\d{4}▼ −0\.\d{4} worse−0\.\d{4} to −0\.\d{4}$", row) for row in rows)
     provenance = found.all("dl")[-1][1]
     for fact in ("build/int8.onnx", "sha256:", "stfpm", "onnxruntime 1.23.0", "int8.jsonl", "bench.json", "2026-01-01"):
         assert fact in provenance
@@ -120,7 +120,7 @@ def test_charts_say_what_they_show(files):
     told = {attributes["id"]: text for attributes, text in Page(page(*files)).all("desc")}
     assert "fp32.onnx: 10.00 ms, image AUROC 0." in told["trade-off-text"]
     assert re.search(r"bolt: 0\.\d{3}, 0\.\d{3}; nut: 0\.\d{3}, 0\.\d{3}", told["classes-text"])
-    assert re.search(r"bolt, int8.onnx: −0\.\d{4}, 95% interval −0\.\d{3} to [−+]?0\.\d{3}", told["changes-text"])
+    assert re.search(r"bolt, int8.onnx: −0\.\d{4}, 95% interval −0\.\d{4} to [−+]?0\.\d{4}", told["changes-text"])
     assert re.search(r"fp32.onnx: AUROC 0\.\d{3}; at its threshold it finds \d+% of the defective", told["roc-text"])
     assert re.search(r"model 2: \d+ of 20 good above, \d+ of 20 defective", told["scores-0-text"])
 
@@ -182,6 +182,29 @@ def test_the_page_asks_for_nothing_else(files):
                   if attributes.get("http-equiv") == "Content-Security-Policy")
     assert policy.startswith("default-src 'none';")
     assert policy.endswith("; base-uri 'none'; form-action 'none'")  # default-src is not about these
+
+
+def luminance(colour: str) -> float:
+    """Of #rgb or #rrggbb (WCAG 2.2, relative luminance)."""
+    digits = colour.lstrip("#")
+    digits = digits if len(digits) == 6 else "".join(2 * digit for digit in digits)
+    red, green, blue = (part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4
+                        for part in (int(digits[at:at + 2], 16) / 255 for at in (0, 2, 4)))
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_text_and_charts_stand_out_in_both_themes(theme):
+    style = Path(html.__file__).with_name("page.css").read_text(encoding="utf-8")
+    light, dark = (dict(re.findall(r"--(\w+): (#\w+);", block))
+                   for block in re.findall(r":root {(.*?)}", style, re.DOTALL))
+    colours = light if theme == "light" else {**light, **dark}
+    paper = luminance(colours["paper"])
+    for name, colour in colours.items():
+        if name in ("paper", "line", "tint"):
+            continue
+        contrast = (max(luminance(colour), paper) + 0.05) / (min(luminance(colour), paper) + 0.05)
+        assert contrast >= (4.5 if name in ("ink", "soft", "better", "worse") else 3), name
 
 
 @pytest.mark.parametrize("chosen", [["fp32.jsonl"], ["bench.json"], ["int8.jsonl", "bench.json"],

@@ -156,6 +156,7 @@ def test_a_device_that_is_not_there(make, tmp_path):
     assert "name the device: make deploy JETSON=user@host" in make("deploy", JETSON="", OUT=tmp_path / "out").stderr
 
 
+@pytest.mark.slow
 def test_a_device_without_internet_installs_from_the_wheelhouse(make, device, tmp_path):
     out, machine = tmp_path / "out", platform.machine()
     done = make("wheelhouse", OUT=out, MACHINE=machine)
@@ -163,12 +164,13 @@ def test_a_device_without_internet_installs_from_the_wheelhouse(make, device, tm
     names = {path.name.split("-")[0].lower() for path in (out / "wheelhouse").glob("*-*")}
     assert names >= {"uadtool", "click", "numpy", "pillow", "scipy", "tabulate", "onnxruntime", "pycuda", "pytools"}
     assert list((out / "wheelhouse").glob(f"numpy-*-cp38-*{machine}.whl"))
-    done = make(f"{out}/installed.stamp", OUT=out, REMOTE="offline")
+    done = make(f"{out}/installed.stamp", OUT=out, MACHINE=machine, REMOTE="offline")
     assert done.returncode == 0, done.stderr
     assert "--no-index --find-links wheelhouse" in done.stdout
     assert next(device[0].glob("offline/.venv/lib/python3.8/site-packages/onnxruntime")).is_dir()
 
 
+@pytest.mark.slow
 def test_the_wheelhouse_of_a_jetson_is_complete(make, tmp_path):
     done = make("wheelhouse", OUT=tmp_path)
     assert done.returncode == 0, done.stderr

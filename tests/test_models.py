@@ -88,7 +88,8 @@ def test_a_safetensors_file_of_another_program(broken):
 
 
 @pytest.mark.parametrize(("change", "message"), [
-    ({"schema": "uadtool.model/2"}, "its schema is not uadtool.model/1"),
+    ({"schema": "uadtool.ranges/1"}, "its schema is not uadtool.model/1"),
+    ({"schema": "uadtool.model/2"}, r"was written by a newer uadtool \(uadtool.model/2\); upgrade this one: pip"),
     ({"teacher": "resnet18"}, "the tensors of .* do not fit its metadata"),
     ({"classes": ["one"]}, "the tensors of .* do not fit its metadata: size mismatch for score_"),
     ({"precision": "int8", "target": "onnxruntime"}, "the tensors of .* do not fit its metadata"),
@@ -114,12 +115,13 @@ def test_tensors_that_do_not_fit(trained, broken):
 
 FINITE = st.floats(allow_nan=False, allow_infinity=False)
 COUNT = st.integers(0, 2**40)
-SIZE = st.tuples(st.integers(1, 2**20), st.integers(1, 2**20))
+SIZE = st.tuples(st.integers(1, 4096), st.integers(1, 4096))
 PLAIN = st.recursive(st.none() | st.booleans() | COUNT | st.text(), lambda inner: st.lists(inner), max_leaves=3)
+OPTION = st.booleans() | st.text() | st.integers(-10**6, 10**6) | st.floats(-10**6, 10**6)
 METADATA = st.builds(
     Metadata, method=st.text(), teacher=st.text(), classes=st.lists(st.text(), min_size=1), image_size=SIZE,
     map_size=SIZE, threshold=FINITE, false_positive_rate=FINITE, parameters=COUNT, macs=COUNT, precision=st.text(),
-    options=st.dictionaries(st.text(), PLAIN), target=st.none() | st.text(),
+    options=st.dictionaries(st.text(), OPTION), target=st.none() | st.text(),
     provenance=st.lists(st.dictionaries(st.text(), PLAIN)), tool_version=st.text(),
 )
 

@@ -18,7 +18,6 @@ from uadtool.quantization.modules import ActivationQuantizer, QuantizedConv2d
 from uadtool.quantization.qat import LearnedQuantizer, fine_tune, trainable, with_anomalies
 from uadtool.quantization.sensitivity import anomaly_maps, map_distance
 from uadtool.training.data import read_images
-from uadtool.training.loop import Interrupted
 
 SIZE = (64, 64)
 TARGET = TARGETS["onnxruntime"]
@@ -157,7 +156,7 @@ def test_the_start_is_kept_when_nothing_is_better(detector, ranges, run, images,
     assert same(start.state_dict(), end.state_dict())
 
 
-def test_a_resumed_run_ends_as_an_uninterrupted_one(run, tmp_path, monkeypatch):
+def test_a_resumed_run_ends_as_an_uninterrupted_one(run, monkeypatch):
     expected, expected_ranges = run()
     calls = []
 
@@ -168,7 +167,7 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(run, tmp_path, monkeypatch):
         return with_anomalies(images, generator)
 
     monkeypatch.setattr("uadtool.quantization.qat.with_anomalies", interrupting)
-    with pytest.raises(Interrupted):
+    with pytest.raises(KeyboardInterrupt):
         run()
     with pytest.raises(UadtoolError, match="is of a run with steps 8, this one has 9"):
         run(steps=9, resume=True)
@@ -176,7 +175,6 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(run, tmp_path, monkeypatch):
     assert calls == [16] * 8
     assert ranges == expected_ranges
     assert same(tuned.state_dict(), expected.state_dict())
-    assert not (tmp_path / "checkpoint").exists()
 
 
 def test_every_other_image_gets_an_anomaly(images):

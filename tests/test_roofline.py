@@ -72,7 +72,7 @@ def test_without_onnx_the_install_line_is_given(detector):
     program = f"""
 import sys
 sys.modules["onnx"] = None
-sys.argv = ["uadtool", "bench", {str(detector)!r}, "--roofline", "--repetitions", "1", "--duration", "0.01"]
+sys.argv = ["uadtool", "bench", "-q", {str(detector)!r}, "--roofline", "--repetitions", "1", "--duration", "0.01"]
 from uadtool.cli import main
 main()
 """

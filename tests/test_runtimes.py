@@ -1,10 +1,13 @@
 import contextlib
 import importlib.util
+import itertools
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -12,7 +15,8 @@ from conftest import METADATA, validate
 from hypothesis import given
 from hypothesis import strategies as st
 
-from uadtool import options
+from uadtool import options, runtimes
+from uadtool.artifacts import file_digest
 from uadtool.dataset import scoring_samples
 from uadtool.errors import MissingPackage, UadtoolError
 from uadtool.images import read_image
@@ -136,7 +140,7 @@ def test_layers_and_their_times(fp32, runtime):
 
 def test_bench_tells_them_when_asked(uadtool, fp32):
     for asked, present in ([], False), (["--layers"], True):
-        done = uadtool("bench", fp32.path, *QUICK, "--batch-sizes", "1", "--threads", "1", *asked)
+        done = uadtool("bench", "-q", fp32.path, *QUICK, "--batch-sizes", "1", "--threads", "1", *asked)
         assert (done.returncode, done.stderr) == (0, "")
         record = json.loads(done.stdout)
         validate(record, "bench")
@@ -165,7 +169,18 @@ def test_auto_takes_what_suits_the_model_and_is_installed(make_detector, missing
     missing(*absent)
     model = open_model(path, 1)
     assert (model.name, model.threads) == (chosen, 1)
-    assert caplog.messages == ([] if chosen == "onnxruntime" else [f"{path} runs on {chosen}"])
+    other = "onnxruntime" if chosen == "openvino" else "openvino"
+    told = [f"{path} runs on {chosen} (by its kind; --runtime {other} runs it, too)"]
+    assert caplog.messages == (told if other not in absent and importlib.util.find_spec("openvino") else [])
+
+
+@needs_openvino
+def test_the_choice_is_told_on_stderr_and_only_where_there_is_one(uadtool, detector, mvtec):
+    command = ["score", detector, mvtec / "red/test/spot/003.png"]
+    told = f"uadtool: {detector} runs on onnxruntime (by its kind; --runtime openvino runs it, too)\n"
+    for asked, expected in (([], told), (["-q"], ""), (["--runtime", "onnxruntime"], "")):
+        done = uadtool(*command, *asked)
+        assert (done.returncode, done.stderr) == (0, expected)
 
 
 @pytest.mark.parametrize(("absent", "runtime", "named"), [
@@ -332,3 +347,88 @@ def test_what_is_no_protobuf(content):
 def test_a_file_that_cannot_be_read(tmp_path):
     with pytest.raises(UadtoolError, match=r"cannot read .*: No such file"):
         read_metadata(str(tmp_path / "model.onnx"))
+
+
+# Files that are replaced
+
+
+def replacing(monkeypatch, replace, times):
+    """Let the file be replaced between the reading of its metadata and of its graph, so many times."""
+    read, left = runtimes.read_metadata, iter(range(times))
+
+    def read_and_replace(path):
+        metadata = read(path)
+        if next(left, None) is not None:
+            replace()
+        return metadata
+
+    monkeypatch.setattr(runtimes, "read_metadata", read_and_replace)
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_model_that_is_replaced_while_it_is_opened_is_opened_anew(make_detector, tmp_path, monkeypatch, in_place):
+    path, other = make_detector(tmp_path / "model.onnx"), make_detector(
+        tmp_path / "other.onnx", METADATA.replace(threshold=5.0), divisor=2.0)
+    content = other.read_bytes()
+    replacing(monkeypatch, lambda: path.write_bytes(content) if in_place else other.replace(path), 1)
+    model = open_model(str(path), 1, "onnxruntime")
+    assert model.metadata.threshold == 5.0
+    assert describe(model)["model"]["digest"] == file_digest(path)
+    path.write_bytes(content)
+    with pytest.raises(UadtoolError, match=r"model.onnx was replaced while this ran; run it again"):
+        describe(model)
+
+
+def test_a_model_that_is_always_being_replaced(make_detector, tmp_path, monkeypatch):
+    path = make_detector(tmp_path / "model.onnx")
+    replacing(monkeypatch, lambda: path.touch(), 1000)
+    with pytest.raises(UadtoolError, match=r"was replaced whenever it was opened; run this again once it stays"):
+        open_model(str(path), 1, "onnxruntime")
+
+
+@pytest.mark.parametrize("runtime", EACH)
+def test_a_file_that_is_written_to_later_changes_nothing(make_detector, tmp_path, runtime):
+    path = make_detector(tmp_path / "model.onnx")
+    images = np.random.default_rng(0).integers(0, 256, (1, 32, 32, 3), np.uint8)
+    model = open_model(str(path), 1, runtime)
+    before = model.run(images)
+    path.write_bytes(b"\xff" * (path.stat().st_size // 2))
+    assert all((one == other).all() for one, other in zip(before, model.run(images)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("in_place", [False, True])
+def test_many_processes_read_a_model_that_is_replaced_again_and_again(make_detector, mvtec, tmp_path, in_place):
+    """Each says what one of the two models says, and that it was this one; or, in one line, that it cannot."""
+    image = mvtec / "red/test/spot/003.png"
+    models = [make_detector(tmp_path / f"{divisor}.onnx", divisor=divisor) for divisor in (1.0, 2.0)]
+    expected = {}
+    for model in models:
+        runtime = open_model(str(model), 1, "onnxruntime")
+        score = runtime.run(read_image(str(image), (32, 32))[None]).score[0]
+        expected[file_digest(model)] = pytest.approx(float(score), rel=1e-4)
+    path = tmp_path / "model.onnx"
+    shutil.copy(models[0], path)
+    command = [sys.executable, "-m", "uadtool", "score", "-q", "--threads", "1", str(path), str(image)]
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+                 for _ in range(16)]
+    for turn in itertools.cycle([1, 0]):
+        if in_place:
+            path.write_bytes(models[turn].read_bytes())
+        else:
+            shutil.copy(models[turn], tmp_path / "new.onnx")
+            (tmp_path / "new.onnx").replace(path)
+        if all(process.poll() is not None for process in processes):
+            break
+        time.sleep(0.5)
+    codes = []
+    for process in processes:
+        printed, said = process.communicate()
+        codes.append(process.returncode)
+        assert said.count("\n") == (process.returncode != 0)
+        if process.returncode == 0:
+            run, found, _ = map(json.loads, printed.splitlines())
+            assert found["score"] == expected[run["model"]["digest"]]
+    print(f"{codes.count(0)} of 16 processes read the model")
+    assert set(codes) <= {0, 1}
+    assert codes.count(0) > 8
