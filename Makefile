@@ -1,11 +1,12 @@
 # Development and the demo. `make help` lists the targets; examples/Makefile is the chain to copy for your own data.
 PYTHON ?= python3
 PYTHON3_8 ?= python3.8
+FUZZ_RUNS ?= 20000
 VENV := .venv
 BIN := $(abspath $(VENV))/bin
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-gpu check-tensorrt-api lint clean
+.PHONY: help demo test test-slow test-gpu fuzz check-tensorrt-api lint clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 28
@@ -21,9 +22,16 @@ demo/solar-cells: examples/solar_cells.py | $(VENV)/.demo
 test: $(VENV)/.dev ## run the tests
 	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
+test-slow: $(VENV)/.dev ## run the tests that take minutes each: kills, full disks, several processes
+	$(BIN)/python -m pytest -m slow -n auto --dist worksteal
+
 test-gpu: $(VENV)/.dev ## build and run engines on this machine's NVIDIA GPU (needs driver and CUDA toolkit)
 	$(BIN)/python -m pip install --quiet tensorrt pycuda
 	$(BIN)/python -m pytest -m gpu -rs -s tests/test_gpu.py
+
+fuzz: $(VENV)/.dev ## feed broken input to every parser: FUZZ_RUNS of the cheapest ones (x86-64 Linux, Python 3.11 or newer)
+	$(BIN)/python -m pip install --quiet -e '.[fuzz]'
+	$(BIN)/python tests/fuzz/fuzz.py $(FUZZ_RUNS)
 
 check-tensorrt-api: $(VENV)/.dev build/tensorrt-8.5/done build/tensorrt-stubs/done ## look up the names of TensorRT's API in 8.5, 10 and RTX (half a gigabyte)
 	LD_LIBRARY_PATH=$$(find build/tensorrt-8.5 -type d \( -path '*nvidia/*/lib' -o -name tensorrt \) | paste -sd:) \

@@ -1,4 +1,4 @@
-"""Does memory stay while one process scores more and more images? Resident memory after so many of them.
+"""Does memory stay while one process scores more and more images? Resident memory and rate after so many of them.
 
 usage: python scoring_memory.py MODEL COUNT IMAGE...       MODEL is an .onnx file, or an engine
 
@@ -9,6 +9,7 @@ import itertools
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import TextIO
 
@@ -25,12 +26,14 @@ def main(model: str, count: int, images: list[str]) -> None:
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout
         threading.Thread(target=feed, args=(process.stdin, images, count), daemon=True).start()
-        print("images  resident MiB")
+        print("images  resident MiB  images/s")
         process.stdout.readline()  # about the run
+        began = time.perf_counter()
         for number, _ in enumerate(process.stdout, 1):
             if number in STOPS:
                 status = Path(f"/proc/{process.pid}/status").read_text()
-                print(f"{number:6} {int(status.partition('VmRSS:')[2].split()[0]) / 1024:13.1f}", flush=True)
+                resident = int(status.partition("VmRSS:")[2].split()[0]) / 1024
+                print(f"{number:6} {resident:13.1f} {number / (time.perf_counter() - began):9.1f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,9 @@
 usage: python throughput.py MODEL FOLDER [ROUNDS]
 
 Stages and whole take turns. `decode` reads and resizes on all cores, `inference` runs decoded images on all cores, one
-after the other; `score` is a process, without its start: the time from its first image to its last.
+after the other; `score` is a process, without its start: the time from its first image to its last. Then the shares of
+that time: what decoding takes alone, what inference takes as `score` does it (`streams`: an image on each core), and
+the rest.
 """
 
 import json
@@ -23,7 +25,7 @@ from uadtool.runtimes import open_model
 
 def main(model: str, folder: str, rounds: int = 5) -> None:
     paths = [sample.path for sample in scoring_samples([folder])]
-    runtime = open_model(model)
+    runtime, streams = open_model(model), open_model(model, streams=available_cores())
     size = runtime.metadata.image_size
     images = [read_image(path, size)[None] for path in paths[:200]]
     readers = available_cores()
@@ -37,7 +39,11 @@ def main(model: str, folder: str, rounds: int = 5) -> None:
         for image in images:
             runtime.run(image)
         rates["inference"].append(len(images) / (time.perf_counter() - began))
-        rates["score"].append(_score(model, folder))
+        began = time.perf_counter()
+        for _ in read_ahead(streams.run, images, readers, 2 * readers):
+            pass
+        rates["streams"].append(len(images) / (time.perf_counter() - began))
+        rates["score"].append(score_rate(model, folder))
     medians = {name: statistics.median(values) for name, values in rates.items()}
     for name, values in rates.items():
         print(f"{name:10} {medians[name]:7.1f} images/s   ({min(values):.1f} to {max(values):.1f})")
@@ -45,9 +51,11 @@ def main(model: str, folder: str, rounds: int = 5) -> None:
     shares = np.array(rates["score"]) / slower
     print(f"score reaches {100 * np.median(shares):.0f} % of the slower stage "
           f"({100 * shares.min():.0f} to {100 * shares.max():.0f} %)")
+    decode, inference = (medians["score"] / medians[stage] for stage in ("decode", "streams"))
+    print(f"of its time decode takes {decode:.0%}, inference {inference:.0%}, the rest {1 - decode - inference:.0%}")
 
 
-def _score(model: str, folder: str) -> float:
+def score_rate(model: str, folder: str) -> float:
     """Images per second between the first image and the last one."""
     command = [sys.executable, "-m", "uadtool", "score", "-q", model, folder]
     with subprocess.Popen(command, stdout=subprocess.PIPE) as process:

@@ -65,27 +65,29 @@ def _cell(values: list[float]) -> str:
 
 
 def plot(records: list[Record], path: Path) -> None:
-    """Loss of mean image AUROC by source; one panel for each detector and scope."""
+    """Loss of mean image AUROC by source; a panel for each detector and scope."""
     matplotlib.rcParams["svg.hashsalt"] = "uadtool"  # the same file from the same results
     matplotlib.rcParams["svg.fonttype"] = "none"
-    detectors = list(dict.fromkeys(record["detector"] for record in records))
-    figure, grid = pyplot.subplots(len(detectors), 2, figsize=(11, 3.6 * len(detectors)), sharey="row", squeeze=False)
+    panels = list(dict.fromkeys((r["detector"], r["scope"]) for r in records if r["procedure"] == "ptq"))
+    height = 3.6 * ((len(panels) + 1) // 2)
+    figure, grid = pyplot.subplots((len(panels) + 1) // 2, 2, figsize=(11, height), sharey="row", squeeze=False)
     base = {(r["detector"], r["seed"]): r["image_auroc"] for r in records if r["procedure"] == "float"}
-    for row, detector in zip(grid, detectors):
-        for axes, scope in zip(row, ("student", "all")):
-            axes.axhline(0, color="0.6", linewidth=1)
-            for record in records:
-                if (record["detector"], record["procedure"], record["scope"]) != (detector, "ptq", scope):
-                    continue
-                shift = 0.26 * (PLACES.index(record["quantizers"]) - 1) + 0.05 * (METHODS.index(record["method"]) - 1.5)
-                axes.plot(SOURCES.index(record["source"]) + shift,
-                          record["image_auroc"] - base[detector, record["seed"]],
-                          MARKERS[record["method"]], color=COLOURS[record["quantizers"]], markersize=5, alpha=0.85)
-            axes.set_xticks(range(len(SOURCES)), SOURCES)
-            networks = "student only" if scope == "student" else "teacher and student"
-            axes.set_title(f"{detector}: int8 in {networks}", fontsize=10)
-            axes.spines[["top", "right"]].set_visible(False)
-        row[0].set_ylabel("mean image AUROC, int8 - float")
+    for axes in grid.flat[len(panels):]:
+        axes.set_visible(False)
+    for axes, (detector, scope) in zip(grid.flat, panels):
+        axes.axhline(0, color="0.6", linewidth=1)
+        for record in records:
+            if (record["detector"], record["procedure"], record["scope"]) != (detector, "ptq", scope):
+                continue
+            shift = 0.26 * (PLACES.index(record["quantizers"]) - 1) + 0.05 * (METHODS.index(record["method"]) - 1.5)
+            axes.plot(SOURCES.index(record["source"]) + shift,
+                      record["image_auroc"] - base[detector, record["seed"]],
+                      MARKERS[record["method"]], color=COLOURS[record["quantizers"]], markersize=5, alpha=0.85)
+        axes.set_xticks(range(len(SOURCES)), SOURCES)
+        axes.set_title(f"{detector}: int8 in {'student only' if scope == 'student' else 'all networks'}", fontsize=10)
+        axes.spines[["top", "right"]].set_visible(False)
+    for axes in grid[:, 0]:
+        axes.set_ylabel("mean image AUROC, int8 - float")
     labels = ("after the activation", "before the activation", "before it, weights per tensor")
     handles: list[Artist] = [Patch(color=colour, label=f"quantizer {label}")
                              for colour, label in zip(COLOURS.values(), labels)]

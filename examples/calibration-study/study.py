@@ -33,7 +33,7 @@ from uadtool.quantization import TARGETS, Ranges, calibrate, layers_outside, qua
 from uadtool.quantization.bias_correction import CORRECTION_IMAGES
 from uadtool.quantization.qat import fine_tune
 from uadtool.quantization.sources import calibration_batches
-from uadtool.training.data import read_images, split_training
+from uadtool.training.data import read_images, split_again
 from uadtool.training.statistics import RawMaps, fit_statistics
 from uadtool.training.synthetic import synthetic_anomalies
 
@@ -41,6 +41,8 @@ CALIBRATION_IMAGES = 64
 QAT_STEPS = 60
 SOURCES = ("good", "good+synthetic", "natural", "random-normal", "test")
 METHODS = ("minmax", "percentile", "entropy", "mse")
+GRIDS = ("full", "sources")
+"""All questions of the study, or what to calibrate on, with which method, alone."""
 
 
 @dataclass(frozen=True)
@@ -58,9 +60,15 @@ class Cell:
     quantizers: str = "after"
 
 
-def cells(with_first: bool) -> Iterator[Cell]:
-    """The grid; full where it is cheap, and no more than answers the questions where it is not."""
+def cells(grid: str, with_first: bool) -> Iterator[Cell]:
+    """The ways of a ``grid``, one of ``GRIDS``; full where it is cheap, elsewhere what answers questions."""
     yield Cell("float")
+    if grid == "sources":
+        for source, method in itertools.product(SOURCES, METHODS):
+            yield Cell("ptq", source, method)
+        for source in ("good", "random-normal"):
+            yield Cell("corrected", source, "entropy")
+        return
     for source, method, scope in itertools.product(SOURCES, METHODS, ("student", "all")):
         yield Cell("ptq", source, method, scope)
     for source, method in itertools.product(("good", "random-normal"), METHODS):
@@ -83,8 +91,7 @@ class Study:
         self.detector, self.metadata = load_float_model(model)
         self.first = load_float_model(first)[0] if first else None
         self.samples = training_samples(data, self.metadata.classes)
-        origin = self.metadata.provenance[0]
-        self.training, self.held_out = split_training(self.samples, origin["held_out"], origin["seed"])
+        self.training, self.held_out = split_again(self.metadata, self.samples)
         self.test = [sample for sample in scoring_samples([data]) if sample.class_name in self.metadata.classes]
         self.images = {name: self._read(part) for name, part in (
             ("held_out", self.held_out), ("test", self.test),
@@ -189,6 +196,7 @@ def main() -> None:
     parser.add_argument("model", help="the float detector")
     parser.add_argument("results", type=Path, help="JSON Lines; new ones are appended")
     parser.add_argument("--first", help="the detector that was trained with --teacher-int8")
+    parser.add_argument("--grid", choices=GRIDS, default="full", help="which ways to try")
     parser.add_argument("--name", required=True, help="of the detector in the results")
     parser.add_argument("--seed", type=int, default=0, help="of the calibration images")
     parser.add_argument("--natural", help="a folder of images of another domain")
@@ -201,7 +209,7 @@ def main() -> None:
         if not arguments.natural:
             natural_images(Path(folder), CALIBRATION_IMAGES, 256)
         study = None
-        for cell in cells(bool(arguments.first)):
+        for cell in cells(arguments.grid, bool(arguments.first)):
             key = {"detector": arguments.name, "seed": arguments.seed, **asdict(cell)}
             if any(key.items() <= record.items() for record in known):
                 continue

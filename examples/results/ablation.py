@@ -19,7 +19,7 @@ from uadtool.host import available_cores, keep_freed_memory
 from uadtool.images import read_mask
 from uadtool.metrics import PixelMetrics
 from uadtool.models import load_float_model
-from uadtool.training.data import image_batches, split_training
+from uadtool.training.data import image_batches, split_again
 from uadtool.training.statistics import fit_statistics
 
 NAMES = {"duet": ("small patches", "large patches", "head"), "stfpm": ("stride 4", "stride 8", "stride 16"),
@@ -30,8 +30,7 @@ NAMES = {"duet": ("small patches", "large patches", "head"), "stfpm": ("stride 4
 def main(data: str, model: str) -> None:
     keep_freed_memory()
     detector, metadata = load_float_model(model)
-    origin = metadata.provenance[0]
-    _, held_out = split_training(training_samples(data, metadata.classes), origin["held_out"], origin["seed"])
+    _, held_out = split_again(metadata, training_samples(data, metadata.classes))
     test = [sample for sample in scoring_samples([data]) if sample.class_name in metadata.classes]
 
     def maps(samples: list[Sample]) -> tuple[Tensor, Tensor]:
