@@ -239,12 +239,19 @@ def write_other_shape(path):
     torch.save({**weights, "conv_stem.weight": torch.zeros(32, 1, 3, 3)}, path)
 
 
+def write_nan(path):
+    weights = build_backbone(DEFAULT_TEACHER, (64, 64)).state_dict()
+    weights["conv_stem.weight"][0, 0, 0, 0] = torch.nan
+    torch.save(weights, path)
+
+
 @pytest.mark.parametrize(("write", "name", "message"), [
     (write_text, "weights.pth", "holds no weights that can be loaded safely"),
     (write_text, "weights.safetensors", "holds no weights that can be loaded safely"),
     (write_list, "weights.pth", "is not a state dict"),
     (write_other_network, "weights.pth", "does not fit: it lacks .* tensors, conv_stem.weight among them"),
     (write_other_shape, "weights.pth", r"does not fit: conv_stem.weight is \[32, 1, 3, 3\], wanted \[32, 3, 3, 3\]"),
+    (write_nan, "weights.pth", "is damaged: conv_stem.weight holds values that are not finite"),
     (lambda path: None, "weights.pth", "cannot read .*: No such file"),
     (lambda path: None, "weights.safetensors", "cannot read .*: No such file"),
 ])

@@ -175,6 +175,12 @@ def test_the_weights_of_the_lowest_held_out_loss_are_kept(run, samples, monkeypa
     assert loss.item() == pytest.approx(result.report["held_out_loss"], rel=1e-3)
 
 
+def test_a_training_that_diverges_ends(run, samples, monkeypatch):
+    monkeypatch.setattr(loop, "_schedule", lambda step, steps: 1.0 if step < 2 else float("inf"))
+    with pytest.raises(UadtoolError, match="the training diverged: at step 3 the loss is nan"):
+        run(samples, length=8)
+
+
 def test_held_out_images_choose_the_checkpoint_only(run, textures, tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "EVALUATIONS", 1)  # at the end; so there is nothing to choose
     shutil.copytree(textures, tmp_path / "data")

@@ -62,10 +62,10 @@ def main(data: str, model: str) -> None:
                 large = F.interpolate(one[None, None], size=size, mode="bilinear")[0, 0]
                 pixels[name].update(large.numpy(), mask)
         auroc = [roc_auc_score(labels[owners == name], scores[owners == name]) for name in metadata.classes]
-        values = np.mean(auroc), roc_auc_score(labels, scores), *(
-            np.mean([value for value in column if value is not None])
+        overall = auroc, [roc_auc_score(labels, scores)], *(
+            [value for value in column if value is not None]
             for column in ([part.auroc() for part in pixels.values()], [part.aupro() for part in pixels.values()]))
-        return [f"{value:.3f}" for value in (*values, *auroc)]
+        return [f"{np.mean(part):.3f}" if part else "-" for part in (*overall, *([value] for value in auroc))]
 
     names = NAMES[metadata.method]
     subsets = [chosen for count in range(1, len(names) + 1) for chosen in combinations(range(len(names)), count)]

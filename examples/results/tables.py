@@ -1,6 +1,6 @@
 """Print what the Makefile measured as a Markdown table.
 
-usage: python tables.py methods FOLDER... | one-class FOLDER METHOD...
+usage: python tables.py methods FOLDER... | variants FOLDER NAME... | one-class FOLDER METHOD...
 """
 
 import json
@@ -29,6 +29,17 @@ def methods(folders: list[Path]) -> str:
                          f"{training['seconds'] / 60:.0f}" if precision == "FP32" else ""])
     return _table(rows, ["model", "precision", *NAMES, "GMACs", "M parameters", "MB", "ms, ONNX Runtime",
                          "ms, OpenVINO", "training, min"])
+
+
+def variants(folder: Path, names: list[str]) -> str:
+    """A row for each name: mean over the seeds, and half the distance of the lowest from the highest."""
+    rows = []
+    for name in names:
+        runs = [_lines(part / "unified.scores.jsonl")[-1]["metrics"] for part in sorted(folder.glob(f"{name}-seed-*"))]
+        found = np.array([[_get(run, metric) for metric in METRICS] for run in runs])
+        rows.append([name, *(f"{mean:.3f} ± {spread:.3f}" for mean, spread in zip(
+            found.mean(axis=0), np.ptp(found, axis=0) / 2))])
+    return _table(rows, ["model", *NAMES])
 
 
 def one_class(folder: Path, names: list[str]) -> str:
@@ -69,4 +80,6 @@ def _table(rows: list[list[str]], headers: list[str]) -> str:
 
 if __name__ == "__main__":
     kind, first, *rest = sys.argv[1:]
-    print(methods([Path(one) for one in (first, *rest)]) if kind == "methods" else one_class(Path(first), rest))
+    folder = Path(first)
+    print(methods([folder, *map(Path, rest)]) if kind == "methods" else
+          {"variants": variants, "one-class": one_class}[kind](folder, rest))

@@ -277,6 +277,8 @@ def _load(backbone: fx.GraphModule, weights: dict[str, Tensor], source: str) -> 
         if name in weights and weights[name].shape != tensor.shape:
             raise UadtoolError(f"{source} does not fit: {name} is {list(weights[name].shape)}, "
                                f"wanted {list(tensor.shape)}")
+        if name in weights and not weights[name].isfinite().all():
+            raise UadtoolError(f"{source} is damaged: {name} holds values that are not finite")
     backbone.load_state_dict({name: weights[name] for name in wanted if name in weights}, strict=False)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from uadtool.errors import UadtoolError
 from uadtool.progress import Progress
 from uadtool.terminal import ending_signals
 from uadtool.training import distributed
@@ -133,6 +134,10 @@ def optimize(model: nn.Module, optimizer: torch.optim.Optimizer, training_loss: 
         steps, checkpoint, config, resume: as in ``Run``.
         keep_start: the state at the start may be the best one, too.
         share: of the images of a batch, those that this process's training loss is the mean of.
+
+    Raises:
+        UadtoolError: a loss is not finite, or the checkpoint is of another run.
+        KeyboardInterrupt: a signal came; the checkpoint is written.
     """
     start, best_step, best_loss, best = 0, 0, math.inf, dict[str, Tensor]()
     rates = [group["lr"] for group in optimizer.param_groups]
@@ -149,7 +154,7 @@ def optimize(model: nn.Module, optimizer: torch.optim.Optimizer, training_loss: 
 
     def evaluate(step: int) -> None:
         nonlocal best_step, best_loss, best
-        current = held_out_loss()
+        current = _finite(held_out_loss(), step)
         if current < best_loss:
             best_loss, best_step = current, step
             best = {name: value.clone() for name, value in model.state_dict().items()}
@@ -182,7 +187,7 @@ def optimize(model: nn.Module, optimizer: torch.optim.Optimizer, training_loss: 
             loss.backward()  # type: ignore[no-untyped-call]
             average()
             optimizer.step()
-            progress.update(note=f"loss {loss.item():.4f}")
+            progress.update(note=f"loss {_finite(loss.item(), step + 1):.4f}")
             if (step + 1) % every == 0 or step + 1 == steps:
                 evaluate(step + 1)
                 save(step + 1)
@@ -192,6 +197,13 @@ def optimize(model: nn.Module, optimizer: torch.optim.Optimizer, training_loss: 
                 raise KeyboardInterrupt
     model.load_state_dict(best)
     return Outcome(best_step, best_loss)
+
+
+def _finite(loss: float, step: int) -> float:
+    if not math.isfinite(loss):
+        raise UadtoolError(f"the training diverged: at step {step} the loss is {loss}; try another --seed, or another "
+                           "teacher")
+    return loss
 
 
 def batch_indices(total: int, step: int, seed: int) -> list[int]:
