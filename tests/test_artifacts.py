@@ -4,13 +4,23 @@ import io
 import json
 import os
 import stat
+import subprocess
 import sys
+import tempfile
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from uadtool.artifacts import atomic_write, check_writable, file_digest, list_digest, read_json, write_json
+from uadtool.artifacts import (
+    atomic_write,
+    check_writable,
+    file_digest,
+    list_digest,
+    read_json,
+    remove_leftovers,
+    write_json,
+)
 from uadtool.errors import UadtoolError
 
 not_root = pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
@@ -83,6 +93,63 @@ def test_a_read_only_folder(tmp_path):
     for write in (check_writable, lambda path: write_json({}, path)):
         with pytest.raises(UadtoolError, match="cannot write"):
             write(tmp_path / "file")
+
+
+@pytest.mark.parametrize("target", ["here.json", "elsewhere/there.json"])
+@pytest.mark.parametrize("exists", [False, True])
+def test_a_link_stays_and_what_it_leads_to_is_written(tmp_path, target, exists):
+    (tmp_path / "elsewhere").mkdir()
+    if exists:
+        (tmp_path / target).write_text("old")
+    link = tmp_path / "link"
+    link.symlink_to(target)
+    check_writable(link)
+    write_json({"new": 1}, link)
+    assert link.is_symlink()
+    assert content(tmp_path / target) == {"new": 1}
+
+
+def test_redirected_stdout_is_written_and_its_name_stays(tmp_path):
+    (tmp_path / "stdout").symlink_to("/proc/self/fd/1")  # as /dev/stdout is
+    program = f"from uadtool.artifacts import write_json; write_json({{}}, '{tmp_path}/stdout')"
+    with (tmp_path / "file").open("w") as out:
+        subprocess.run([sys.executable, "-c", program], stdout=out, check=True)
+    assert (tmp_path / "file").read_text() == "{}\n"
+    assert (tmp_path / "stdout").is_symlink()
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=False)  # a pipe
+    assert done.returncode == 1
+    assert b"is not a regular file" in done.stderr
+
+
+def test_what_others_left_stays(tmp_path):
+    for name in (".download.part", ".file.abc.part", ".file.uadtool-part-of-mine", "file.uadtool-part"):
+        (tmp_path / name).write_text("mine")
+    (tmp_path / ".file.abc.uadtool-part").write_text("left by a run that was killed")
+    check_writable(tmp_path / "file")
+    remove_leftovers(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        ".download.part", ".file.abc.part", ".file.uadtool-part-of-mine", "file.uadtool-part"]
+
+
+def test_a_file_that_is_taken_for_a_leftover_is_made_again(tmp_path, monkeypatch):
+    real, removed = tempfile.mkstemp, []
+
+    def removing(**options):
+        handle, name = real(**options)
+        if len(removed) < 3:  # between its creation and its lock
+            remove_leftovers(tmp_path)
+            removed.append(name)
+        return handle, name
+
+    monkeypatch.setattr(tempfile, "mkstemp", removing)
+    write_json({"new": 1}, tmp_path / "file")
+    assert content(tmp_path / "file") == {"new": 1}
+    assert len(removed) == 3
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def content(path):
+    return json.loads(path.read_text())
 
 
 def test_checking_leaves_no_trace(tmp_path, monkeypatch):

@@ -80,6 +80,14 @@ def test_a_fresh_process_that_fails_is_reported(detector, monkeypatch):
         bench([str(detector)], repetitions=1, duration=0.01)
 
 
+def test_a_fresh_process_finds_what_this_one_finds_and_may_say_much(detector, tmp_path, monkeypatch):
+    (tmp_path / "numpy.py").write_text("raise SystemExit('code of the folder was run')")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONVERBOSE", "1")  # megabytes on stderr
+    record = bench([str(detector)], repetitions=1, duration=0.01)
+    assert record["models"][0]["peak_rss_bytes"] > 10e6
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="the parent's memory is counted in only on Linux")
 def test_peak_memory_is_not_that_of_the_parent():
     program = "from uadtool.host import peak_memory; print(peak_memory())"

@@ -111,6 +111,30 @@ def test_one_model_measured_twice_gets_two_columns(files):
     assert row(record, "image_auroc")["intervals"] == [None, (0, 0)]
 
 
+def on(records: Any, machine: str) -> str:
+    """A file of these records, as if it came from this machine."""
+    Path(f"{machine}.json").write_text(json.dumps(records).replace('"cpu": "some"', f'"cpu": "{machine}"'))
+    return f"{machine}.json"
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1), (1, 2, 0)])
+def test_a_bench_result_joins_the_scores_of_its_machine(files, order):
+    device = lines(score_records("build/fp32.onnx")).replace('"cpu": "some"', '"cpu": "device"')
+    Path("device.jsonl").write_text(device)
+    bench = on(bench_record(model("build/fp32.onnx")), "device")
+    given = ["fp32.jsonl", "device.jsonl", bench]
+    joined = [of["files"] for of in compare([given[index] for index in order])["models"]]
+    assert sorted(joined, key=len) == [{"scores": "fp32.jsonl"}, {"scores": "device.jsonl", "bench": "device.json"}]
+    other = on(bench_record(model("build/fp32.onnx")), "third")
+    assert [of["files"] for of in compare(["fp32.jsonl", "device.jsonl", other])["models"]][2] == {"bench": other}
+
+
+def test_the_only_scores_and_the_only_bench_result_of_a_model_are_joined(files):
+    bench = on(bench_record(model("build/fp32.onnx")), "device")
+    assert [of["files"] for of in compare(["fp32.jsonl", bench])["models"]] == [
+        {"scores": "fp32.jsonl", "bench": bench}]
+
+
 @pytest.mark.parametrize(("paths", "labels"), [
     (["a/m.onnx", "b/n.onnx"], ["m.onnx", "n.onnx"]),
     (["a/m.onnx", "b/m.onnx"], ["a/m.onnx", "b/m.onnx"]),

@@ -200,7 +200,7 @@ def score_killed(commands, detector, mvtec, tmp_path):
         assert again.code == 0, again.stderr
         assert [record.get("score") for record in map(json.loads, again.stdout.splitlines())][:len(records)] == [
             record.get("score") for record in records]
-        assert [*tmp_path.rglob("*.part")] == []
+        assert [*tmp_path.rglob("*.uadtool-part")] == []
         return ended
 
     return score_killed

@@ -101,6 +101,18 @@ def test_nested_defects_have_nested_masks(mvtec: Path) -> None:
     assert [s.mask for s in scoring_samples([str(mvtec)]) if s.path.endswith("a.JPG")] == [str(mask)]
 
 
+def test_images_outside_the_layout_are_left_out_with_a_warning(mvtec: Path, caplog: pytest.LogCaptureFixture) -> None:
+    before = list(scoring_samples([str(mvtec)]))
+    assert not caplog.text
+    for place in ("a.png", "bolt/b.png", "bolt/validation/good/c.png", "photos/d.png", "photos/2024/e.png"):
+        draw(mvtec / place)
+    assert list(scoring_samples([str(mvtec)])) == before
+    assert "5 images that lie outside of CLASS/train and CLASS/test are left out" in caplog.text
+    caplog.clear()
+    list(scoring_samples([str(mvtec / "bolt")]))
+    assert "2 images that lie outside" in caplog.text
+
+
 @pytest.mark.parametrize("data", ["missing", "missing.csv", "photos", "photo.png", "none", "none.csv"])
 def test_what_is_not_a_data_set(data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)

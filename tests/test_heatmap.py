@@ -144,14 +144,14 @@ def test_anomalous_images_alone_are_copied(photo, tmp_path, link):
     photo.chmod(0o444)
     images = AnomalousImages(str(tmp_path / "suspicious"), link)
     assert images.add(record(photo, anomalous=False), np.zeros((4, 4)), THRESHOLD) == {}
-    copy = Path(images.add(record(photo), np.zeros((4, 4)), THRESHOLD)["copy"])
+    copy = Path(images.add(record(photo), np.zeros((4, 4)), THRESHOLD)["link" if link else "copy"])
     assert list((tmp_path / "suspicious").iterdir()) == [copy]
     assert copy.suffix == ".png"
     assert copy.is_symlink() == link
     assert copy.read_bytes() == photo.read_bytes()
     assert photo.stat().st_mode & 0o777 == 0o444
     again = AnomalousImages(str(tmp_path / "suspicious"), link)  # of the next run
-    assert Path(again.add(record(photo), np.zeros((4, 4)), THRESHOLD)["copy"]) == copy
+    assert list(again.add(record(photo), np.zeros((4, 4)), THRESHOLD).values()) == [str(copy)]
 
 
 @pytest.mark.parametrize(("images", "columns"), [(1, 1), (2, 2), (5, 3), (12, 5)])
@@ -184,10 +184,26 @@ def test_an_image_is_never_overwritten(tmp_path, monkeypatch, output):
     monkeypatch.chdir(tmp_path)
     Image.new("RGB", (50, 50)).save("a.png")
     before = Path("a.png").read_bytes()
-    with pytest.raises(UadtoolError, match=r"a\.png is the image itself; write into a folder of its own"):
-        output(".").add(record("a.png"), np.zeros((4, 4), np.float32), THRESHOLD)
+    Path("elsewhere").mkdir()
+    Path("elsewhere/link.jpg").symlink_to(Path("a.png").resolve())
+    Image.new("RGB", (50, 50)).save("a.jpg")  # whose mask would be a.png
+    for image in ("a.png", "a.jpg", "elsewhere/link.jpg"):
+        with pytest.raises(UadtoolError, match=f"{image} lies in .*; write into a folder of its own"):
+            output(".").add(record(image), np.zeros((4, 4), np.float32), THRESHOLD)
     assert Path("a.png").read_bytes() == before
     assert not Path("a.png").is_symlink()
+
+
+@pytest.mark.parametrize("output", [Heatmaps, Masks, AnomalousImages])
+def test_a_link_of_an_earlier_run_is_replaced_and_not_followed(tmp_path, monkeypatch, output):
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (50, 50)).save("a.png")
+    before = Path("a.png").read_bytes()
+    for made in (AnomalousImages("out", link=True), output("out")):
+        made.add(record("a.png"), np.zeros((4, 4), np.float32), THRESHOLD)
+    assert Path("a.png").read_bytes() == before
+    assert Path("out/a.png").is_file()
+    assert not Path("out/a.png").is_symlink()
 
 
 @pytest.mark.parametrize("output", [Heatmaps, Masks, AnomalousImages])

@@ -210,7 +210,9 @@ def test_text_and_charts_stand_out_in_both_themes(theme):
 @pytest.mark.parametrize("chosen", [["fp32.jsonl"], ["bench.json"], ["int8.jsonl", "bench.json"],
                                     ["fp32.jsonl", "int8.jsonl"], ["fp32.jsonl", "fp32.jsonl"]])
 def test_a_part_of_the_results_is_a_page_too(files, chosen):
-    assert Page(page(*chosen)).all("h1")
+    found = Page(page(*chosen))
+    assert found.all("h1")
+    assert ("Accuracy" in [text for _, text in found.all("h2")]) == ("fp32.jsonl" in chosen or "int8.jsonl" in chosen)
 
 
 def test_scores_without_classes_and_of_one_label_are_a_page(files):

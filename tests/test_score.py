@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pty
+import shutil
 import signal
 import subprocess
 import sys
@@ -239,8 +240,10 @@ def test_what_is_made_of_the_images_is_in_their_records(uadtool, detector, mvtec
     assert {image["mask"] for image in images} == {str(path) for path in (tmp_path / "masks").iterdir()}
     anomalous = [image for image in images if image["anomalous"]]
     assert 0 < len(anomalous) < len(images)
-    for folder in ("links", "copies"):
-        assert len(list((tmp_path / folder).iterdir())) == len(anomalous)
+    for name, folder in (("link", "links"), ("copy", "copies")):
+        assert {image[name] for image in anomalous} == {str(path) for path in (tmp_path / folder).iterdir()}
+        assert all(Path(image[name]).read_bytes() == Path(image["path"]).read_bytes() for image in anomalous)
+    assert not any(path.is_symlink() for path in (tmp_path / "copies").iterdir())
     assert (tmp_path / "sheet.png").stat().st_size > 0
 
 
@@ -292,14 +295,37 @@ def test_what_is_moved_in_from_elsewhere_is_found(following, mvtec, tmp_path):
     assert json.loads(process.stdout.readline())["path"] == str(folder / "new/z.png")
 
 
-def test_a_half_written_image_is_waited_for(following, mvtec):
+def test_folders_that_are_copied_and_moved_give_each_image_once(following, mvtec, tmp_path):
     process, folder = following
     pixels = (mvtec / "red/test/spot/003.png").read_bytes()
-    with (folder / "slow.png").open("wb") as file:
-        file.write(pixels[:100])
-        file.flush()
-        time.sleep(0.3)
-        file.write(pixels[100:])
+    (tmp_path / "batch/inner").mkdir(parents=True)
+    names = ["a.png", "b.png", "inner/c.png"]
+    for name in names:
+        (tmp_path / "batch" / name).write_bytes(pixels)
+    (folder / ".stage").mkdir()
+    shutil.copytree(tmp_path / "batch", folder / ".stage/batch")
+    shutil.copytree(tmp_path / "batch", folder / "copied")
+    answers = [json.loads(process.stdout.readline())["path"] for _ in names]
+    time.sleep(1.5)  # in which the new folder is looked through
+    (folder / "copied").rename(folder / "moved")
+    answers += [json.loads(process.stdout.readline())["path"] for _ in names]
+    time.sleep(1.5)
+    process.send_signal(signal.SIGTERM)
+    assert json.loads(process.stdout.readline())["type"] == "summary"
+    assert sorted(answers) == [str(folder / place / name) for place in ("copied", "moved") for name in names]
+
+
+@pytest.mark.parametrize("name", ["slow.png", "new/slow.png"])
+def test_a_half_written_image_is_waited_for(following, mvtec, name):
+    process, folder = following
+    pixels = (mvtec / "red/test/spot/003.png").read_bytes()
+    (folder / name).parent.mkdir(exist_ok=True)
+    with (folder / name).open("wb") as file:
+        for start in range(0, 1000, 100):
+            file.write(pixels[start:start + 100])
+            file.flush()
+            time.sleep(0.15)
+        file.write(pixels[1000:])
     (folder / ".moved.part").write_bytes(pixels)
     (folder / ".moved.part").rename(folder / "moved.png")
     answers = [json.loads(process.stdout.readline()) for _ in range(2)]
@@ -346,6 +372,29 @@ def test_no_paths(uadtool, detector, tmp_path):
         os.close(other_end)
     assert done.returncode == 2
     assert b"Give a PATH" in done.stderr
+
+
+def test_a_path_on_stdin_that_gives_no_images_does_not_end_the_run(uadtool, detector, mvtec, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "broken.csv").write_text("no column of paths\n")
+    image = mvtec / "red/test/good/000.png"
+    paths = [image, tmp_path / "empty", tmp_path / "broken.csv", image]
+    done = uadtool("score", "-q", detector, "-", input="".join(f"{path}\n" for path in paths))
+    _, *images, summary = records(done.stdout)
+    assert [image["path"] for image in images] == list(map(str, paths))
+    assert images[1]["error"] == f"no images to score in {tmp_path / 'empty'}"
+    assert "broken.csv" in images[2]["error"]
+    assert (done.returncode, summary["images"], summary["errors"]) == (1, 4, 2)
+    assert done.stderr == f"uadtool: error: 2 of 4 images could not be scored; first: {images[1]['error']}\n"
+
+
+def test_a_class_that_the_model_does_not_have(detector, mvtec, monkeypatch):
+    runtime = open_model(str(detector), 1)
+    run = runtime.run
+    monkeypatch.setattr(runtime, "run", lambda images: run(images)._replace(nearest_class=np.array([-1], np.int32)))
+    _, image, summary = score(runtime, [Sample(str(mvtec / "red/test/good/000.png"))])
+    assert "the model gave class -1 of" in image["error"]
+    assert summary["errors"] == 1
 
 
 def test_scores_that_are_not_numbers(make_detector, mvtec, tmp_path):

@@ -1,8 +1,11 @@
 """Images at URLs: in memory, and in the buckets of a real S3 server."""
 
+import functools
 import json
 import subprocess
 import sys
+import threading
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, Iterator, List
 
@@ -67,20 +70,56 @@ def test_a_manifest_names_what_lies_beside_it_or_elsewhere(memory: str, mvtec: P
     assert other.path == f"{memory}/green/test/good/000.png"
 
 
-def test_pictures_and_copies_of_what_is_elsewhere(memory: str, detector: Path, tmp_path: Path) -> None:
+def test_pictures_and_copies_of_what_is_elsewhere(memory: str, detector: Path, tmp_path: Path,
+                                                     caplog: pytest.LogCaptureFixture) -> None:
     run_here("score", detector, memory, "--heatmaps", tmp_path / "maps", "--masks", tmp_path / "masks",
              "--copy-anomalous", tmp_path / "copies", "--contact-sheet", tmp_path / "sheet.png")
     assert len(list((tmp_path / "maps").iterdir())) == len(list((tmp_path / "masks").iterdir())) == 16
     for copy in (tmp_path / "copies").iterdir():
         Image.open(copy).load()
-    with pytest.raises(UadtoolError, match="is elsewhere, where no link leads; take --copy-anomalous"):
-        run_here("score", detector, memory, "--link-anomalous", tmp_path / "links")
+    run_here("score", detector, memory, "--link-anomalous", tmp_path / "links")
+    assert "is elsewhere, where no link leads; take --copy-anomalous" in caplog.text
+    assert list((tmp_path / "links").iterdir()) == []
 
 
 def test_file_urls_are_local_paths(mvtec: Path, tmp_path: Path) -> None:
     (tmp_path / "a b").symlink_to(mvtec)
     url = f"file://{tmp_path}/a%20b"
     assert list(scoring_samples([url])) == list(scoring_samples([str(tmp_path / "a b")]))
+
+
+def test_a_root_is_a_folder(memory: str) -> None:
+    system = fsspec.filesystem("memory")
+    system.copy("/bucket/mvtec/red/test/good/000.png", "/a.png")
+    try:
+        found = [sample.path for sample in scoring_samples(["memory://"])]
+    finally:
+        system.rm("/a.png")
+    assert "memory://a.png" in found
+    assert "memory://bucket/mvtec/red/test/good/000.png" in found
+
+
+def test_signed_urls_are_read_as_what_they_end_with(mvtec: Path, detector: Path, tmp_path: Path) -> None:
+    pytest.importorskip("aiohttp")
+    asked: List[str] = []
+
+    class Handler(SimpleHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            super().do_GET()
+
+        def log_message(self, *arguments: Any) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=str(mvtec))) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/red/test/spot/003.png?X-Sig=a.b#c"
+        printed = run_here("score", detector, url, "--copy-anomalous", tmp_path / "copies", "--threshold", -100)
+        server.shutdown()
+    assert len(asked) == 2  # for the model and for the copy
+    copy = json.loads(printed.splitlines()[1])["copy"]
+    assert Path(copy).name.endswith("003.png")
+    assert Path(copy).read_bytes() == (mvtec / "red/test/spot/003.png").read_bytes()
 
 
 def test_what_is_no_url() -> None:

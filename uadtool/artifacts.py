@@ -17,34 +17,32 @@ from uadtool.errors import UadtoolError
 MOST_JSON = 64 << 20
 """Bytes of a file that is one JSON object: hundreds of times what the largest network needs."""
 
-PART = ".part"
-"""Suffix of temporary files; their names start with a dot."""
+PART = ".uadtool-part"
+"""Suffix of temporary files, which nobody else's have; their names start with a dot."""
 
 
 @contextmanager
 def atomic_write(path: Union[str, Path]) -> Iterator[Path]:
-    """Yield a temporary path in the folder of ``path``; it takes the place of ``path`` when the block ends well.
+    """Yield a temporary path in the folder of ``path``; it takes the place of ``path`` when the block ends well. Where
+    that is a link, it takes the place of what the link leads to.
 
     The content is synced to disk before ``os.replace`` and the folder after it, so a crash leaves the old file or the
     new one, and the new one once the block has ended. When the block raises, the temporary file is removed and ``path``
     stays as it was. Who writes it must write the file that is there, and not put another one in its place.
     """
-    path = Path(path)
-    _require_replaceable(path)
+    target = _target(path)
     try:
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=PART, dir=path.parent)
+        handle, temporary = _locked_temporary(target)
     except OSError as error:
         raise UadtoolError(f"cannot write {path}: {error.strerror}") from error
-    temporary = Path(name)
     try:
-        _lock(handle)
         yield temporary
         umask = os.umask(0)
         os.umask(umask)
         temporary.chmod(0o666 & ~umask)  # mkstemp makes files that only their owner reads
         os.fsync(handle)
-        temporary.replace(path)
-        _sync_folder(path.parent)
+        temporary.replace(target)
+        _sync_folder(target.parent)
     except OSError as error:
         raise UadtoolError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
@@ -58,13 +56,13 @@ def check_writable(path: Union[str, Path]) -> None:
     Raises:
         UadtoolError: its folder does not exist or cannot be written to, or it is a device or a pipe.
     """
-    folder, name = Path(path).parent, Path(path).name
+    target = _target(path)
+    folder = target.parent
     if not folder.is_dir():
         raise UadtoolError(f"cannot write {path}: there is no folder {folder}")
     if not os.access(folder, os.W_OK):
         raise UadtoolError(f"cannot write {path}: the folder {folder} is read-only")
-    _require_replaceable(Path(path))
-    remove_leftovers(folder, f".{glob.escape(name)}.")
+    remove_leftovers(folder, f".{glob.escape(target.name)}.")
 
 
 def remove_leftovers(folder: Path, beginning: str = ".") -> None:
@@ -75,25 +73,39 @@ def remove_leftovers(folder: Path, beginning: str = ".") -> None:
     """
     for left in folder.glob(f"{beginning}*{PART}"):
         with contextlib.suppress(OSError), left.open("r+b") as file:  # r+: NFS locks no file that is open to read
-            if _lock(file.fileno()):
+            if _lock(file.fileno(), wait=False):
                 left.unlink()
 
 
-def _lock(handle: int) -> bool:
-    """Lock an open file until it is closed or the process ends, if nobody has and the file system can."""
+def _locked_temporary(target: Path) -> Tuple[int, Path]:
+    """A new temporary file for ``target``, open and locked."""
+    while True:
+        handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=PART, dir=target.parent)
+        _lock(handle, wait=True)
+        if Path(name).exists():
+            return handle, Path(name)
+        os.close(handle)  # another process took it for a leftover before it was locked
+
+
+def _lock(handle: int, wait: bool) -> bool:
+    """Lock an open file until it is closed or the process ends, if the file system can and, unless told to ``wait``,
+    nobody has locked it.
+    """
     try:
         import fcntl  # not on Windows
 
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except (ImportError, OSError):
         return False
     return True
 
 
-def _require_replaceable(path: Path) -> None:
-    """``os.replace`` would put a file in the place of /dev/null, too."""
-    if path.exists() and not (path.is_file() or path.is_dir()):
+def _target(path: Union[str, Path]) -> Path:
+    """The file that ``path`` stands for, links followed: ``os.replace`` would replace a link, and /dev/null too."""
+    given = Path(path)
+    if given.exists() and not (given.is_file() or given.is_dir()):
         raise UadtoolError(f"cannot write {path}: it is not a regular file; give a file's name")
+    return Path(os.path.realpath(given))
 
 
 def _sync_folder(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple
@@ -17,15 +18,20 @@ from uadtool.sensors import PowerMeter, Sensors, total
 SCHEMA = "uadtool.bench/1"
 
 FIRST_SCORE = """
-import sys
+import os, sys
+sys.path[:] = sys.argv[4:]
+answer = os.dup(1)
+os.dup2(2, 1)
 import numpy
 from uadtool.host import peak_memory
 from uadtool.runtimes import open_model
 model = open_model(sys.argv[1], int(sys.argv[2]), sys.argv[3])
 model.run(numpy.zeros((1, *model.metadata.image_size, 3), numpy.uint8))
-print(peak_memory(), flush=True)
+os.write(answer, b"%d\\n" % peak_memory())
 """
-"""The program of a cold start; it answers with its peak memory once it has a score."""
+"""The program of a cold start, which finds packages where this process does; it answers with its peak memory once it
+has a score. What libraries print is no answer.
+"""
 
 IDLE = 1.0
 """Seconds for which the power of the idle machine is taken."""
@@ -155,19 +161,20 @@ def _idle_power(sensors: Sensors) -> Dict[str, float]:
 
 def _cold_start(runtime: Runtime) -> Tuple[float, int]:
     """Seconds from starting Python to the first score, and the peak memory in bytes of that process."""
-    command = [sys.executable, "-c", FIRST_SCORE, runtime.path, str(runtime.threads), runtime.name]
-    began = time.perf_counter()
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        try:
-            assert process.stdout
-            assert process.stderr
-            answer = process.stdout.readline()
-            seconds = time.perf_counter() - began
-            complaint = process.stderr.read().decode(errors="replace").split("\n")
-        finally:
-            process.kill()  # if a signal ends this process
+    command = [sys.executable, "-c", FIRST_SCORE, runtime.path, str(runtime.threads), runtime.name, *sys.path]
+    with tempfile.TemporaryFile() as said:  # a pipe could fill up
+        began = time.perf_counter()
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=said) as process:
+            try:
+                assert process.stdout
+                answer = process.stdout.readline()
+                seconds = time.perf_counter() - began
+            finally:
+                process.kill()  # if a signal ends this process
+        said.seek(0)
+        complaint = said.read().decode(errors="replace").strip().split("\n")
     if not answer:
-        raise UadtoolError(f"{runtime.path} cannot be run in a fresh process: {' '.join(complaint[-2:])}")
+        raise UadtoolError(f"{runtime.path} cannot be run in a fresh process: {complaint[-1]}")
     return seconds, int(answer)
 
 

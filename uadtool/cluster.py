@@ -128,7 +128,8 @@ class Cluster:
             try:
                 found: Union[Results, UadtoolError] = self._ray.get(reference)
             except self._ray.exceptions.RayError as error:
-                raise UadtoolError(f"the cluster failed: {_first_line(error)}") from error
+                cause = getattr(error, "cause", None) or error  # what a task raised, without the text of its process
+                raise UadtoolError(f"the cluster failed: {_first_line(cause)}") from error
             if isinstance(found, UadtoolError):
                 raise found
             yield from zip(chunk, found)

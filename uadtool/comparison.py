@@ -1,6 +1,7 @@
 """Score and bench results of several models, joined and set against the first one."""
 
 import logging
+from collections import Counter
 from pathlib import PurePath
 from typing import Any, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
@@ -74,20 +75,27 @@ def compare(files: Sequence[str]) -> Dict[str, Any]:
 def join(files: Sequence[str]) -> List[Model]:
     """The models that score and bench files (``-``: stdin) are about, in the order of their first appearance.
 
-    Results are joined by model digest; scores of one model for different images are merged. A second score or bench
-    result of the same model opens a second column, as when one file ran on two devices.
+    Results are joined by model digest, runtime and machine; scores of one model for different images are merged. A
+    second score or bench result of the same model opens a second column, as when one file ran on two devices. The only
+    scores and the only bench result of a model are joined also if they are of two machines or runtimes.
 
     Raises:
         UadtoolError: a file cannot be read, or scores of one model are about some images twice.
     """
     columns: List[Dict[str, Result]] = []  # by kind
-    for result in merge_shards(result for file in files for result in read_results(file)):
-        free = [column for column in columns
-                if _any(column).digest == result.digest and result.kind not in column]
-        if free:
-            free[0][result.kind] = result
-        else:
-            columns.append({result.kind: result})
+    results = merge_shards(result for file in files for result in read_results(file))
+    counts = Counter((result.digest, result.kind) for result in results)
+
+    def belong_together(a: Result, b: Result) -> bool:
+        return a.digest == b.digest and ((a.runtime, a.machine) == (b.runtime, b.machine)
+                                         or all(counts[one.digest, one.kind] == 1 for one in (a, b)))
+
+    for result in results:
+        column = next((column for column in columns
+                       if result.kind not in column and belong_together(_any(column), result)), None)
+        if column is None:
+            columns.append(column := {})
+        column[result.kind] = result
     labels = _labels([_any(column).path for column in columns])
     return [Model(label, column.get("scores"), column.get("bench")) for label, column in zip(labels, columns)]
 

@@ -14,6 +14,7 @@ For scoring, all of them may also lie at a URL. Hidden files and folders are lef
 """
 
 import itertools
+import logging
 import random
 from collections import defaultdict
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from typing import Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequenc
 
 from uadtool import manifest, storage
 from uadtool.artifacts import file_digest
-from uadtool.errors import UadtoolError
+from uadtool.errors import MissingPackage, UadtoolError
 from uadtool.images import image_size
 from uadtool.storage import Folder
 
@@ -32,19 +33,22 @@ SUFFIXES = {
 }
 GOOD_LABELS = {"good", "normal", "ok", "0", "0.0", "false"}  # 0.0: what pandas writes when other labels are missing
 
+log = logging.getLogger("uadtool")
+
 
 @dataclass(frozen=True)
 class Sample:
     """An image and what the layout tells about it.
 
     ``label`` is "good", "anomalous" or None (unknown). ``mask`` is the path of the ground truth, also where the layout
-    wants one and it is missing.
+    wants one and it is missing. ``problem`` is why there is nothing to read at ``path``, where that is known already.
     """
 
     path: str
     class_name: Optional[str] = None
     label: Optional[str] = None
     mask: Optional[str] = None
+    problem: Optional[str] = None
 
 
 class Layout(NamedTuple):
@@ -94,27 +98,52 @@ def training_samples(data: str, classes: Optional[Sequence[str]] = None) -> List
     return sorted(training, key=lambda sample: (sample.class_name, sample.path))
 
 
-def scoring_samples(paths: Iterable[str]) -> Iterator[Sample]:
+def scoring_samples(paths: Iterable[str], strict: bool = True) -> Iterator[Sample]:
     """The images to score, path by path as ``paths`` gives them.
 
     A data set gives its test split, with classes, labels and masks; another folder all images in it. Any other path
     is an image, even if it does not exist: reading it will tell. So do URLs, but that what ends as an image does is
     one.
 
+    Args:
+        strict: raise errors; else a path that gives no images is a sample with this ``problem``.
+
     Raises:
         UadtoolError: a folder without images to score, or a broken manifest.
         MissingPackage: what fsspec needs for a kind of URL is not installed.
     """
     for name in map(storage.local, paths):
-        folder = _folder(name)
-        layout = _read_layout(name, folder)
-        if layout is not None:
-            samples = [sample for sample, split in layout.rows if split != "train"]
-        else:
-            samples = [Sample(folder.path(image)) for image in _images(folder)] if folder else [Sample(name)]
-        if not samples:
-            raise UadtoolError(f"no images to score in {name}")
+        try:
+            samples = _samples_of(name)
+        except UadtoolError as error:
+            if strict or isinstance(error, MissingPackage):
+                raise
+            samples = [Sample(name, problem=str(error))]
         yield from samples
+
+
+def _samples_of(name: str) -> List[Sample]:
+    """What there is to score at a path or URL."""
+    folder = _folder(name)
+    layout = _read_layout(name, folder)
+    if layout is not None:
+        samples = [sample for sample, split in layout.rows if split != "train"]
+        left_out = _outside(folder) if folder else 0
+        if left_out:
+            log.warning("%s is a data set: %d images that lie outside of CLASS/train and CLASS/test are left out", name,
+                        left_out)
+    else:
+        samples = [Sample(folder.path(image)) for image in _images(folder)] if folder else [Sample(name)]
+    if not samples:
+        raise UadtoolError(f"no images to score in {name}")
+    return samples
+
+
+def _outside(folder: Folder) -> int:
+    """How many images lie in no place of the layout, nor are masks."""
+    depth = 0 if _is_class(folder) else 1
+    places = {"train", "test", "ground_truth"}
+    return sum(len(image.parts) <= depth + 1 or image.parts[depth] not in places for image in _images(folder))
 
 
 def split_held_out(samples: Sequence[Sample], share: float, seed: int) -> Tuple[List[Sample], List[Sample]]:

@@ -138,6 +138,8 @@ def predict(
     running = threading.Semaphore(runtime.streams)
 
     def read(sample: Sample) -> Union[Tuple[np.ndarray, Optional[np.ndarray]], UadtoolError]:
+        if sample.problem:
+            return UadtoolError(sample.problem)
         try:
             return read_image(sample.path, size), read_mask(sample.mask, size) if sample.mask else None
         except UadtoolError as error:
@@ -185,4 +187,6 @@ def _prediction(metadata: Metadata, sample: Sample, score: np.float32, raw_score
                 nearest: np.int32, mask: Optional[np.ndarray], milliseconds: float) -> Union[Prediction, UadtoolError]:
     if not (np.isfinite(score) and np.isfinite(anomaly_map).all()):
         return UadtoolError(f"{sample.path}: the model gave a score that is not a finite number")
+    if not 0 <= nearest < len(metadata.classes):
+        return UadtoolError(f"{sample.path}: the model gave class {nearest} of {len(metadata.classes)}")
     return Prediction(rounded(score), rounded(raw_score), metadata.classes[nearest], anomaly_map, mask, milliseconds)

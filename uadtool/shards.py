@@ -1,9 +1,10 @@
 """Scores of one model that came in several runs about different images, made one."""
 
 import logging
+from collections import defaultdict
 from dataclasses import replace
 from pathlib import PurePath
-from typing import Any, Iterable, List, Set, Tuple
+from typing import Any, Dict, Iterable, List, Set, Tuple
 
 from uadtool.errors import UadtoolError
 from uadtool.results import Result, score_values
@@ -24,26 +25,66 @@ def merge_shards(results: Iterable[Result]) -> List[Result]:
             thresholds or labels.
     """
     results = list(results)
-    parts: List[List[Result]] = []
-    tails: List[Set[Tuple[str, ...]]] = []  # of the images of each part
+    complete = _complete(results)
+    parts: List[_Part] = []
     for result in results:
-        of_result = {_tail(path) for path in result.images}
-        for part, of_part in zip(parts, tails):
-            if _next_shard(part, result, results) or (_one_run(part[0], result) and not of_part & of_result):
-                part.append(result)
-                of_part |= of_result
-                break
-        else:
-            parts.append([result])
-            tails.append(of_result)
+        part = next((part for part in parts if part.takes(result, complete)), None)
+        if part is None:
+            parts.append(part := _Part())
+        part.add(result)
     for part in parts:
-        _warn_of_missing(part)
-    merged = [_merged(part) if len(part) > 1 else part[0] for part in parts]
+        _warn_of_missing(part.results)
+    merged = [_merged(part.results) if len(part.results) > 1 else part.results[0] for part in parts]
     for index, result in enumerate(merged):
         for other in merged[:index]:
             if _one_model(result, other):
                 _require_no_partial_overlap(other, result)
     return merged
+
+
+_Place = Tuple[str, int, str, str]
+"""What shards of one run on one machine have in common: digest of the model, N, runtime and machine."""
+
+
+class _Part:
+    """Results that are merged."""
+
+    def __init__(self) -> None:
+        self.results: List[Result] = []
+        self._paths: Set[str] = set()
+        self._tails: Set[Tuple[str, ...]] = set()
+        self._shards: Set[Any] = set()
+
+    def add(self, result: Result) -> None:
+        self.results.append(result)
+        self._paths |= result.images.keys()
+        self._tails.update(map(_tail, result.images))
+        self._shards.add(result.shard)
+
+    def takes(self, result: Result, complete: Set[_Place]) -> bool:
+        """Is it of the same run, or run of ``--shard``, and about other images? ``complete`` is as of ``_complete``."""
+        first = self.results[0]
+        if not _one_model(first, result) or first.runtime != result.runtime:
+            return False
+        if first.shard and result.shard:
+            elsewhere = first.machine != result.machine and not complete.isdisjoint((_place(first), _place(result)))
+            return (first.shard[1] == result.shard[1] and not elsewhere and result.shard not in self._shards
+                    and self._paths.isdisjoint(result.images))
+        return first.machine == result.machine and self._tails.isdisjoint(map(_tail, result.images))
+
+
+def _place(shard: Result) -> _Place:
+    assert shard.shard
+    return shard.digest, shard.shard[1], shard.runtime, shard.machine
+
+
+def _complete(results: Iterable[Result]) -> Set[_Place]:
+    """Where one machine ran all shards."""
+    found: Dict[_Place, Set[int]] = defaultdict(set)
+    for result in results:
+        if result.shard:
+            found[_place(result)].add(result.shard[0])
+    return {place for place, shards in found.items() if len(shards) == place[1]}
 
 
 def _tail(path: str) -> Tuple[str, ...]:
@@ -55,25 +96,6 @@ def _one_model(a: Result, b: Result) -> bool:
     return a.kind == b.kind == "scores" and a.digest == b.digest
 
 
-def _next_shard(part: List[Result], result: Result, results: List[Result]) -> bool:
-    """Is it a further one of the shards in ``part``?"""
-    first = part[0]
-    if not (first.shard and result.shard and _one_model(first, result) and first.runtime == result.runtime
-            and first.shard[1] == result.shard[1]):
-        return False
-    if first.machine != result.machine and (_has_all(first, results) or _has_all(result, results)):
-        return False
-    return not any(other.shard == result.shard or other.images.keys() & result.images.keys() for other in part)
-
-
-def _has_all(shard: Result, results: List[Result]) -> bool:
-    """Did the machine of this shard run all of them?"""
-    assert shard.shard
-    return shard.shard[1] == len({other.shard for other in results if other.shard and _one_model(other, shard)
-                                  and other.shard[1] == shard.shard[1]
-                                  and (other.runtime, other.machine) == (shard.runtime, shard.machine)})
-
-
 def _warn_of_missing(part: List[Result]) -> None:
     found = {result.shard[0] for result in part if result.shard}
     if not (found and all(result.shard for result in part)):
@@ -83,10 +105,6 @@ def _warn_of_missing(part: List[Result]) -> None:
     if missing:
         names = ", ".join(map(str, missing[:10])) + ", ..." * (len(missing) > 10)
         log.warning("%s: of %d shards these are missing: %s", part[0].path, count, names)
-
-
-def _one_run(a: Result, b: Result) -> bool:
-    return _one_model(a, b) and (a.runtime, a.machine) == (b.runtime, b.machine) and not (a.shard and b.shard)
 
 
 def _merged(shards: List[Result]) -> Result:

@@ -1,4 +1,5 @@
-"""Where files lie: on this machine, or at a URL of anything that fsspec knows (s3://, gs://, https://, memory://).
+"""Where files lie: on this machine, or at a URL of anything that fsspec knows (s3://, gs://, https://, memory://), but
+for its chained ones (zip://a.png::s3://...).
 
 The one module that knows the difference; the others have names of files.
 """
@@ -13,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePath, PurePosixPath
 from typing import Any, BinaryIO, Dict, Iterator, List, NamedTuple, Optional, Protocol, Set, Tuple
-from urllib.parse import unquote
+from urllib.parse import unquote, urlsplit
 
 from uadtool.errors import MissingPackage, UadtoolError, require
 
@@ -32,7 +33,12 @@ def local(name: str) -> str:
 
 def suffix(name: str) -> str:
     """That of a path or URL, in lower case."""
-    return PurePosixPath(name).suffix.lower() if is_url(name) else Path(name).suffix.lower()
+    return PurePath(without_query(name)).suffix.lower()
+
+
+def without_query(name: str) -> str:
+    """A path or URL without what the web puts behind one (``?X-Amz-Signature=...``)."""
+    return urlsplit(name)._replace(query="", fragment="").geturl() if name.startswith(("http://", "https://")) else name
 
 
 def beside(file: str, name: str) -> str:
@@ -123,7 +129,7 @@ def open_folder(name: str) -> Optional[Folder]:
                     inside = place[part] = {}
                 place = inside
             place.setdefault(last, None)
-        return ListedFolder(name.rstrip("/"), tree) if tree else None
+        return ListedFolder(name if name.endswith("/") else f"{name}/", tree) if tree else None
     folder = LocalFolder(Path(name))
     return folder if folder.exists() else None
 
@@ -190,17 +196,17 @@ Tree = Dict[str, Optional["Tree"]]
 
 
 class ListedFolder(NamedTuple):
-    """A ``Folder`` at ``url`` that was listed."""
+    """A ``Folder`` at ``url``, which ends with a slash, that was listed."""
 
     url: str
     tree: Tree
 
     @property
     def name(self) -> str:
-        return posixpath.basename(self.url)
+        return posixpath.basename(self.url[:-1])
 
     def __truediv__(self, name: str) -> "ListedFolder":
-        return ListedFolder(f"{self.url}/{name}", self.tree.get(name) or {})
+        return ListedFolder(f"{self.url}{name}/", self.tree.get(name) or {})
 
     def exists(self) -> bool:
         return bool(self.tree)
@@ -221,7 +227,7 @@ class ListedFolder(NamedTuple):
         return True
 
     def path(self, file: PurePath) -> str:
-        return f"{self.url}/{file.as_posix()}"
+        return f"{self.url}{file.as_posix()}"
 
 
 def _file_system(url: str) -> Tuple[Any, str]:

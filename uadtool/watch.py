@@ -1,23 +1,32 @@
 """Images that appear in a folder, each as soon as it is whole. On Linux, whose kernel tells when a file is closed."""
 
 import queue
+import stat
 import sys
 import threading
 from pathlib import Path
-from typing import Any, Iterator, Optional, Tuple
+from typing import Any, Dict, Iterator, Optional, Tuple
 
 from uadtool.dataset import SUFFIXES
 from uadtool.errors import UadtoolError, require
 
-FIRST_LOOK = 0.5
-"""Seconds after which a new folder is looked through: what was written before it was watched gave no event."""
+LOOK = 0.5
+"""Seconds after which a new folder is looked through, and again: what was written before it was watched gave no event,
+and what is still written gives one later.
+"""
+
+REMEMBERED = 10_000
+"""The last images yielded: a folder is looked through while events come, too."""
+
+State = Tuple[int, int]
+"""Nanoseconds of a file's last change, and its size."""
 
 
 class Watch:
     """Paths of the images that are written or moved into ``folder``, or a folder in it, from now on until ``stop``.
 
-    A file counts once its writer has closed it, and again when it was written anew. Hidden files and those without an
-    image's suffix do not: programs that copy write to such first.
+    A file counts once its writer has closed it, and again when it was written anew. Hidden files and folders and files
+    without an image's suffix do not: programs that copy write to such first.
 
     Raises:
         UadtoolError: there is no such folder, or it cannot be watched.
@@ -32,16 +41,22 @@ class Watch:
         events, observers = require("watchdog.events", "follow"), require("watchdog.observers.inotify", "follow")
         found: "queue.SimpleQueue[Optional[str]]" = queue.SimpleQueue()
 
-        def look_through(new_folder: str) -> None:
-            for path in sorted(Path(new_folder).rglob("*")):
-                if path.is_file():
-                    found.put(str(path))
+        def look_later(new_folder: str, before: Optional[Dict[str, Optional[State]]] = None) -> None:
+            timer = threading.Timer(LOOK, look_through, [new_folder, before])
+            timer.daemon = True
+            timer.start()
+
+        def look_through(new_folder: str, before: Optional[Dict[str, Optional[State]]]) -> None:
+            now = {str(path): _state(str(path)) for path in sorted(Path(new_folder).rglob("*"))}
+            if before is None:
+                look_later(new_folder, now)
+            for path, state in (before or {}).items():
+                if state and state == now.get(path):
+                    found.put(path)
 
         def appeared(path: str, is_folder: bool) -> None:
             if is_folder:
-                timer = threading.Timer(FIRST_LOOK, look_through, [path])
-                timer.daemon = True
-                timer.start()
+                look_later(path)
             else:
                 found.put(path)
 
@@ -57,7 +72,7 @@ class Watch:
                 if event.is_directory:
                     appeared(event.src_path, True)
 
-        self._found = found
+        self._found, self._folder = found, folder
         self._observer = observers.InotifyObserver(generate_full_events=True)  # also of moves from elsewhere
         self._observer.schedule(Handler(), folder, recursive=True)
         try:
@@ -66,21 +81,31 @@ class Watch:
             raise UadtoolError(f"cannot follow {folder}: {error.strerror}") from error
 
     def __iter__(self) -> Iterator[str]:
-        last: Optional[Tuple[str, int, int]] = None
+        known: Dict[str, State] = {}
         for path in iter(self._found.get, None):
             assert path is not None
-            if Path(path).suffix.lower() not in SUFFIXES or Path(path).name.startswith("."):
+            inside = Path(path).relative_to(self._folder)
+            if inside.suffix.lower() not in SUFFIXES or any(part.startswith(".") for part in inside.parts):
                 continue
-            try:
-                status = Path(path).stat()
-            except OSError:  # gone again
+            state = _state(path)
+            if state is None or state == known.get(path):
                 continue
-            this = path, status.st_mtime_ns, status.st_size
-            if this != last:  # a folder is looked through while events come, too
-                last = this
-                yield path
+            known.pop(path, None)
+            known[path] = state  # the last one
+            if len(known) > REMEMBERED:
+                del known[next(iter(known))]
+            yield path
 
     def stop(self) -> None:
         """End the iteration once what was found is yielded."""
         self._observer.stop()
         self._found.put(None)
+
+
+def _state(path: str) -> Optional[State]:
+    """None if there is no such file, or none any more."""
+    try:
+        status = Path(path).stat()
+    except OSError:
+        return None
+    return (status.st_mtime_ns, status.st_size) if stat.S_ISREG(status.st_mode) else None

@@ -17,7 +17,7 @@ from uadtool.errors import GateFailed, UadtoolError
 from uadtool.terminal import printable
 
 COLUMNS = ("path", "class", "label", "score", "raw_score", "anomalous", "nearest_class", "milliseconds", "heatmap",
-           "mask", "copy", "error")
+           "mask", "copy", "link", "error")
 """Of CSV."""
 
 LONGEST_PATH = 1 << 20
@@ -136,9 +136,9 @@ def score(model: str, paths: Tuple[str, ...], threshold: Optional[float], false_
         fail_above = detector.metadata.threshold if threshold is None else threshold
     total = None
     if follow:
-        samples = scoring_samples(_watched(paths[0]))
+        samples = scoring_samples(_watched(paths[0]), strict=False)
     elif paths == ("-",):
-        samples = scoring_samples(_stdin_paths(b"\0" if null else b"\n"))
+        samples = scoring_samples(_stdin_paths(b"\0" if null else b"\n"), strict=False)
     else:
         listed = list(scoring_samples(paths))
         samples, total = iter(listed), len(listed[shard[0] - 1::shard[1]]) if shard else len(listed)

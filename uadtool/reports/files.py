@@ -11,12 +11,14 @@ from uadtool.artifacts import atomic_write, remove_leftovers
 from uadtool.errors import UadtoolError
 from uadtool.images import ImageError, image_size
 from uadtool.scoring import upsample
-from uadtool.storage import is_url, open_file
+from uadtool.storage import is_url, open_file, without_query
 from uadtool.terminal import printable
 
 
 class Folder:
     """A folder that is made if need be, for one file per image; what a killed run left there is removed.
+
+    No image that is scored may lie in it, for what is written there could take its place.
 
     Raises:
         UadtoolError: it cannot be made.
@@ -29,17 +31,22 @@ class Folder:
             self._directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UadtoolError(f"cannot make the folder {directory}: {error.strerror}") from error
+        self._place = self._directory.resolve()
         remove_leftovers(self._directory)
 
     def path(self, image: str, suffix: str) -> Path:
         """A file for an image, named after the last parts of its path; every call gives another one.
 
         Raises:
-            UadtoolError: it would be the image itself.
+            UadtoolError: the image lies in this folder.
         """
+        if not is_url(image) and self._place in (Path(image).parent.resolve(), Path(image).resolve().parent):
+            raise UadtoolError(f"{image} lies in {self._directory}, where its own picture would be written; write into "
+                               "a folder of its own")
         # Class, split, defect and file of a dataset's image; bytes that are not UTF-8 and slashes cannot stay.
-        parts = [part for part in Path(image).parts if part not in ("/", "..")][-4:]
-        stem = printable("-".join([*parts[:-1], Path(image).stem])).encode()[-200:].decode("utf-8", "ignore")
+        named = Path(without_query(image))
+        parts = [part for part in named.parts if part not in ("/", "..")][-4:]
+        stem = printable("-".join([*parts[:-1], named.stem])).encode()[-200:].decode("utf-8", "ignore")
         suffix = printable(suffix)[-20:]
         wanted = name = f"{stem}{suffix}"
         while name in self._names:
@@ -47,8 +54,8 @@ class Folder:
             name = f"{stem}-{self._names[wanted]}{suffix}"
         self._names[name] = 1
         path = self._directory / name
-        if path.exists() and not path.is_symlink() and Path(image).exists() and path.samefile(image):
-            raise UadtoolError(f"{path} is the image itself; write into a folder of its own")
+        if path.is_symlink():  # of an earlier run; what it leads to is not to be written
+            path.unlink()
         return path
 
 
@@ -74,13 +81,13 @@ class AnomalousImages:
         self._folder, self._link = Folder(directory), link
 
     def add(self, record: Dict[str, Any], anomaly_map: np.ndarray, threshold: float) -> Dict[str, str]:
-        """Copy the image of a record if it is anomalous; returns the record's ``copy``."""
+        """Copy the image of a record if it is anomalous; returns the record's ``copy``, or ``link``."""
         if not record["anomalous"]:
             return {}
-        path = self._folder.path(record["path"], Path(record["path"]).suffix)
+        path = self._folder.path(record["path"], Path(without_query(record["path"])).suffix)
         if self._link:
             if is_url(record["path"]):
-                raise UadtoolError(f"{record['path']} is elsewhere, where no link leads; take --copy-anomalous")
+                raise ImageError(f"{record['path']} is elsewhere, where no link leads; take --copy-anomalous")
             try:
                 temporary = path.with_name(f".{path.name}.link")
                 temporary.unlink(missing_ok=True)
@@ -95,4 +102,4 @@ class AnomalousImages:
                 raise ImageError(f"{record['path']} is gone, and was not copied") from error
             with image, atomic_write(path) as temporary, temporary.open("wb") as copy:
                 shutil.copyfileobj(image, copy)
-        return {"copy": str(path)}
+        return {"link" if self._link else "copy": str(path)}

@@ -35,7 +35,8 @@ SCALE_BAR = (160, 14)
 class Heatmaps:
     """Draws pictures into ``directory``, one PNG per image.
 
-    The colours of every picture of a run go from 0 to twice the threshold, so that pictures can be compared.
+    The colours of every picture of a run go from 0 to twice the threshold, at least to 1, so that pictures can be
+    compared.
     """
 
     def __init__(self, directory: str) -> None:

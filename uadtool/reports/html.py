@@ -256,7 +256,8 @@ def _accuracy(models: Sequence[Model], record: Record) -> List[str]:
     if curves:
         caption = "All images in one list, one threshold for all classes: the numbered point."
         figures.append(_figure("ROC", caption, charts.roc(curves)))
-    return [tag("div", *figures, *_classes(names, record), class_="charts")]
+    figures += _classes(names, record)
+    return [tag("div", *figures, class_="charts")] if figures else []
 
 
 def _classes(names: Sequence[str], record: Record) -> Iterator[Markup]:
