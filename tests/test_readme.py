@@ -79,6 +79,12 @@ def test_every_command_line_of_the_readme_runs(newcomer: Path) -> None:
         done = subprocess.run(["bash", "-o", "pipefail", "-c", in_test(line)], cwd=newcomer, env=environment,
                               capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
         assert done.returncode == 0, f"$ {line}\n{done.stderr}"
+    programs = re.findall(r"^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+    assert programs
+    for program in programs:
+        done = subprocess.run([sys.executable, "-c", program], cwd=newcomer, capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stderr) == (0, ""), program
+        assert done.stdout
 
 
 def test_links_to_files_are_not_broken() -> None:
