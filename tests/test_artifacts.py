@@ -121,6 +121,15 @@ def test_redirected_stdout_is_written_and_its_name_stays(tmp_path):
     assert b"is not a regular file" in done.stderr
 
 
+def test_what_is_read_is_not_written(tmp_path):
+    (tmp_path / "model").write_text("weeks of work")
+    (tmp_path / "link").symlink_to("model")
+    for one, other in (("model", "model"), ("link", "model"), ("model", "link")):
+        with pytest.raises(UadtoolError, match=f"{one} is an input of this command, and would be lost"):
+            check_writable(tmp_path / one, [None, str(tmp_path / other)])
+    check_writable(tmp_path / "other", [str(tmp_path / "model")])
+
+
 def test_what_others_left_stays(tmp_path):
     for name in (".download.part", ".file.abc.part", ".file.uadtool-part-of-mine", "file.uadtool-part"):
         (tmp_path / name).write_text("mine")

@@ -188,7 +188,7 @@ def test_without_the_lab(bare, tmp_path, name):
     model.write_text("")
     arguments = {"train": ["data"], "calibrate": [model, "data"], "quantize": [model, "--ranges", "r"],
                  "export": [model]}
-    done = python(["-S", "-m", "uadtool"], name, *arguments[name], "-o", tmp_path / "out", env=bare())
+    done = python(["-S", "-m", "uadtool"], name, *arguments[name], "-o", tmp_path / "out.onnx", env=bare())
     assert (done.returncode, done.stdout) == (3, "")
     assert done.stderr == ("uadtool: error: torch is not installed; pip install 'uadtool[lab]' "
                            "(Python 3.10 or newer)\n")

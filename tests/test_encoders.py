@@ -65,7 +65,7 @@ def test_layer_norm_is_torchs():
 
 
 @pytest.mark.parametrize(("name", "size", "advice"), [
-    ("vit_small_patch14_reg4_dinov2", (256, 256), "multiples of 14; take --image-size 252"),
+    ("vit_small_patch14_reg4_dinov2", (256, 256), "multiples of 14; take --image-size 224"),
     ("test_vit", (64, 100), "multiples of 16; take --image-size 64"),
     ("mobilenetv2_035", (72, 72), "multiples of 16; take --image-size 64")])
 def test_an_image_size_that_does_not_fit_is_refused(name, size, advice):

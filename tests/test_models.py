@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from uadtool.detectors import Detector
 from uadtool.errors import UadtoolError
-from uadtool.metadata import KEY, Metadata
+from uadtool.metadata import KEY, PRECISIONS, Metadata
 from uadtool.models import load_float_model, load_model, save_model
 
 IMAGES = torch.randint(0, 256, (2, 64, 64, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -120,7 +120,8 @@ PLAIN = st.recursive(st.none() | st.booleans() | COUNT | st.text(), lambda inner
 OPTION = st.booleans() | st.text() | st.integers(-10**6, 10**6) | st.floats(-10**6, 10**6)
 METADATA = st.builds(
     Metadata, method=st.text(), teacher=st.text(), classes=st.lists(st.text(), min_size=1), image_size=SIZE,
-    map_size=SIZE, threshold=FINITE, false_positive_rate=FINITE, parameters=COUNT, macs=COUNT, precision=st.text(),
+    map_size=SIZE, threshold=FINITE, false_positive_rate=st.floats(0, 1, exclude_max=True), parameters=COUNT,
+    macs=COUNT, precision=st.sampled_from(PRECISIONS),
     options=st.dictionaries(st.text(), OPTION), target=st.none() | st.text(),
     provenance=st.lists(st.dictionaries(st.text(), PLAIN)), tool_version=st.text(),
 )
@@ -141,6 +142,7 @@ def test_other_text_is_no_metadata(text):
     ("classes", []), ("classes", "red"), ("classes", [1]), ("image_size", [32]), ("image_size", [32, 0]),
     ("image_size", "ab"), ("map_size", [8.0, 8.0]), ("map_size", [True, True]), ("threshold", "3"),
     ("threshold", float("inf")), ("threshold", 10**400), ("false_positive_rate", None), ("parameters", 1.5),
+    ("false_positive_rate", 7), ("false_positive_rate", 1.0), ("precision", "int4"), ("precision", 8),
     ("macs", -1), ("good_scores", {}), ("good_scores", ["1"]), ("good_scores", [float("nan")]), ("options", []),
     ("provenance", {}), ("provenance", [1]), ("method", 3), ("target", 3), ("quantization", []),
     ("quantization", {"method": 1, "calibration": "", "source": "", "scope": "", "float_layers": []}),

@@ -1,6 +1,7 @@
 import copy
 import json
 import operator
+import shutil
 from fnmatch import fnmatchcase
 
 import click
@@ -238,6 +239,27 @@ def test_biases_are_whole_numbers_of_their_unit(biases, input_scale):
     codes = quantized.bias.double().numpy() / unit
     np.testing.assert_allclose(codes, np.rint(codes), atol=1e-3 + 1e-6 * np.abs(codes).max())
     np.testing.assert_allclose(quantized.bias, biases, atol=unit.max() / 2 * 1.001, rtol=1e-6)
+
+
+def test_a_channel_without_weights_keeps_its_bias():
+    conv = nn.Conv2d(2, 4, 3)
+    conv.weight.data[1] *= 1e-12
+    conv.weight.data[2] *= 1e-4
+    conv.bias.data = torch.tensor([0.5, -5.0, 3.0, 0.25])
+    quantized, before = QuantizedConv2d(conv), QuantizedConv2d(conv)
+    quantized.round_bias(torch.tensor(1e-3))
+    torch.testing.assert_close(quantized.bias, conv.bias.data, rtol=1e-6, atol=1e-4)
+    codes = quantized.bias.double() / (1e-3 * quantized.weight_scale.double())
+    assert (codes.abs() <= 2 ** 30 + 1000).all()
+    others = [0, 3]
+    assert torch.equal(quantized.weight[others], before.weight[others])
+    assert torch.equal(quantized.weight_scale[others], before.weight_scale[others])
+
+
+@pytest.mark.parametrize("options", [{"padding": "same"}, {"padding": 1, "padding_mode": "reflect"}])
+def test_padding_that_integer_kernels_do_not_know_is_refused(options):
+    with pytest.raises(UadtoolError, match="pad by numbers, with zeros"):
+        quantized_layer(nn.Conv2d(4, 8, 3, **options))
 
 
 @pytest.mark.parametrize("layer", [
@@ -530,6 +552,7 @@ def test_ranges_survive_being_written_and_read(tmp_path_factory, ranges):
     ({"ranges": {"a": [0, float("nan")]}}, "has the range 0.0 to nan for a; run calibrate again"),
     ({"ranges": {"a": [0, float("inf")]}}, "has the range 0.0 to inf for a"),
     ({"ranges": {"a": [2, 1]}}, "has the range 2.0 to 1.0 for a"),
+    ({"ranges": {"a": [0, 1e300]}}, "has the range 0.0 to 1e.300 for a"),
     ({"ranges": {"a": [1]}}, "is damaged"),
     ({"ranges": {"a": 1}}, "is damaged"),
     ({"ranges": {"a": ["low", "high"]}}, "is damaged"),
@@ -583,11 +606,37 @@ def test_the_quantized_file_tells_where_its_ranges_come_from(trained, calibrated
     assert earlier == float_metadata.provenance
     assert (step["command"], step["model_digest"]) == ("quantize", trained.record["digest"])
     source = json.loads(calibrated.path.read_text())["source"]
-    assert step["calibration"] == {"method": "entropy", "source": source}
+    assert {"method": "entropy", "source": source}.items() <= step["calibration"].items()
     assert metadata.threshold == float_metadata.threshold
 
 
 # The command
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    (["--steps", "200"], "--steps and --resume are for --qat"), (["--resume"], "--steps and --resume are for --qat"),
+    (["--no-bias-correction"], "--no-bias-correction goes with DATA"),
+])
+def test_options_that_would_do_nothing(trained, calibrated, tmp_path, options, message):
+    with pytest.raises(click.UsageError, match=message):
+        run(trained.path, "--ranges", calibrated.path, "-o", tmp_path / "int8.safetensors", *options)
+
+
+@pytest.mark.parametrize("change", ["added", "removed", "renamed"])
+def test_images_that_the_model_was_not_trained_on_are_refused(trained, calibrated, textures, tmp_path, change):
+    shutil.copytree(textures, tmp_path / "elsewhere")
+    image = sorted((tmp_path / "elsewhere").glob("*/train/good/*"))[0]
+    output = tmp_path / "int8.safetensors"
+    options = [trained.path, tmp_path / "elsewhere", "--ranges", calibrated.path, "-o", output]
+    run(*options)  # the same data set under another path
+    output.unlink()
+    if change == "added":
+        shutil.copy(image, image.with_name("new.png"))
+    else:
+        image.rename(image.with_name("new.png") if change == "renamed" else tmp_path / "removed.png")
+    with pytest.raises(UadtoolError, match="these are not the good images that the model was trained on"):
+        run(*options)
+    assert not output.exists()
 
 
 def printed(capsys, *arguments):

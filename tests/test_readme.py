@@ -82,7 +82,8 @@ def test_every_command_line_of_the_readme_runs(newcomer: Path) -> None:
     programs = re.findall(r"^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
     assert programs
     for program in programs:
-        done = subprocess.run([sys.executable, "-c", program], cwd=newcomer, capture_output=True, text=True, check=False)
+        done = subprocess.run([sys.executable, "-c", program], cwd=newcomer, capture_output=True, text=True,
+                              check=False)
         assert (done.returncode, done.stderr) == (0, ""), program
         assert done.stdout
 

@@ -10,7 +10,7 @@ import sys
 import tempfile
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, Dict, Iterable, Iterator, Tuple, Union
+from typing import Any, Dict, Iterable, Iterator, Optional, Tuple, Union
 
 from uadtool.errors import UadtoolError
 
@@ -50,18 +50,22 @@ def atomic_write(path: Union[str, Path]) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def check_writable(path: Union[str, Path]) -> None:
+def check_writable(path: Union[str, Path], inputs: Iterable[Optional[str]] = ()) -> None:
     """Require, before any long work, that ``path`` can be written; and remove what a killed run left beside it.
 
     Raises:
-        UadtoolError: its folder does not exist or cannot be written to, or it is a device or a pipe.
+        UadtoolError: its folder does not exist or cannot be written to, it is a device or a pipe, or one of the
+            ``inputs``, which would be lost.
     """
     target = _target(path)
     folder = target.parent
+    if any(one is not None and Path(os.path.realpath(one)) == target for one in inputs):
+        raise UadtoolError(f"{path} is an input of this command, and would be lost; give the output another name")
+    shown = folder if Path(path).is_symlink() else Path(path).parent
     if not folder.is_dir():
-        raise UadtoolError(f"cannot write {path}: there is no folder {folder}")
+        raise UadtoolError(f"cannot write {path}: there is no folder {shown}")
     if not os.access(folder, os.W_OK):
-        raise UadtoolError(f"cannot write {path}: the folder {folder} is read-only")
+        raise UadtoolError(f"cannot write {path}: the folder {shown} is read-only")
     remove_leftovers(folder, f".{glob.escape(target.name)}.")
 
 

@@ -14,6 +14,9 @@ KEY = "uadtool"
 
 SCHEMA = "uadtool.model/1"
 
+PRECISIONS = ("fp32", "fp16", "int8", "mixed")
+"""mixed: int8, with layers that stay float."""
+
 MOST_SCORES = 1001
 
 MOST_CHARACTERS, MOST_CLASSES, LONGEST_SIDE, MOST_OF_AN_OPTION = 16 << 20, 10_000, 4096, 1_000_000
@@ -122,12 +125,14 @@ class Metadata:
             "provenance": (_is_list(self.provenance, lambda step: isinstance(step, dict)), "a list of objects"),
             "target": (self.target is None or _is_text(self.target), "a text or null"),
             "quantization": (self.quantization is None or _is_quantization(self.quantization), "that of a model"),
-            **{name: (_is_finite(getattr(self, name)), "a finite number")
-               for name in ("threshold", "false_positive_rate")},
+            "threshold": (_is_finite(self.threshold), "a finite number"),
+            "false_positive_rate": (_is_finite(self.false_positive_rate) and 0 <= self.false_positive_rate < 1,
+                                    "a number from 0 to below 1"),
+            "precision": (self.precision in PRECISIONS, f"one of {', '.join(PRECISIONS)}"),
             **{name: (_is_count(getattr(self, name)), "a whole number from 0 to 2^63")
                for name in ("parameters", "macs")},
             **{name: (_is_text(getattr(self, name)), "a text")
-               for name in ("method", "teacher", "precision", "tool_version")},
+               for name in ("method", "teacher", "tool_version")},
         }
         for name, (good, wanted) in checks.items():
             if not good:

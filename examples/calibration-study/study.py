@@ -4,6 +4,7 @@ What the results file holds already is not measured again, so an interrupted stu
 """
 
 import argparse
+import copy
 import itertools
 import json
 import time
@@ -120,7 +121,7 @@ class Study:
         correction = None if cell.procedure == "ptq" else self.images["correction"]
         if cell.procedure != "qat":
             return quantize(detector, ranges, target, kept, correction)
-        good = self.images["held_out"][::len(self.held_out) // 16]
+        good = self._read(balanced(self.held_out, 16, self.seed))
         anomalous = synthetic_anomalies(good.numpy(), good.numpy(), np.random.default_rng(self.seed))
         with TemporaryDirectory() as folder:
             tuned, learned = fine_tune(detector, ranges, target, kept, self.training, self.metadata.image_size,
@@ -141,6 +142,7 @@ class Study:
 
     @torch.inference_mode()
     def _evaluate(self, detector: Detector, metadata: Metadata, raw_maps: RawMaps) -> dict[str, float]:
+        detector = copy.deepcopy(detector)  # the statistics of one cell are not those of the next
         fit_statistics(detector, raw_maps, metadata.classes, self._batches("held_out", self.held_out))
         maps = [detector.normalize_maps(*raw_maps(images)) for _, images in self._batches("test", self.test)]
         scores = torch.cat([detector.image_score(part) for part in maps]).numpy()

@@ -58,7 +58,7 @@ def compare(files: Tuple[str, ...], style: Optional[str], changed: bool, conditi
     except ValueError as error:
         raise click.BadParameter(str(error), param_hint="--gate") from error
     for path in filter(None, (junit, output)):
-        check_writable(path)
+        check_writable(path, files)
     models = comparison.join(files)
     # Scores without labels have no figures, but their images may have changed sides.
     record = comparison.set_side_by_side(models) if gates or not changed else {}

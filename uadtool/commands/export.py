@@ -38,7 +38,7 @@ def export(model: str, output: str, images: Optional[str], **build: Any) -> None
 
     to_engine = output.endswith(".engine")
     given = [f"--{name.replace('_', '-')}" for name, value in build.items() if value]
-    if to_engine != model.endswith(".onnx"):
+    if to_engine != model.endswith(".onnx") or not output.endswith((".onnx", ".engine")):
         raise click.UsageError("a .safetensors model becomes an .onnx file, and an .onnx file an .engine")
     if not to_engine and (given or build["dla"] is not None):
         raise click.UsageError(f"{(given or ['--dla'])[0]} is for engines")
@@ -46,8 +46,8 @@ def export(model: str, output: str, images: Optional[str], **build: Any) -> None
         raise click.UsageError("--images is for ONNX detectors; score checks an engine")
     if build["gpu_fallback"] and build["dla"] is None:
         raise click.UsageError("--gpu-fallback goes with --dla")
-    for path in filter(None, (output, build["timing_cache"])):
-        check_writable(path)
+    for path in filter(None, (output, to_engine and f"{output}.json", build["timing_cache"])):
+        check_writable(path, [model])
     if to_engine:
         _write_engine(model, output, {name: value for name, value in build.items() if value is not None})
     else:
@@ -55,14 +55,15 @@ def export(model: str, output: str, images: Optional[str], **build: Any) -> None
 
 
 def _write_engine(model: str, output: str, build: Any) -> None:
-    from uadtool.artifacts import write_json
+    from uadtool.artifacts import unchanged, write_json
     from uadtool.runtimes.onnx_metadata import read_metadata
     from uadtool.tensorrt.builder import BuildOptions, build_engine
     from uadtool.tensorrt.files import save_engine
 
-    metadata = read_metadata(model)
-    engine = build_engine(model, metadata, BuildOptions(**build))
-    write_json(save_engine(engine, metadata, model, output))
+    with unchanged(model) as digest:
+        metadata = read_metadata(model)
+        engine = build_engine(model, metadata, BuildOptions(**build))
+    write_json(save_engine(engine, metadata, digest, output))
 
 
 def _write_onnx(model: str, output: str, images: Optional[str]) -> None:

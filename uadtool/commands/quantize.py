@@ -3,6 +3,7 @@ from pathlib import Path
 from typing import Optional, Tuple
 
 import click
+from click.core import ParameterSource
 
 from uadtool import options
 from uadtool.errors import require_lab
@@ -56,6 +57,11 @@ def quantize(model: str, data: Optional[str], ranges_file: Optional[str], output
         raise click.UsageError("--ranges, --scope, --keep-float, --sensitivity and --qat are for int8.")
     if not data and (numbers or sensitivity or qat):
         raise click.UsageError("Missing argument 'DATA': auto:N, --sensitivity and --qat take good images from there.")
+    steps_given = click.get_current_context().get_parameter_source("steps") is not ParameterSource.DEFAULT
+    if not qat and (steps_given or resume):
+        raise click.UsageError("--steps and --resume are for --qat.")
+    if not data and not bias_correction:
+        raise click.UsageError("--no-bias-correction goes with DATA: without, there is none.")
     require_lab()
     from uadtool.artifacts import check_writable, file_digest, unchanged, write_json
     from uadtool.host import keep_freed_memory
@@ -64,7 +70,7 @@ def quantize(model: str, data: Optional[str], ranges_file: Optional[str], output
     from uadtool.quantization.recipe import Recipe, apply_recipe
 
     keep_freed_memory()
-    check_writable(output)
+    check_writable(output, [model, ranges_file])
     ranges = RangesFile.read(ranges_file) if ranges_file else None
     with unchanged(model) as digest:
         if ranges:

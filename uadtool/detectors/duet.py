@@ -21,6 +21,7 @@ from uadtool.detectors.backbones import (
 )
 from uadtool.detectors.base import Detector, describe
 from uadtool.detectors.memory import PatchMemory
+from uadtool.errors import UadtoolError
 
 if TYPE_CHECKING:
     from uadtool.training.loop import Outcome, Run
@@ -48,7 +49,7 @@ class Duet(Detector):
         width: channels of the head.
 
     Raises:
-        UadtoolError: there is no such teacher.
+        UadtoolError: there is no such teacher, or an option is out of range.
     """
 
     trained = "head"
@@ -56,6 +57,9 @@ class Duet(Detector):
 
     def __init__(self, teacher: str, image_size: tuple[int, int], classes: int, small: int = 3000, large: int = 12000,
                  components: int = 64, width: int = 96) -> None:
+        for name, value in (("small", small), ("large", large), ("components", components), ("width", width)):
+            if value < 1:
+                raise UadtoolError(f"the option {name} of duet must be at least 1, not {value}")
         network = build_backbone(teacher, image_size)
         shapes = feature_shapes(network, image_size)
         channels = [shape[0] for shape in shapes]
@@ -92,7 +96,9 @@ class Duet(Detector):
 
         assert isinstance(self.head, Head)
         for index, branch in enumerate(self.head.branches()):
-            branch.learn_standard([features[index] for _, features in run.training.batches()])
+            # A ninth of the positions, copied, so that what they are of need not stay in memory.
+            branch.learn_standard([features[index][:, :, ::3, ::3].contiguous()
+                                   for _, features in run.training.batches()])
         optimizer = torch.optim.AdamW(self.head.parameters(), LEARNING_RATE, weight_decay=WEIGHT_DECAY)
 
         teacher = run.training.teacher
@@ -179,7 +185,7 @@ class Branch(nn.Module):
     @torch.inference_mode()
     def learn_standard(self, features: Sequence[Tensor]) -> None:
         """Let each channel of these feature maps [N, C, h, w] have mean 0 and deviation 1."""
-        values = torch.cat([part.float()[:, :, ::3, ::3] for part in features]).transpose(0, 1).flatten(1)
+        values = torch.cat([part.float() for part in features]).transpose(0, 1).flatten(1)
         assert isinstance(self.standardize, nn.BatchNorm2d)
         self.standardize.load_state_dict({"running_mean": values.mean(1), "running_var": values.var(1)}, strict=False)
 

@@ -1,5 +1,6 @@
 """Encoders: a CNN or a vision transformer of timm as a torch.fx graph, from an image to feature maps."""
 
+import math
 from typing import Any
 
 import timm
@@ -8,6 +9,9 @@ from torch import Tensor, fx, nn
 
 from uadtool.detectors.backbones import POSITION_GRID, LayerNorm, build_backbone, check_name, plain_graph
 from uadtool.errors import UadtoolError
+
+SIZE_STEP = 16
+"""Of what sides of images are multiples."""
 
 STRIDES = (8, 16)
 """Of the feature maps of a CNN."""
@@ -60,7 +64,8 @@ def _build_transformer(name: str, image_size: tuple[int, int]) -> fx.GraphModule
 
 def _check_size(name: str, image_size: tuple[int, int], stride: int) -> None:
     if any(length % stride for length in image_size):
-        near = max(1, round(image_size[0] / stride)) * stride
+        step = math.lcm(stride, SIZE_STEP)
+        near = max(1, round(image_size[0] / step)) * step
         raise UadtoolError(f"with {name!r} both sides of the image size must be multiples of {stride}; "
                            f"take --image-size {near}")
 

@@ -14,9 +14,12 @@ from torch.nn import functional as F
 from uadtool.detectors.backbones import build_backbone, feature_shapes, fold_batch_norm, normalization
 from uadtool.detectors.base import Detector, Smoothing, describe
 from uadtool.detectors.stfpm import distance_maps, distillation_loss
+from uadtool.errors import UadtoolError
 
 if TYPE_CHECKING:
     from uadtool.training.loop import Outcome, Run
+
+LEAST_WIDTH = 0.125
 
 LEARNING_RATE, BETAS, WEIGHT_DECAY = 5e-3, (0.5, 0.999), 1e-5
 """As in arXiv 2407.02968 (table 1) and the authors' code."""
@@ -32,10 +35,14 @@ class ReverseDistillation(Detector):
         width: channels of the decoder's stages, in those of the feature maps that they give.
 
     Raises:
-        UadtoolError: there is no such teacher.
+        UadtoolError: there is no such teacher, an option is out of range, or a side is no multiple of 32.
     """
 
     def __init__(self, teacher: str, image_size: tuple[int, int], classes: int, width: float = 2.0) -> None:
+        if any(side % 32 for side in image_size):
+            raise UadtoolError("rd halves the image five times: both sides of --image-size must be multiples of 32")
+        if width < LEAST_WIDTH:
+            raise UadtoolError(f"the option width of rd must be at least {LEAST_WIDTH}, not {width:g}")
         network = build_backbone(teacher, image_size)
         shapes = feature_shapes(network, image_size)
         channels, map_size = [shape[0] for shape in shapes], shapes[0][1:]

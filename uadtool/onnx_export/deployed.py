@@ -1,4 +1,4 @@
-"""A model as a runtime computes it: with the kernels it will be deployed on, and faster than torch rounds in float."""
+"""A model as ONNX Runtime computes it: with integer kernels, and faster than torch rounds in float."""
 
 import copy
 from collections.abc import Callable

@@ -102,7 +102,7 @@ def quantize_biases(graph: GraphProto) -> None:
     """Write the bias of each convolution between quantized tensors as s32, in units of input scale x weight scale.
 
     That is the form in which ONNX Runtime fuses Q/DQ and Conv to QLinearConv. Nothing is lost: quantization rounded
-    the bias to these units.
+    the bias to these units (``QuantizedConv2d.round_bias``).
     """
     constants = _constants(graph)
     producers = {name: node for node in graph.node for name in node.output}

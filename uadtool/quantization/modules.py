@@ -8,9 +8,13 @@ from torch.nn import functional as F
 from torch.onnx import is_in_onnx_export
 from torch.onnx.ops import symbolic
 
+from uadtool.errors import UadtoolError
+
 WEIGHT_LIMIT = 127
 """Weights use the codes -127..127: symmetric, as integer kernels want them."""
 
+MOST_BIAS = 1 << 30
+"""Of a bias in units of s32; the products of 33,000 codes of inputs and weights have room beside it."""
 
 Layer = nn.Conv2d | nn.Linear
 """What has weights to quantize."""
@@ -100,12 +104,23 @@ class QuantizedConv2d(QuantizedLayer):
     def __init__(self, conv: nn.Conv2d) -> None:
         super().__init__(conv)
         self.stride, self.dilation, self.groups = conv.stride, conv.dilation, conv.groups
-        vertical, horizontal = conv.padding if isinstance(conv.padding, tuple) else (0, 0)
+        if isinstance(conv.padding, str) or conv.padding_mode != "zeros":
+            raise UadtoolError(f"a convolution that pads by {conv.padding!r} with {conv.padding_mode} cannot be "
+                               "quantized; pad by numbers, with zeros")
+        vertical, horizontal = conv.padding
         self.pads = getattr(conv, "pads", (horizontal, horizontal, vertical, vertical))
 
     def round_bias(self, input_scale: Tensor) -> None:
-        """Round the bias to what the s32 accumulator of an integer kernel holds: input scale x weight scale."""
-        unit = input_scale.double() * self.weight_scale.double()
+        """Round the bias to what the s32 accumulator of an integer kernel holds: input scale x weight scale.
+
+        The weights of a channel that hardly has any are rounded more coarsely, so that its bias is within s32.
+        """
+        least = self.bias.double().abs() / (input_scale.double() * MOST_BIAS)
+        scale = torch.maximum(self.weight_scale, least.float())
+        codes = torch.round(self.weight * _along(self.weight_scale / scale, self.weight))
+        self.weight.copy_(codes)
+        self.weight_scale.copy_(scale)
+        unit = input_scale.double() * scale.double()
         self.bias.copy_(torch.round(self.bias.double() / unit) * unit)
 
     def forward(self, values: Tensor) -> Tensor:

@@ -161,7 +161,8 @@ class Entropy(HistogramObserver):
 
 
 class MeanSquaredError(HistogramObserver):
-    """The range whose 256 codes give the least mean squared error, rounding and clipping together.
+    """The range whose 256 codes give the least mean squared error, rounding and clipping together. For the target
+    tensorrt, whose codes are symmetric, it is another one.
 
     The error is integrated over the bins, values spread evenly within each, as in FBGEMM's search and torch.ao's
     HistogramObserver after it; but where those move one end at a time until the error first grows, this one tries pairs

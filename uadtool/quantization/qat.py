@@ -170,7 +170,10 @@ class LearnedQuantizer(ActivationQuantizer):
 
 
 class _LearnedRounding(torch.autograd.Function):
-    """Straight-through estimators for the values and the scale (LSQ, equations 3 and 5)."""
+    """Straight-through estimators for the values and the scale (LSQ, equations 3 and 5).
+
+    Values up to half a code outside of the range, which round to its ends, still pass their gradient.
+    """
 
     @staticmethod
     def forward(context: Any, values: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:

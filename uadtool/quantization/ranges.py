@@ -1,6 +1,5 @@
 """The file between calibrate and quantize: the range of the activations at every point, and where they come from."""
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,6 +7,9 @@ from uadtool.artifacts import read_json, write_json
 from uadtool.errors import UadtoolError
 
 SCHEMA = "uadtool.ranges/1"
+
+MOST = 1e38
+"""A bound of ranges: their widths are within float32."""
 
 Ranges = dict[str, tuple[float, float]]
 """Name of a point -> (minimum, maximum) of the activations there."""
@@ -53,6 +55,6 @@ class RangesFile:
         except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
             raise UadtoolError(f"{path} is damaged ({error!r}); run calibrate again") from error
         for name, (low, high) in ranges.items():
-            if not (math.isfinite(low) and math.isfinite(high) and low <= high):
+            if not -MOST <= low <= high <= MOST:
                 raise UadtoolError(f"{path} has the range {low} to {high} for {name}; run calibrate again")
         return read

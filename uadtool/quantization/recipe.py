@@ -97,6 +97,10 @@ def apply_recipe(detector: Detector, metadata: Metadata, digest: str, ranges: Op
     step: dict[str, Any] = {"command": "quantize", "tool_version": __version__, "model_digest": digest,
                             **{k: v for k, v in asdict(recipe).items() if k not in ("precision", "target")}}
     report: dict[str, Any] = {}
+    if (recipe.qat_steps or recipe.scope == "student") and not any(
+            name == detector.trained for name, _ in detector.named_modules()):
+        raise UadtoolError(f"the method {metadata.method} has no network that is trained, so there is nothing for QAT "
+                           "or the scope student")
     images = _Images(data, metadata, recipe.seed) if data else None
     if ranges is None:
         model: nn.Module = half(detector)
@@ -116,7 +120,7 @@ def apply_recipe(detector: Detector, metadata: Metadata, digest: str, ranges: Op
         else:
             model = quantize(detector, ranges.ranges, target, kept, correction)
         method = "qat" if recipe.qat_steps else "ptq"
-        step["calibration"] = {"method": ranges.method, "source": ranges.source}
+        step["calibration"] = {"method": ranges.method, "source": ranges.source, "ranges": _digest(ranges)}
         metadata = metadata.replace(
             precision="mixed" if kept else "int8", target=recipe.target,
             quantization=Quantization(method, ranges.method, str(ranges.source.get("kind", "?")), recipe.scope, kept))

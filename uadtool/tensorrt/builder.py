@@ -1,5 +1,6 @@
 """From an exported graph to an engine, which runs on the GPU and TensorRT version that it was built for."""
 
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional
@@ -114,8 +115,8 @@ def _precision(trt: Any, onnx: str, metadata: Metadata, wanted: Optional[str]) -
         means = "--ranges RANGES" if wanted == "int8" else "--precision fp16"
         raise UadtoolError(f"{onnx} has fp32 layers alone, and the precision is in the graph; make it with: uadtool "
                            f"quantize MODEL {means} --target tensorrt")
-    raise UadtoolError(f"{onnx} is {metadata.precision} already, which --precision {wanted} cannot undo; export the "
-                       "float model")
+    raise UadtoolError(f"{onnx} is {metadata.precision} already, and --precision {wanted} cannot change that; "
+                       "start from the float model")
 
 
 def _build_for(trt: Any, config: Any, capability: str) -> None:
@@ -123,7 +124,7 @@ def _build_for(trt: Any, config: Any, capability: str) -> None:
     if not is_rtx(trt):
         raise UadtoolError("only TensorRT-RTX builds for another GPU than the one that is here; leave out "
                            "--compute-capability")
-    if not hasattr(trt.ComputeCapability, name):
+    if not re.fullmatch(r"\d+\.\d", capability) or not hasattr(trt.ComputeCapability, name):
         known = ", ".join(f"{one[2:-1]}.{one[-1]}" for one in dir(trt.ComputeCapability) if one.startswith("SM"))
         raise UadtoolError(f"TensorRT-RTX {trt.__version__} cannot build for {capability}; it can for {known}")
     config.num_compute_capabilities = 1

@@ -17,11 +17,11 @@ SCHEMA = "uadtool.engine/1"
 log = logging.getLogger("uadtool")
 
 
-def save_engine(engine: Engine, metadata: Metadata, onnx: str, path: str) -> Dict[str, Any]:
+def save_engine(engine: Engine, metadata: Metadata, onnx_digest: str, path: str) -> Dict[str, Any]:
     """Write both files, each whole or not at all; returns what lies in the second one."""
     with atomic_write(path) as temporary:
         temporary.write_bytes(engine.plan)
-    record = {"schema": SCHEMA, "output": path, "digest": file_digest(path), "onnx_digest": file_digest(onnx),
+    record = {"schema": SCHEMA, "output": path, "digest": file_digest(path), "onnx_digest": onnx_digest,
               "build": engine.build, "metadata": json.loads(metadata.to_json())}
     write_json(record, f"{path}.json")
     return record
@@ -60,7 +60,7 @@ def require_fit(path: str, build: Dict[str, Any]) -> None:
         UadtoolError: there is no GPU, or the engine is for another one or another version of TensorRT.
         MissingPackage: the TensorRT that built it is not installed.
     """
-    again = f"build it here: uadtool export {Path(path).stem}.onnx -o {path}"
+    again = f"build it here: uadtool export {Path(path).with_suffix('.onnx')} -o {path}"
     trt = import_tensorrt(build["package"])
     if trt.__version__ != build["version"]:
         raise UadtoolError(f"{path} was built by {trt.__name__} {build['version']}, and here is {trt.__version__}; "

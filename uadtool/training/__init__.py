@@ -23,7 +23,15 @@ from uadtool.quantization import TARGETS, Ranges
 from uadtool.quantization.bias_correction import CORRECTION_IMAGES
 from uadtool.quantization.teacher import quantized_teacher
 from uadtool.training import distributed
-from uadtool.training.data import Teacher, TeacherFeatures, image_batches, read_images, split_again, split_training
+from uadtool.training.data import (
+    Teacher,
+    TeacherFeatures,
+    image_batches,
+    names_digest,
+    read_images,
+    split_again,
+    split_training,
+)
 from uadtool.training.loop import BATCH_SIZE, Run, steps_per_epoch
 from uadtool.training.precision import autocast, autocast_dtype, choose_device
 from uadtool.training.statistics import RawMaps, fit_prototypes, fit_statistics
@@ -142,6 +150,7 @@ def train(samples: Sequence[Sample], options: TrainingOptions, checkpoint: Path,
         parameters=count_parameters(detector), macs=count_macs(detector, options.image_size),
         options=chosen, tool_version=__version__,
         provenance=[{"command": "train", "tool_version": __version__, "images": images_digest,
+                     "names": names_digest(samples),
                      "teacher_weights": weights, "steps": steps, "seed": options.seed,
                      "held_out": options.held_out, "dtype": report["dtype"], "processes": processes,
                      "teacher_int8": options.target if options.teacher_ranges else None}],

@@ -2,17 +2,19 @@
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from uadtool.artifacts import list_digest
 from uadtool.dataset import Sample, split_held_out
 from uadtool.errors import UadtoolError
 from uadtool.images import read_ahead, read_image
 from uadtool.metadata import Metadata
 from uadtool.progress import Progress
 from uadtool.training import distributed
-from uadtool.training.precision import physical_memory
+from uadtool.training.precision import usable_memory
 
 Teacher = Callable[[Tensor], Sequence[Tensor]]
 """uint8 images [N, H, W, 3] -> feature maps [N, C, h, w]."""
@@ -44,16 +46,24 @@ def split_training(samples: Sequence[Sample], share: float, seed: int) -> tuple[
     return rest, held_out + [sample for sample in rest if sample.class_name not in classes]
 
 
+def names_digest(samples: Sequence[Sample]) -> str:
+    """Of the class and the name of each image: what a data set keeps wherever it lies."""
+    return list_digest(sorted(f"{sample.class_name}/{Path(sample.path).name}" for sample in samples))
+
+
 def split_again(metadata: Metadata, samples: Sequence[Sample]) -> tuple[list[Sample], list[Sample]]:
     """``split_training`` as the run did it that trained this model.
 
     Raises:
-        UadtoolError: the metadata do not tell.
+        UadtoolError: the metadata do not tell, or these are other samples, of which others would be held out.
     """
     origin = metadata.provenance[0] if metadata.provenance else {}
     share, seed = origin.get("held_out"), origin.get("seed")
     if not isinstance(share, float) or not 0 < share < 1 or not isinstance(seed, int):
         raise UadtoolError("the model does not tell which images were held out when it was trained; train it again")
+    if origin.get("names", names_digest(samples)) != names_digest(samples):
+        raise UadtoolError("these are not the good images that the model was trained on: some were added, removed or "
+                           "renamed, so nobody can tell which were held out; give them as they were, or train again")
     return split_training(samples, share, seed)
 
 
@@ -86,7 +96,7 @@ class TeacherFeatures:
         self._cache: tuple[Tensor, list[Tensor]] | None = None
         first = self._compute([0])
         one = sum(t.nbytes for t in (first[0], *first[1]))
-        most = MEMORY_SHARE * physical_memory() / distributed.processes_here()
+        most = MEMORY_SHARE * usable_memory() / distributed.processes_here()
         if distributed.any_of_them(one * len(samples) >= most):
             log.info("the images do not fit into memory; they are read again in every epoch")
         else:

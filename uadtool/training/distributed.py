@@ -28,15 +28,19 @@ def process_group(device: str) -> Iterator[None]:
     cores and, unless ``device`` is cpu, a GPU of its own.
 
     Raises:
-        UadtoolError: there are fewer GPUs than processes on this machine.
+        UadtoolError: there are fewer GPUs than processes on this machine, or the variables are not complete.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if os.environ.get("WORLD_SIZE", "1") == "1":
         yield
         return
     from torch.distributed.rendezvous import rendezvous  # a build of torch without torch.distributed lacks it
 
     cuda = device != "cpu" and torch.cuda.is_available()
-    store, rank, size = next(iter(rendezvous("env://")))
+    try:
+        store, rank, size = next(iter(rendezvous("env://")))
+    except ValueError as error:
+        raise UadtoolError(f"WORLD_SIZE is set, but not what torchrun sets with it ({error}); start with torchrun, or "
+                           "unset WORLD_SIZE") from error
     log = logging.getLogger("uadtool")
     if rank and not log.isEnabledFor(logging.DEBUG):  # -v shows where which of them fails
         log.setLevel(logging.ERROR)

@@ -1,5 +1,6 @@
 """Where and in which number format torch computes, chosen by what was measured to be fast."""
 
+import contextlib
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,6 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from uadtool.errors import UadtoolError
+
+CGROUP_LIMITS = [Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")]
+"""Of a container's memory in bytes, by cgroups 2 and 1."""
 
 
 def choose_device(name: str) -> torch.device:
@@ -67,6 +71,10 @@ def _without_autocast(forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor],
     return call
 
 
-def physical_memory() -> int:
-    """Bytes of main memory that the machine has."""
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+def usable_memory() -> int:
+    """Bytes of main memory that the machine has, or that this process may use of it (in a container, say)."""
+    found = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    for limit in CGROUP_LIMITS:
+        with contextlib.suppress(OSError, ValueError):  # the other version of cgroups, or no limit
+            found.append(int(limit.read_text()))
+    return min(found)
