@@ -82,7 +82,7 @@ def test_without_a_gpu_one_must_be_named(onnx, uadtool, tmp_path):
     (("onnxruntime", "int8"), {}, "was quantized for onnxruntime, which TensorRT refuses"),
     (("tensorrt", "fp32"), {"precision": "fp16"}, "quantize MODEL --precision fp16 --target tensorrt"),
     (("tensorrt", "fp32"), {"precision": "int8"}, "quantize MODEL --ranges RANGES --target tensorrt"),
-    (("tensorrt", "int8"), {"precision": "fp32"}, "is int8 already, which --precision fp32 cannot undo"),
+    (("tensorrt", "int8"), {"precision": "fp32"}, "is int8 already, and --precision fp32 cannot change that"),
     (("tensorrt", "fp32"), {"compute_capability": "9.9"}, "cannot build for 9.9; it can for 12.0, .*8.6"),
     (("tensorrt", "fp32"), {"dla": 0}, "there is no DLA core 0; this device has 0"),
 ])
