@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from flavours import flavour
 
+from uadtool.artifacts import file_digest
 from uadtool.benchmark import bench
 from uadtool.dataset import scoring_samples
 from uadtool.images import read_image
@@ -38,7 +39,7 @@ def files(tmp_path_factory):
             save_onnx(one.proto, onnx)
             path = onnx.replace(".onnx", ".engine")
             engine = build_engine(onnx, one.metadata, BuildOptions(max_batch=MAX_BATCH))
-            save_engine(engine, one.metadata, onnx, path)
+            save_engine(engine, one.metadata, file_digest(onnx), path)
             made[detector, precision] = onnx, path
         return made[detector, precision]
 

@@ -10,6 +10,7 @@ import pytest
 from conftest import METADATA, validate
 from stand_in_gpu import MAX_BATCH, VERSION, Gpu
 
+from uadtool.artifacts import file_digest
 from uadtool.benchmark import _figures, _Measured
 from uadtool.errors import MissingPackage, UadtoolError
 from uadtool.metadata import Metadata
@@ -40,7 +41,8 @@ def engine(detector, tmp_path):
     """Write an engine; its plan is the ONNX file."""
     def engine(plan=None, metadata=METADATA, **build):
         path = str(tmp_path / "model.engine")
-        record = save_engine(Engine(plan or detector.read_bytes(), {**BUILD, **build}), metadata, str(detector), path)
+        built = Engine(plan or detector.read_bytes(), {**BUILD, **build})
+        record = save_engine(built, metadata, file_digest(detector), path)
         validate(record, "engine")
         return path
 

@@ -169,6 +169,7 @@ def _cold_start(runtime: Runtime) -> Tuple[float, int]:
                 assert process.stdout
                 answer = process.stdout.readline()
                 seconds = time.perf_counter() - began
+                process.wait()
             finally:
                 process.kill()  # if a signal ends this process
         said.seek(0)
