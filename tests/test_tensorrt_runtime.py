@@ -136,7 +136,7 @@ def test_an_engine_that_is_no_detector(gpu, engine):
 
 @pytest.mark.parametrize(("build", "message"), [
     ({"version": "8.4.1.5"}, r"was built by tensorrt 8\.4\.1\.5, and here is 8\.5\.2\.2; build it here: uadtool export "
-                             r"model\.onnx -o .*model\.engine"),
+                             r".*model\.onnx -o .*model\.engine"),
     ({"compute_capability": "8.7"}, r"was built for compute capability 8\.7, and this Xavier has 7\.2; build it here"),
 ])
 def test_an_engine_of_another_tensorrt_or_gpu(gpu, engine, build, message):
