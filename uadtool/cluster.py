@@ -15,7 +15,7 @@ from collections import deque
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, Deque, Dict, Iterable, Iterator, List, NamedTuple, Tuple, Union
+from typing import Any, Callable, Deque, Dict, Iterable, Iterator, List, NamedTuple, Tuple, Union
 
 from uadtool import __version__
 from uadtool.dataset import Sample
@@ -65,18 +65,33 @@ def connected(address: str, runtime: Runtime) -> Iterator["Cluster"]:
             socket.create_connection((host, int(port)), SECONDS).close()  # Ray itself would try for a minute
         except (OSError, OverflowError, ValueError) as error:
             raise UadtoolError(f"no Ray cluster answers at {address}: {error}") from error
-    before = signal.getsignal(signal.SIGTERM)
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     with contextlib.redirect_stdout(_ToLog()):  # Ray prints what happens to nodes
         try:
             ray.init(address, log_to_driver=False, logging_level="ERROR")
         except Exception as error:
             raise UadtoolError(f"cannot use the Ray cluster at {address}: {_first_line(error)}") from error
         finally:
-            signal.signal(signal.SIGTERM, before)  # Ray's would end with another exit code
+            signal.signal(signal.SIGTERM, before[signal.SIGTERM])  # Ray's would end with another exit code
+        came: List[int] = []
         try:
-            yield Cluster(ray, runtime)
+            for number, handler in before.items():
+                if callable(handler):
+                    signal.signal(number, _noting(handler, came))
+            yield Cluster(ray, runtime, came)
         finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
             ray.shutdown()
+
+
+def _noting(handler: Callable[[int, Any], Any], came: List[int]) -> Callable[[int, Any], None]:
+    """The signal handler, which also notes what came: what it raises is lost where Ray calls back into Python."""
+    def noting(number: int, frame: Any) -> None:
+        came.append(number)
+        handler(number, frame)
+
+    return noting
 
 
 class _ToLog(io.TextIOBase):
@@ -89,10 +104,10 @@ class _ToLog(io.TextIOBase):
 
 
 class Cluster:
-    """A cluster that has been given the file of an open model."""
+    """A cluster that has been given the file of an open model; ``came`` are the signals that came since."""
 
-    def __init__(self, ray: Any, runtime: Runtime) -> None:
-        self._ray = ray
+    def __init__(self, ray: Any, runtime: Runtime, came: List[int]) -> None:
+        self._ray, self._came = ray, came
         self._model = _Model(Path(runtime.path).name, runtime.name, (__version__, runtime.version))
         self._content = ray.put(Path(runtime.path).read_bytes())
 
@@ -133,6 +148,8 @@ class Cluster:
             if isinstance(found, UadtoolError):
                 raise found
             yield from zip(chunk, found)
+            if self._came:
+                signal.raise_signal(self._came[0])
 
 
 def _anywhere(sample: Sample) -> Sample:
