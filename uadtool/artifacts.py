@@ -59,13 +59,12 @@ def check_writable(path: Union[str, Path], inputs: Iterable[Optional[str]] = ())
     """
     target = _target(path)
     folder = target.parent
-    if any(one is not None and Path(os.path.realpath(one)) == target for one in inputs):
+    if any(one is not None and os.path.realpath(one) == os.path.realpath(target) for one in inputs):
         raise UadtoolError(f"{path} is an input of this command, and would be lost; give the output another name")
-    shown = folder if Path(path).is_symlink() else Path(path).parent
     if not folder.is_dir():
-        raise UadtoolError(f"cannot write {path}: there is no folder {shown}")
+        raise UadtoolError(f"cannot write {path}: there is no folder {folder}")
     if not os.access(folder, os.W_OK):
-        raise UadtoolError(f"cannot write {path}: the folder {shown} is read-only")
+        raise UadtoolError(f"cannot write {path}: the folder {folder} is read-only")
     remove_leftovers(folder, f".{glob.escape(target.name)}.")
 
 
@@ -105,11 +104,11 @@ def _lock(handle: int, wait: bool) -> bool:
 
 
 def _target(path: Union[str, Path]) -> Path:
-    """The file that ``path`` stands for, links followed: ``os.replace`` would replace a link, and /dev/null too."""
+    """``path``, or what it leads to as a link: ``os.replace`` would replace the link, and /dev/null too."""
     given = Path(path)
     if given.exists() and not (given.is_file() or given.is_dir()):
         raise UadtoolError(f"cannot write {path}: it is not a regular file; give a file's name")
-    return Path(os.path.realpath(given))
+    return Path(os.path.realpath(given)) if given.is_symlink() else given
 
 
 def _sync_folder(folder: Path) -> None:

@@ -97,11 +97,11 @@ def _one_model(a: Result, b: Result) -> bool:
 
 
 def _warn_of_missing(part: List[Result]) -> None:
-    found = {result.shard[0] for result in part if result.shard}
-    if not (found and all(result.shard for result in part)):
+    shards = [result.shard for result in part if result.shard]
+    if not shards or len(shards) < len(part):
         return
-    count = max(result.shard[1] for result in part if result.shard)
-    missing = sorted(set(range(1, min(count, 10_000) + 1)) - found)
+    count = shards[0][1]
+    missing = sorted(set(range(1, min(count, 10_000) + 1)) - {index for index, _ in shards})
     if missing:
         names = ", ".join(map(str, missing[:10])) + ", ..." * (len(missing) > 10)
         log.warning("%s: of %d shards these are missing: %s", part[0].path, count, names)

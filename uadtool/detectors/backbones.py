@@ -25,6 +25,9 @@ from uadtool.errors import MissingPackage, UadtoolError
 DEFAULT_TEACHER = "tf_efficientnet_lite0"
 REDUCTIONS = (4, 8, 16)
 """Feature maps are taken at these fractions of the input size (STFPM: "conv2_x, conv3_x, conv4_x" of a ResNet)."""
+SIZE_STEP = 16
+"""Of what ``train`` takes sides of images as multiples."""
+
 POSITION_GRID = "position_grid"
 """Key in the ``meta`` of a vision transformer's graph: (height, width) of its position embedding."""
 
@@ -92,6 +95,19 @@ def check_name(name: str) -> None:
     if not timm.is_model(name):
         near = ", ".join(difflib.get_close_matches(name, timm.list_models(), n=5))
         raise UadtoolError(f"timm {timm.__version__} has no model {name!r}" + (f"; it has {near}" if near else ""))
+
+
+def check_size(name: str, image_size: tuple[int, int], stride: int) -> None:
+    """Require that both sides are multiples of the ``stride`` that ``name``, a teacher or a method, has.
+
+    Raises:
+        UadtoolError: they are not; it names a size that is.
+    """
+    if any(length % stride for length in image_size):
+        step = math.lcm(stride, SIZE_STEP)
+        near = max(1, round(image_size[0] / step)) * step
+        raise UadtoolError(f"with {name!r} both sides of the image size must be multiples of {stride}; "
+                           f"take --image-size {near}")
 
 
 def plain_graph(model: nn.Module, name: str) -> fx.GraphModule:

@@ -1,17 +1,13 @@
 """Encoders: a CNN or a vision transformer of timm as a torch.fx graph, from an image to feature maps."""
 
-import math
 from typing import Any
 
 import timm
 import torch
 from torch import Tensor, fx, nn
 
-from uadtool.detectors.backbones import POSITION_GRID, LayerNorm, build_backbone, check_name, plain_graph
+from uadtool.detectors.backbones import POSITION_GRID, LayerNorm, build_backbone, check_name, check_size, plain_graph
 from uadtool.errors import UadtoolError
-
-SIZE_STEP = 16
-"""Of what sides of images are multiples."""
 
 STRIDES = (8, 16)
 """Of the feature maps of a CNN."""
@@ -32,13 +28,13 @@ def build_encoder(name: str, image_size: tuple[int, int]) -> fx.GraphModule:
     if timm.models.is_model_in_modules(name, TRANSFORMERS):
         return _build_transformer(name, image_size)
     encoder = build_backbone(name, image_size, STRIDES)
-    _check_size(name, image_size, STRIDES[-1])
+    check_size(name, image_size, STRIDES[-1])
     return encoder
 
 
 def _build_transformer(name: str, image_size: tuple[int, int]) -> fx.GraphModule:
     network: Any = timm.create_model(name, img_size=image_size, dynamic_img_size=False)
-    _check_size(name, image_size, network.patch_embed.patch_size[0])
+    check_size(name, image_size, network.patch_embed.patch_size[0])
     network.patch_embed.img_size = None  # no check of the size in the graph
     for path, module in list(network.named_modules()):
         if isinstance(module, nn.Dropout):
@@ -60,14 +56,6 @@ def _build_transformer(name: str, image_size: tuple[int, int]) -> fx.GraphModule
     encoder = fx.GraphModule(traced.get_submodule("network"), traced.graph, class_name=name)
     encoder.meta[POSITION_GRID] = network.patch_embed.grid_size
     return encoder
-
-
-def _check_size(name: str, image_size: tuple[int, int], stride: int) -> None:
-    if any(length % stride for length in image_size):
-        step = math.lcm(stride, SIZE_STEP)
-        near = max(1, round(image_size[0] / step)) * step
-        raise UadtoolError(f"with {name!r} both sides of the image size must be multiples of {stride}; "
-                           f"take --image-size {near}")
 
 
 class _MiddleLayers(nn.Module):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from uadtool.detectors.backbones import build_backbone, feature_shapes, fold_batch_norm, normalization
+from uadtool.detectors.backbones import build_backbone, check_size, feature_shapes, fold_batch_norm, normalization
 from uadtool.detectors.base import Detector, Smoothing, describe
 from uadtool.detectors.stfpm import distance_maps, distillation_loss
 from uadtool.errors import UadtoolError
@@ -39,8 +39,7 @@ class ReverseDistillation(Detector):
     """
 
     def __init__(self, teacher: str, image_size: tuple[int, int], classes: int, width: float = 2.0) -> None:
-        if any(side % 32 for side in image_size):
-            raise UadtoolError("rd halves the image five times: both sides of --image-size must be multiples of 32")
+        check_size("rd", image_size, 32)
         if width < LEAST_WIDTH:
             raise UadtoolError(f"the option width of rd must be at least {LEAST_WIDTH}, not {width:g}")
         network = build_backbone(teacher, image_size)

@@ -61,7 +61,8 @@ def split_again(metadata: Metadata, samples: Sequence[Sample]) -> tuple[list[Sam
     share, seed = origin.get("held_out"), origin.get("seed")
     if not isinstance(share, float) or not 0 < share < 1 or not isinstance(seed, int):
         raise UadtoolError("the model does not tell which images were held out when it was trained; train it again")
-    if origin.get("names", names_digest(samples)) != names_digest(samples):
+    names = names_digest(samples)
+    if origin.get("names", names) != names:
         raise UadtoolError("these are not the good images that the model was trained on: some were added, removed or "
                            "renamed, so nobody can tell which were held out; give them as they were, or train again")
     return split_training(samples, share, seed)
