@@ -19,7 +19,7 @@ import random
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path, PurePath
-from typing import Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple
+from typing import Collection, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple
 
 from uadtool import manifest, storage
 from uadtool.artifacts import file_digest
@@ -32,6 +32,9 @@ SUFFIXES = {
     ".pnm", ".ppm", ".tga", ".tif", ".tiff", ".webp",
 }
 GOOD_LABELS = {"good", "normal", "ok", "0", "0.0", "false"}  # 0.0: what pandas writes when other labels are missing
+
+PLACES = ("train", "test", "ground_truth")
+"""The folders in that of a class."""
 
 log = logging.getLogger("uadtool")
 
@@ -140,10 +143,11 @@ def _samples_of(name: str) -> List[Sample]:
 
 
 def _outside(folder: Folder) -> int:
-    """How many images lie in no place of the layout, nor are masks."""
-    depth = 0 if _is_class(folder) else 1
-    places = {"train", "test", "ground_truth"}
-    return sum(len(image.parts) <= depth + 1 or image.parts[depth] not in places for image in _images(folder))
+    """How many images lie in no place of the layout, nor are masks. The places, which are large, are not listed."""
+    if _is_class(folder):
+        return len(_images(folder, PLACES))
+    children = folder.folders()
+    return len(_images(folder, children)) + sum(len(_images(folder / child, PLACES)) for child in children)
 
 
 def split_held_out(samples: Sequence[Sample], share: float, seed: int) -> Tuple[List[Sample], List[Sample]]:
@@ -222,8 +226,8 @@ def _mask(folder: Folder, image: PurePath) -> Optional[str]:
     return folder.path(other if folder.has(other) and not folder.has(usual) else usual)
 
 
-def _images(folder: Folder) -> List[PurePath]:
-    return [file for file in folder.files() if file.suffix.lower() in SUFFIXES]
+def _images(folder: Folder, without: Collection[str] = ()) -> List[PurePath]:
+    return [file for file in folder.files(without) if file.suffix.lower() in SUFFIXES]
 
 
 def _read_manifest(name: str) -> Layout:

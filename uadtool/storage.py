@@ -13,7 +13,7 @@ import stat
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePath, PurePosixPath
-from typing import Any, BinaryIO, Dict, Iterator, List, NamedTuple, Optional, Protocol, Set, Tuple
+from typing import Any, BinaryIO, Collection, Dict, Iterator, List, NamedTuple, Optional, Protocol, Set, Tuple
 from urllib.parse import unquote, urlsplit
 
 from uadtool.errors import MissingPackage, UadtoolError, require
@@ -90,8 +90,10 @@ class Folder(Protocol):
     def folders(self) -> List[str]:
         """The names of the folders in it, sorted."""
 
-    def files(self) -> List[PurePath]:
-        """The files in it and below it, sorted; none if there is no such folder."""
+    def files(self, without: Collection[str] = ()) -> List[PurePath]:
+        """The files in it and below it, sorted, but for what lies in folders ``without``; none if there is no such
+        folder.
+        """
 
     def has(self, file: PurePath) -> bool:
         """Is there such a file, or folder?"""
@@ -160,7 +162,7 @@ class LocalFolder:
             raise UadtoolError(f"cannot read {self.place}: {error.strerror}") from error
         return sorted(name for name in names if not name.startswith(".") and (self / name).exists())
 
-    def files(self) -> List[PurePath]:
+    def files(self, without: Collection[str] = ()) -> List[PurePath]:
         def cannot_list(error: OSError) -> None:
             if not isinstance(error, FileNotFoundError):
                 raise UadtoolError(f"cannot read {error.filename}: {error.strerror}") from error
@@ -177,8 +179,9 @@ class LocalFolder:
                     folders.clear()
                     continue
                 seen.add((status.st_dev, status.st_ino))
-                folders[:] = sorted(name for name in folders if not name.startswith("."))
                 inside = Path(here).relative_to(self.place)
+                folders[:] = sorted(name for name in folders
+                                    if not name.startswith(".") and (inside.parts or name not in without))
                 found += [inside / name for name in files if not name.startswith(".")]
         except RecursionError as error:  # of os.walk, before Python 3.12
             raise UadtoolError(f"cannot read {self.place}: its folders are nested too deeply") from error
@@ -214,8 +217,9 @@ class ListedFolder(NamedTuple):
     def folders(self) -> List[str]:
         return sorted(name for name, inside in self.tree.items() if inside)
 
-    def files(self) -> List[PurePath]:
-        below = [PurePosixPath(name) / file for name in self.folders() for file in (self / name).files()]
+    def files(self, without: Collection[str] = ()) -> List[PurePath]:
+        below = [PurePosixPath(name) / file for name in self.folders() if name not in without
+                 for file in (self / name).files()]
         return sorted([*below, *(PurePosixPath(name) for name, inside in self.tree.items() if inside is None)])
 
     def has(self, file: PurePath) -> bool:
