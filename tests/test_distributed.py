@@ -221,14 +221,19 @@ def scheduler():
     ({"data": "elsewhere"}, "process 1 finds other images than process 0; every machine needs the same files under the "
                             "same path"),
     ({"data": "nowhere"}, "does not exist"),
+    ({"data": "one class more"}, "process 1 finds other images than process 0"),
     ({"seed": 3}, "process 1 has seed 3, process 0 has 0; start all of them with the same options"),
+    ({"method": "rd"}, "process 1 has method 'rd', process 0 has 'stfpm'; start all of them with the same options"),
 ])
 def test_machines_that_do_not_agree(textures, tmp_path, scheduler, changes, message):
-    if changes.get("data") == "elsewhere":
-        shutil.copytree(textures, tmp_path / "elsewhere")
+    if changes.get("data") in ("elsewhere", "one class more"):
+        shutil.copytree(textures, tmp_path / changes["data"])
+    if changes.get("data") == "one class more":
+        shutil.copytree(next(textures.iterdir()), tmp_path / changes["data"] / "more")
     data = tmp_path / changes["data"] if "data" in changes else textures
     first, second = scheduler(train(textures, tmp_path / "model", "--steps", 2, "--seed", 0),
-                              train(data, tmp_path / "model", "--steps", 2, "--seed", changes.get("seed", 0)))
+                              train(data, tmp_path / "model", "--steps", 2, "--seed", changes.get("seed", 0),
+                                    "--method", changes.get("method", "stfpm")))
     assert [first[2], second[2]] == [1, 1]
     assert [line for _, said, _ in (first, second) for line in messages(said) if "error" in line] == [
         line for line in messages(second[1]) if message in line]

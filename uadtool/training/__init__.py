@@ -99,6 +99,17 @@ def train(samples: Sequence[Sample], options: TrainingOptions, checkpoint: Path,
     torch.manual_seed(options.seed)
     classes = sorted({str(sample.class_name) for sample in samples})
     chosen = method_options(options.method, options.method_options)
+    rest, held_out_samples = split_training(samples, options.held_out, options.seed)
+    images_digest = list_digest(sample.path for sample in samples)
+    config = {**asdict(replace(options, method_options={})), **{f"option {k}": v for k, v in chosen.items()},
+              "image_size": list(options.image_size),
+              "device": device.type, "dtype": str(dtype),
+              "images": images_digest}
+    distributed.require_same(config)
+    processes, batch_size = distributed.world_size(), min(BATCH_SIZE, len(rest))
+    if processes > batch_size:
+        raise UadtoolError(f"there are more processes ({processes}) than images in a batch ({batch_size}); start at "
+                           f"most {batch_size}")
     detector = find_method(options.method)(options.teacher, options.image_size, len(classes), **chosen)
     pretrained = detector.pretrained()
     weights = load_teacher_weights(pretrained, options.teacher, options.teacher_weights)
@@ -112,17 +123,6 @@ def train(samples: Sequence[Sample], options: TrainingOptions, checkpoint: Path,
             features: Sequence[Tensor] = pretrained(detector.prepare(images.to(device)))
             return features
 
-    rest, held_out_samples = split_training(samples, options.held_out, options.seed)
-    images_digest = list_digest(sample.path for sample in samples)
-    config = {**asdict(replace(options, method_options={})), **{f"option {k}": v for k, v in chosen.items()},
-              "image_size": list(options.image_size),
-              "device": device.type, "dtype": str(dtype),
-              "images": images_digest}
-    distributed.require_same(config)
-    processes, batch_size = distributed.world_size(), min(BATCH_SIZE, len(rest))
-    if processes > batch_size:
-        raise UadtoolError(f"there are more processes ({processes}) than images in a batch ({batch_size}); start at "
-                           f"most {batch_size}")
     teacher = _int8_teacher(detector, options, rest, device) if options.teacher_ranges else float_teacher
     training = TeacherFeatures(rest, options.image_size, teacher, distributed.own_cores())
     held_out = TeacherFeatures(held_out_samples, options.image_size, teacher, distributed.own_cores())
