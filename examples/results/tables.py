@@ -36,9 +36,9 @@ def variants(folder: Path, names: list[str]) -> str:
     rows = []
     for name in names:
         runs = [_lines(part / "unified.scores.jsonl")[-1]["metrics"] for part in sorted(folder.glob(f"{name}-seed-*"))]
-        found = np.array([[_get(run, metric) for metric in METRICS] for run in runs])
-        rows.append([name, *(f"{mean:.3f} ± {spread:.3f}" for mean, spread in zip(
-            found.mean(axis=0), np.ptp(found, axis=0) / 2))])
+        found = [_known([_get(run, metric) for run in runs]) for metric in METRICS]
+        rows.append([name, *(f"{np.mean(values):.3f} ± {np.ptp(values) / 2:.3f}" if values else "-"
+                             for values in found)])
     return _table(rows, ["model", *NAMES])
 
 
@@ -49,18 +49,22 @@ def one_class(folder: Path, names: list[str]) -> str:
         rows.append([name, "one for all classes", *_metrics(folder / name / "unified.scores.jsonl")])
         parts = [part / "unified.scores.jsonl" for part in sorted(folder.glob(f"{name}-of-*"))]
         summaries = [_lines(part)[-1]["metrics"] for part in parts]
-        found = {metric: [_get(summary, metric) for summary in summaries] for metric in METRICS}
+        found = [_known([_get(summary, metric) for summary in summaries]) for metric in METRICS]
         images = [line for part in parts for line in _lines(part) if line["type"] == "image"]
         pooled = roc_auc_score([image["label"] != "good" for image in images], [image["score"] for image in images])
-        values = [np.mean([value for value in found[metric] if value is not None]) for metric in METRICS]
-        values[1] = pooled
-        rows.append([name, "one for each class", *(f"{value:.3f}" for value in values)])
+        found[METRICS.index("image_auroc.pooled")] = [pooled]
+        rows.append([name, "one for each class", *(f"{np.mean(values):.3f}" if values else "-" for values in found)])
     return _table(rows, ["method", "models", *NAMES])
 
 
 def _metrics(scores: Path) -> list[str]:
     summary = _lines(scores)[-1]["metrics"]
-    return [f"{_get(summary, metric):.3f}" for metric in METRICS]
+    found = [_get(summary, metric) for metric in METRICS]
+    return ["-" if value is None else f"{value:.3f}" for value in found]
+
+
+def _known(values: list[float | None]) -> list[float]:
+    return [value for value in values if value is not None]
 
 
 def _get(metrics: dict[str, Any], name: str) -> float | None:
