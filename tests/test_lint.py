@@ -80,6 +80,11 @@ def transposed_uint8(proto):
     cast.op_type = "Transpose"
 
 
+def part_of_a_shape(proto):
+    node = next(node for node in proto.graph.node if node.op_type == "Resize")
+    proto.graph.node.append(helper.make_node("Shape", [node.input[0]], ["count"], name="shape", end=1))
+
+
 def nonzero_zero_point(proto):
     replace(proto, quantizers(proto)[1][0], 2, lambda zero: zero + np.int8(1))
 
@@ -166,6 +171,7 @@ def two_quantized_activations(proto):
     (newer_opset, "graph: opset is 18, not at most 17; TensorRT 8.5 reads no newer one"),
     (unknown_operator, "operator LayerNormalization is not supported; TensorRT 8.5 has no importer for it"),
     (transposed_uint8, "uint8 input is not cast first; TensorRT computes with no uint8"),
+    (part_of_a_shape, "asks for a part of the shape; the importer of TensorRT 8.5 takes the whole of it"),
     (nonzero_zero_point, "zero point is not 0; TensorRT only supports symmetric quantization"),
     (unsigned_codes, "codes are uint8; TensorRT only quantizes to signed integers"),
     (no_zero_point, "scale or zero point is not a constant"),

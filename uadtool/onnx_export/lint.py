@@ -70,6 +70,8 @@ class _Graph:
 def _node(node: NodeProto, graph: _Graph) -> Iterator[str]:
     if node.op_type not in OPERATORS:
         yield f"operator {node.op_type} is not supported; TensorRT 8.5 has no importer for it"
+    if node.op_type == "Shape" and node.attribute:
+        yield "asks for a part of the shape; the importer of TensorRT 8.5 takes the whole of it"
     if node.op_type != "Cast" and graph.pixels.intersection(node.input):
         yield "uint8 input is not cast first; TensorRT computes with no uint8, it only casts it"
     if node.op_type in ("QuantizeLinear", "DequantizeLinear"):

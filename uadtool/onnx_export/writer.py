@@ -51,6 +51,8 @@ def to_onnx(model: nn.Module, metadata: Metadata) -> ModelProto:
     if opset != EXPORTER_OPSET:
         raise UadtoolError(f"torch {torch.__version__} wrote opset {opset} instead of {EXPORTER_OPSET}")
     lower_opset(proto)
+    scale_by_constants(proto)
+    slice_shapes(proto.graph)
     proto.ir_version = IR_VERSION
     proto.producer_name, proto.producer_version = "uadtool", metadata.tool_version
     _strip(proto)
@@ -96,6 +98,48 @@ def lower_opset(proto: ModelProto) -> None:
             _remove_attributes(node, "antialias", "keep_aspect_ratio_policy")
     del proto.opset_import[:]
     proto.opset_import.append(helper.make_opsetid("", OPSET))
+
+
+def scale_by_constants(proto: ModelProto) -> None:
+    """Let each Resize have factors instead of a size that is made from the batch's; the exporter's shapes are used.
+
+    Factors are known when an engine is built.
+    """
+    shapes = {value.name: [size.dim_value for size in value.type.tensor_type.shape.dim]
+              for value in (*proto.graph.value_info, *proto.graph.input)}
+    for node in proto.graph.node:
+        if node.op_type == "Resize" and len(node.input) == 4:
+            before, after = (shapes[name][2:] for name in (node.input[0], node.output[0]))
+            name = f"{node.output[0]}_scales"
+            proto.graph.initializer.append(numpy_helper.from_array(
+                np.array([1, 1, *map(_scale, before, after)], np.float32), name))
+            node.input[2:] = [name]
+    _remove_unused_nodes(proto.graph)
+
+
+def slice_shapes(graph: GraphProto) -> None:
+    """Let Slice take the part that Shape is asked for: the importer of TensorRT 8.5 gives the whole shape."""
+    for node in list(graph.node):
+        asked = {a.name: a.i for a in node.attribute}
+        if node.op_type != "Shape" or not asked:
+            continue
+        del node.attribute[:]
+        start, end = asked.get("start", 0), asked.get("end")
+        if (start, end) == (0, None):
+            continue
+        part, whole = node.output[0], f"{node.output[0]}_whole"
+        names = [f"{part}_start", f"{part}_end"]
+        for name, value in zip(names, (start, np.iinfo(np.int32).max if end is None else end)):
+            graph.initializer.append(numpy_helper.from_array(np.array([value]), name))
+        node.output[0] = whole
+        graph.node.insert(list(graph.node).index(node) + 1,
+                          helper.make_node("Slice", [whole, *names], [part], name=f"{node.name}_slice"))
+
+
+def _scale(before: int, after: int) -> np.float32:
+    """The least factor of float32 of which a runtime, rounding down, gets this size."""
+    scale = np.float32(after / before)
+    return scale if float(scale) * before >= after else np.nextafter(scale, np.float32(np.inf))
 
 
 def quantize_biases(graph: GraphProto) -> None:
@@ -166,6 +210,15 @@ def _cast_first(graph: GraphProto) -> None:
         first.CopyFrom(cast)
         graph.node.remove(cast)
         graph.node.insert(0, first)
+
+
+def _remove_unused_nodes(graph: GraphProto) -> None:
+    used = {value.name for value in graph.output}
+    for node in reversed(list(graph.node)):
+        if used.isdisjoint(node.output):
+            graph.node.remove(node)
+        else:
+            used.update(node.input)
 
 
 def _remove_unused_constants(graph: GraphProto) -> None:
