@@ -192,7 +192,8 @@ class Branch(nn.Module):
     @torch.no_grad()
     def fold(self) -> None:
         """Let the convolution standardise, too."""
-        norm, conv = self.standardize, nn.Conv2d(self.conv.in_channels, self.conv.out_channels, 1)
+        norm = self.standardize
+        conv = nn.Conv2d(self.conv.in_channels, self.conv.out_channels, 1, device=self.conv.weight.device)
         assert isinstance(norm, nn.BatchNorm2d)
         assert norm.running_mean is not None
         assert norm.running_var is not None
