@@ -30,7 +30,7 @@ from uadtool.training import TrainingOptions, data, loop, train
 from uadtool.training.data import TeacherFeatures
 from uadtool.training.loop import batch_indices, steps_per_epoch
 from uadtool.training.precision import choose_device, large_depthwise_float
-from uadtool.training.statistics import class_statistics
+from uadtool.training.statistics import LEAST_UNIT, _units, class_statistics
 
 TEACHER = "mobilenetv2_035"
 
@@ -345,6 +345,15 @@ def test_statistics_scale_with_the_scores(scores, factor):
         assert other.mean == pytest.approx(factor * one.mean)
         if one.std > 0.1 < other.std and any(len(values) > 1 for values in scores):
             assert other.std == pytest.approx(factor * one.std, rel=1e-6)
+
+
+def test_a_map_that_is_constant_on_good_images_does_not_drown_the_others():
+    """As that of the head of duet in int8, where one code stands for all that is good."""
+    maps = torch.from_numpy(np.random.default_rng(0).normal(size=(20, 2, 8, 8)))
+    maps[:, 1] = 0
+    usual, constant = _units(maps).flatten().tolist()
+    assert 1 < usual < 4
+    assert constant == LEAST_UNIT
 
 
 def test_many_images_outweigh_what_is_usual():

@@ -16,6 +16,8 @@ PSEUDO_COUNT = 4
 """Weight, in images, of what is usual against what few images of a class or a position show."""
 LEAST_SPREAD = 0.01
 """Of a class's maps, relative to their mean, and of its scores: where all images are alike."""
+LEAST_UNIT = 0.1
+"""Of a map, in spreads: where it is all but constant, as one of few int8 codes may be, and would drown the others."""
 
 Batches = Iterable[tuple[Sequence[Sample], Tensor]]
 """Samples with their images, uint8 [N, H, W, 3] on the model's device."""
@@ -124,4 +126,4 @@ def _units(maps: Tensor) -> Tensor:
     """
     median = maps.transpose(0, 1).flatten(1).median(1).values
     reached = maps.flatten(2).amax(2).quantile(0.9, dim=0)
-    return (reached - median).clamp(min=1e-6)[:, None, None]
+    return (reached - median).clamp(min=LEAST_UNIT)[:, None, None]
