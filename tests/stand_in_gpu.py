@@ -149,6 +149,7 @@ class Gpu:
             def deserialize_cuda_engine(self, plan: bytes) -> Any:
                 if not plan.startswith(b"\x08"):
                     self.logger.log(ILogger.ERROR, "magic tag does\n not match")
+                    self.logger.log(ILogger.ERROR, "Assertion engine != nullptr failed.")  # and says nothing
                     return None
                 return Engine(plan)
 
