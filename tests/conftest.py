@@ -5,6 +5,7 @@ import io
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +25,7 @@ settings.register_profile("tests", deadline=None, derandomize=True)  # no clock,
 settings.load_profile("tests")
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test downloads anything, nor does a command that it runs
 os.environ["OMP_NUM_THREADS"] = "1"  # tiny networks gain nothing from more, and wait long for a busy core
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job, and all it starts, ignores it
 keep_freed_memory()  # a third of the time for what tests compute in torch
 
 METADATA = Metadata(
