@@ -72,7 +72,10 @@ def test_options_have_the_types_of_their_defaults():
 @pytest.mark.parametrize(("given", "message"), [
     ({"fusions": "sum"}, "stfpm has no option 'fusions'; it has fusion, dcam, shared_stages"),
     ({"small": "many"}, "option small of duet is no int: 'many'"),
+    ({"width": "inf"}, "option width of us must be finite, not inf"),
+    ({"width": "nan"}, "option width of us must be finite, not nan"),
 ])
 def test_wrong_options_are_refused(given, message):
+    method = {"fusions": "stfpm", "small": "duet", "width": "us"}
     with pytest.raises(UadtoolError, match=message):
-        method_options("duet" if "small" in given else "stfpm", given)
+        method_options(method[next(iter(given))], given)

@@ -622,7 +622,7 @@ def test_options_that_would_do_nothing(trained, calibrated, tmp_path, options, m
         run(trained.path, "--ranges", calibrated.path, "-o", tmp_path / "int8.safetensors", *options)
 
 
-@pytest.mark.parametrize("change", ["added", "removed", "renamed"])
+@pytest.mark.parametrize("change", ["added", "removed", "renamed", "moved"])
 def test_images_that_the_model_was_not_trained_on_are_refused(trained, calibrated, textures, tmp_path, change):
     shutil.copytree(textures, tmp_path / "elsewhere")
     image = sorted((tmp_path / "elsewhere").glob("*/train/good/*"))[0]
@@ -632,6 +632,9 @@ def test_images_that_the_model_was_not_trained_on_are_refused(trained, calibrate
     output.unlink()
     if change == "added":
         shutil.copy(image, image.with_name("new.png"))
+    elif change == "moved":  # another order, and so others would be held out
+        (image.parent / "z").mkdir()
+        image.rename(image.parent / "z" / image.name)
     else:
         image.rename(image.with_name("new.png") if change == "renamed" else tmp_path / "removed.png")
     with pytest.raises(UadtoolError, match="these are not the good images that the model was trained on"):

@@ -1,6 +1,7 @@
 """Detection methods: a registry by name, and building one from its metadata."""
 
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from importlib.metadata import entry_points
 from typing import Any
@@ -60,6 +61,8 @@ def method_options(method: str, given: Mapping[str, str]) -> dict[str, Any]:
             options[name] = {"true": True, "false": False}[value] if kind is bool else kind(value)
         except (KeyError, ValueError) as error:
             raise UadtoolError(f"option {name} of {method} is no {kind.__name__}: {value!r}") from error
+        if kind is float and not math.isfinite(options[name]):
+            raise UadtoolError(f"option {name} of {method} must be finite, not {value}")
     return options
 
 

@@ -47,8 +47,8 @@ def split_training(samples: Sequence[Sample], share: float, seed: int) -> tuple[
 
 
 def names_digest(samples: Sequence[Sample]) -> str:
-    """Of the class and the name of each image: what a data set keeps wherever it lies."""
-    return list_digest(sorted(f"{sample.class_name}/{Path(sample.path).name}" for sample in samples))
+    """Of the class and the name of each image, in order: what a data set keeps wherever it lies."""
+    return list_digest(f"{sample.class_name}/{Path(sample.path).name}" for sample in samples)
 
 
 def split_again(metadata: Metadata, samples: Sequence[Sample]) -> tuple[list[Sample], list[Sample]]:
