@@ -15,8 +15,13 @@ from pathlib import Path
 
 import elpv_dataset
 
+CLASSES = {"mono", "poly"}
+
 
 def main(folder: Path) -> None:
+    folder = folder.resolve()
+    if folder.exists() and not {path.name for path in folder.iterdir()} <= CLASSES:
+        sys.exit(f"{folder} holds other things than solar cells, which would be lost; name a new folder")
     source = Path(elpv_dataset.__file__).parent / "data"
     partial = folder.with_name(f"{folder.name}.part")
     shutil.rmtree(partial, ignore_errors=True)

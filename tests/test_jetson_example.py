@@ -135,6 +135,7 @@ def test_another_setting_is_no_reason_to_show_old_results(deployed, make):
 @pytest.mark.parametrize(("variables", "message"), [
     ({"REMOTE": ""}, "REMOTE must not be empty"), ({"REMOTE": "my folder"}, "REMOTE must not have spaces"),
     ({"OUT": ""}, "OUT must not be empty"), ({"DATA": "a b"}, "DATA must not have spaces"),
+    ({"OUT": "here", "MODEL": "here/model.onnx"}, "MODEL must not lie in OUT"),
 ])
 def test_folders_that_would_do_harm_are_refused(make, variables, message):
     done = make("deploy", MAKEFLAGS="n", **variables)

@@ -22,8 +22,9 @@ from uadtool.models import load_float_model
 from uadtool.training.data import image_batches, split_again
 from uadtool.training.statistics import fit_statistics
 
-NAMES = {"duet": ("small patches", "large patches", "head"), "stfpm": ("stride 4", "stride 8", "stride 16"),
-         "rd": ("stride 4", "stride 8", "stride 16")}
+NAMES: dict[str, Sequence[str]] = {
+    "duet": ("small patches", "large patches", "head"), "stfpm": ("stride 4", "stride 8", "stride 16"),
+    "rd": ("stride 4", "stride 8", "stride 16")}
 
 
 @torch.inference_mode()
@@ -67,7 +68,9 @@ def main(data: str, model: str) -> None:
             for column in ([part.auroc() for part in pixels.values()], [part.aupro() for part in pixels.values()]))
         return [f"{np.mean(part):.3f}" if part else "-" for part in (*overall, *([value] for value in auroc))]
 
-    names = NAMES[metadata.method]
+    names = NAMES.get(metadata.method, ())
+    if len(names) != raw.shape[1]:  # of another method, or with shared stages
+        names = [f"map {place}" for place in range(1, raw.shape[1] + 1)]
     subsets = [chosen for count in range(1, len(names) + 1) for chosen in combinations(range(len(names)), count)]
     rows = [[" + ".join(names[index] for index in chosen), *row(chosen)] for chosen in subsets]
     print(tabulate(rows, ["maps", "image AUROC", "pooled", "pixel AUROC", "AUPRO", *metadata.classes],
