@@ -88,8 +88,7 @@ def serve() -> None:
 def become(request: Any, stderr: int) -> None:
     """The command itself, in the forked process."""
     sys.dont_write_bytecode = True  # where there is no room, Python would leave half a .pyc file
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # tests that run in the background ignore it
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # and those under nohup this
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # tests that run under nohup ignore it
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(os.open(request["stdout"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 1)
     os.dup2(stderr, 2)

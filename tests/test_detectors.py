@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from uadtool.commands.train import train
-from uadtool.detectors import BUILT_IN, Detector, Output, build_detector, find_method, method_options
+from uadtool.detectors import BUILT_IN, Detector, Output, build_detector, method_options
 from uadtool.detectors.base import describe
 from uadtool.detectors.complexity import count_macs, count_parameters
 from uadtool.detectors.stfpm import FUSIONS, STFPM, cosine_distance, distillation_loss
@@ -217,10 +217,10 @@ class TwoConvolutions(nn.Module):
         return self.depthwise(self.first(image.permute(0, 3, 1, 2).float()))
 
 
-@pytest.mark.parametrize("method", BUILT_IN)
+@pytest.mark.parametrize("method", BUILT_IN.values(), ids=BUILT_IN)
 def test_everything_stays_on_the_device(method):
     """Of torch's device "meta", which has shapes alone; what mixes devices fails there as on a GPU."""
-    detector = find_method(method)("tf_efficientnet_lite0", (64, 64), 2, **method_options(method, {}))
+    detector = method("tf_efficientnet_lite0", (64, 64), 2)
     detector.to("meta").fold_batch_norm()
     output = detector(torch.zeros(2, 64, 64, 3, dtype=torch.uint8, device="meta"))
     assert {tensor.device.type for tensor in (*detector.parameters(), *detector.buffers(), *output)} == {"meta"}

@@ -7,6 +7,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from conftest import SCORE_TOLERANCE
 from flavours import operators, optimized, session
 from hypothesis import given
 from hypothesis import strategies as st
@@ -98,8 +99,7 @@ def test_the_graph_gives_the_scores_of_torch(exported, trained, quantized, textu
     with torch.inference_mode():
         expected = model(torch.from_numpy(images))
     found = open_model(str(exported.path), 1).run(images)
-    tolerance = {"fp32": {"rtol": 0, "atol": 1e-3}, "int8": {"rtol": 0.05, "atol": 0.25}}[metadata.precision]
-    np.testing.assert_allclose(found.score, expected.score, **tolerance)
+    np.testing.assert_allclose(found.score, expected.score, **SCORE_TOLERANCE[metadata.precision])
     np.testing.assert_array_equal(found.nearest_class, expected.nearest_class)
 
 

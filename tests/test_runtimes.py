@@ -11,7 +11,7 @@ import time
 
 import numpy as np
 import pytest
-from conftest import METADATA, validate
+from conftest import METADATA, SCORE_TOLERANCE, validate
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -103,11 +103,11 @@ def test_openvino_computes_an_int8_model_in_integers(int8):
 def test_torch_runs_what_is_exported_from(request, fp32, int8, name, pictures):
     path = str(request.getfixturevalue(name).path)
     found = open_model(path, 1, "torch").run(pictures)
-    expected = open_model(str({"trained": fp32, "quantized": int8}[name].path), 1, "onnxruntime").run(pictures)
+    exported, precision = {"trained": (fp32, "fp32"), "quantized": (int8, "int8")}[name]
+    expected = open_model(str(exported.path), 1, "onnxruntime").run(pictures)
     for one, other in zip(found, expected):
         assert (one.dtype, one.shape) == (other.dtype, other.shape)
-    tolerance = {"trained": {"rtol": 0, "atol": 1e-3}, "quantized": {"rtol": 0.05, "atol": 0.25}}[name]
-    np.testing.assert_allclose(found.score, expected.score, **tolerance)
+    np.testing.assert_allclose(found.score, expected.score, **SCORE_TOLERANCE[precision])
 
 
 def test_torch_times_layers(trained):

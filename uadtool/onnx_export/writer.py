@@ -136,12 +136,6 @@ def slice_shapes(graph: GraphProto) -> None:
                           helper.make_node("Slice", [whole, *names], [part], name=f"{node.name}_slice"))
 
 
-def _scale(before: int, after: int) -> np.float32:
-    """The least factor of float32 of which a runtime, rounding down, gets this size."""
-    scale = np.float32(after / before)
-    return scale if float(scale) * before >= after else np.nextafter(scale, np.float32(np.inf))
-
-
 def quantize_biases(graph: GraphProto) -> None:
     """Write the bias of each convolution between quantized tensors as s32, in units of input scale x weight scale.
 
@@ -187,6 +181,12 @@ def add_weight_quantizers(graph: GraphProto) -> None:
                                     name=f"{name}_quantize", axis=0)
         graph.node.insert(list(graph.node).index(node), quantize)
         node.input[0] = f"{name}_quantized"
+
+
+def _scale(before: int, after: int) -> np.float32:
+    """The least factor of float32 of which a runtime, rounding down, gets this size."""
+    scale = np.float32(after / before)
+    return scale if float(scale) * before >= after else np.nextafter(scale, np.float32(np.inf))
 
 
 def _constants(graph: GraphProto) -> dict[str, NDArray[Any]]:
