@@ -79,6 +79,16 @@ def test_features_of_other_cnns_are_timms(name):
     assert equal(features(backbone, image(64, 96)), [expected[index] for index in wanted])
 
 
+@pytest.mark.parametrize("name", ["resnet18", "vgg11_bn", "rexnet_100", "convnext_atto"])
+def test_weights_fit_whatever_timm_calls_layers_when_it_takes_feature_maps(name, tmp_path):
+    whole = with_random_statistics(timm.create_model(name))
+    torch.save(whole.state_dict(), tmp_path / "weights.pth")
+    backbone = build_backbone(name, (64, 64))
+    load_teacher_weights(backbone, name, str(tmp_path / "weights.pth"))
+    names = {key.replace("_", "."): value for key, value in whole.state_dict().items()}
+    assert all(torch.equal(value, names[key.replace("_", ".")]) for key, value in backbone.state_dict().items())
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_feature_maps_are_at_a_4th_an_8th_and_a_16th(name):
     shapes = [map_.shape[2:] for map_ in features(build_backbone(name, (64, 96)), image(64, 96))]
@@ -173,6 +183,7 @@ def test_a_batch_norm_that_cannot_be_folded_is_refused(network):
     ("tf_eficientnet_lite0", "no model .*; it has tf_efficientnet_lite0"),
     ("nothing-like-it", "no model 'nothing-like-it'$"),
     ("vit_tiny_patch16_224", "'vit_tiny_patch16_224' cannot serve as teacher"),
+    ("xception41", "'xception41' cannot serve as teacher.*by hooks"),
     ("swin_tiny_patch4_window7_224", "'swin_tiny_patch4_window7_224' cannot serve as teacher"),
     ("densenet121", "batch norm .* unsupported"),
 ])

@@ -66,7 +66,8 @@ class Tracer(fx.Tracer):
 def build_backbone(name: str, image_size: tuple[int, int], strides: Sequence[int] = REDUCTIONS) -> fx.GraphModule:
     """Build timm's ``name`` with random weights as a graph: image [N, 3, H, W] -> feature maps at these strides.
 
-    Only layers that a feature map needs are in it. Parameter names are those of timm.
+    Only layers that a feature map needs are in it. Parameter names are those of timm, of which some networks have the
+    first dots as underscores.
 
     Raises:
         UadtoolError: timm has no such model, it has no feature maps at those strides, it cannot be traced, or a batch
@@ -79,6 +80,8 @@ def build_backbone(name: str, image_size: tuple[int, int], strides: Sequence[int
         model = timm.create_model(name, features_only=True, out_indices=indices)
         _make_padding_constant(model, image_size)
         backbone = plain_graph(model, name)
+        if not any(True for _ in backbone.parameters()):
+            raise ValueError("timm takes its feature maps by hooks")
     except Exception as error:  # timm raises many types for models without pyramid features, torch.fx its own
         raise UadtoolError(f"{name!r} cannot serve as teacher, it is no CNN with feature maps at strides "
                            f"{tuple(strides)} that torch.fx can trace: {str(error).splitlines()[0]}") from error
@@ -281,6 +284,9 @@ def _read_weights(file: str) -> dict[str, Tensor]:
 
 def _load(backbone: fx.GraphModule, weights: dict[str, Tensor], source: str) -> None:
     wanted = backbone.state_dict()
+    # timm joins the names of a network's first levels when it takes feature maps: features_0 for features.0.
+    found = {name.replace("_", "."): value for name, value in weights.items()}
+    weights = {name: found[name.replace("_", ".")] for name in wanted if name.replace("_", ".") in found}
     positions = "pos_embed"  # timm's name
     if positions in weights and positions in wanted and weights[positions].shape != wanted[positions].shape:
         grid = backbone.meta[POSITION_GRID]
@@ -289,13 +295,13 @@ def _load(backbone: fx.GraphModule, weights: dict[str, Tensor], source: str) -> 
     missing = [name for name in wanted if name not in weights and not name.endswith("num_batches_tracked")]
     if missing:
         raise UadtoolError(f"{source} does not fit: it lacks {len(missing)} tensors, {missing[0]} among them")
-    for name, tensor in wanted.items():
-        if name in weights and weights[name].shape != tensor.shape:
-            raise UadtoolError(f"{source} does not fit: {name} is {list(weights[name].shape)}, "
-                               f"wanted {list(tensor.shape)}")
-        if name in weights and not weights[name].isfinite().all():
+    for name, tensor in weights.items():
+        if tensor.shape != wanted[name].shape:
+            raise UadtoolError(f"{source} does not fit: {name} is {list(tensor.shape)}, "
+                               f"wanted {list(wanted[name].shape)}")
+        if not tensor.isfinite().all():
             raise UadtoolError(f"{source} is damaged: {name} holds values that are not finite")
-    backbone.load_state_dict({name: weights[name] for name in wanted if name in weights}, strict=False)
+    backbone.load_state_dict(weights, strict=False)
 
 
 def rename_efficientnet_lite0(weights: dict[str, Any]) -> dict[str, Any]:
