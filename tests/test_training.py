@@ -20,7 +20,7 @@ from uadtool import training
 from uadtool.artifacts import file_digest
 from uadtool.dataset import Sample, split_held_out, training_samples
 from uadtool.detectors.backbones import build_backbone, fold_batch_norm, load_teacher_weights
-from uadtool.detectors.base import describe
+from uadtool.detectors.base import Detector, describe
 from uadtool.detectors.stfpm import distillation_loss
 from uadtool.errors import UadtoolError
 from uadtool.images import ImageError
@@ -30,7 +30,7 @@ from uadtool.training import TrainingOptions, data, loop, train
 from uadtool.training.data import TeacherFeatures
 from uadtool.training.loop import batch_indices, steps_per_epoch
 from uadtool.training.precision import choose_device, large_depthwise_float
-from uadtool.training.statistics import LEAST_UNIT, _units, class_statistics
+from uadtool.training.statistics import LEAST_UNIT, _units, class_statistics, fit_prototypes
 
 TEACHER = "mobilenetv2_035"
 
@@ -164,6 +164,31 @@ def test_prototypes_are_the_mean_descriptors_of_the_training_images(run, samples
         torch.testing.assert_close(prototype, descriptors.mean(0), rtol=1e-3, atol=1e-3)
 
 
+class Described(Detector):
+    """One whose descriptors, of the images in order, are known."""
+
+    def __init__(self, descriptors):
+        super().__init__(2, descriptors.shape[1], (8, 8), [0.5] * 3, [0.5] * 3)
+        self.descriptors = iter(descriptors.split(32))
+
+    def fit(self, run):
+        raise NotImplementedError
+
+    def raw_maps_and_descriptor(self, pixels):
+        return pixels, next(self.descriptors)
+
+
+def test_a_channel_that_is_dead_on_training_images_does_not_drown_the_others(samples):
+    """As one behind a ReLU that some other image wakes."""
+    descriptors = torch.randn(40, 4, generator=torch.Generator().manual_seed(0))
+    descriptors[:, 3] = 0
+    descriptors[20:, 0] += 10
+    detector = Described(descriptors)
+    fit_prototypes(detector, ["dots", "stripes"], TeacherFeatures(samples, (64, 64), lambda images: [], 1))
+    awake = torch.cat([descriptors[:, :3], torch.full((40, 1), 0.2)], dim=1)
+    assert torch.equal(detector.nearest_class(awake), torch.tensor([0] * 20 + [1] * 20))
+
+
 def test_the_weights_of_the_lowest_held_out_loss_are_kept(run, samples, monkeypatch):
     monkeypatch.setattr(training, "autocast_dtype", lambda device: torch.float32)
     monkeypatch.setattr(loop, "_schedule", lambda step, steps: 0.1 if step < 6 else -1)  # uphill
@@ -209,13 +234,16 @@ def test_the_networks_do_not_know_the_classes(run, samples, monkeypatch):
 
 
 @pytest.mark.parametrize("counts", [{"dots": 5}, {"dots": 1, "stripes": 6}, {"dots": 1, "stripes": 1}, {"dots": 1}])
-def test_few_images_are_enough(run, samples, counts):
+def test_few_images_are_enough(run, samples, counts, caplog):
     chosen = [s for name, count in counts.items() for s in [s for s in samples if s.class_name == name][:count]]
     result = run(chosen, length=2)
     assert result.metadata.classes == sorted(counts)
     for name, count in counts.items():
         found = result.report["classes"][name]
-        assert found == {"training": max(1, count - 1), "held_out": 1}
+        held_out = {1: 1, 5: 2, 6: 3}[count]
+        assert found == {"training": max(1, count - held_out), "held_out": held_out}
+    few = ", ".join(sorted(name for name, count in counts.items() if count < 6))
+    assert f"too few good images to tell what is usual: {few};" in caplog.text
     assert all(tensor.isfinite().all() for tensor in result.detector.state_dict().values())
     assert (result.detector.score_std > 0).all()
     json.loads(result.metadata.to_json())

@@ -33,6 +33,9 @@ SUFFIXES = {
 }
 GOOD_LABELS = {"good", "normal", "ok", "0", "0.0", "false"}  # 0.0: what pandas writes when other labels are missing
 
+LEAST_HELD_OUT = 3
+"""Images of a class: one or two do not tell how far its good images differ."""
+
 PLACES = ("train", "test", "ground_truth")
 """The folders in that of a class."""
 
@@ -88,6 +91,9 @@ def training_samples(data: str, classes: Optional[Sequence[str]] = None) -> List
     if nameless and not classes:
         raise UadtoolError(f"{data} gives no class for {nameless[0]}, but for other images")
     rows = [(sample, split) for sample, split in layout.rows if sample.class_name in chosen]
+    if any(sample.label == "anomalous" and not split for sample, split in rows):
+        log.warning("%s names no split for some images: the good ones of these train, and score tests them, too; to "
+                    "compare models fairly, give them the split train or test", data)
     training = list(dict.fromkeys(sample for sample, split in rows if split != "test" and sample.label == "good"))
     for name in sorted(chosen - {sample.class_name for sample in training}):
         others = sum(sample.class_name == name for sample, _ in rows)
@@ -153,11 +159,13 @@ def _outside(folder: Folder) -> int:
 def split_held_out(samples: Sequence[Sample], share: float, seed: int) -> Tuple[List[Sample], List[Sample]]:
     """Hold out ``share`` (0 to 1) of each class, chosen at random: (the rest, held out), both in the order given.
 
-    A class of two or more has at least one image on either side; the only image of a class is not held out.
+    At least ``LEAST_HELD_OUT`` are, or half of a class that has fewer than twice as many; the only image of a class is
+    not.
     """
     held_out: Set[Sample] = set()
     for name, members in _by_class(samples).items():
-        count = min(max(round(share * len(members)), 1), len(members) - 1)
+        least = min(LEAST_HELD_OUT, len(members) // 2)
+        count = min(max(round(share * len(members)), least), len(members) - 1)
         # Each class has its own randomness: the choice in one does not depend on which others there are.
         held_out.update(random.Random(f"{seed} {name}").sample(members, count))
     return [s for s in samples if s not in held_out], [s for s in samples if s in held_out]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from uadtool import __version__
 from uadtool.artifacts import list_digest
-from uadtool.dataset import Sample, balanced
+from uadtool.dataset import LEAST_HELD_OUT, Sample, balanced
 from uadtool.detectors import Detector, find_method, method_options
 from uadtool.detectors.backbones import DEFAULT_TEACHER, load_teacher_weights
 from uadtool.detectors.complexity import count_macs, count_parameters
@@ -100,6 +100,10 @@ def train(samples: Sequence[Sample], options: TrainingOptions, checkpoint: Path,
     classes = sorted({str(sample.class_name) for sample in samples})
     chosen = method_options(options.method, options.method_options)
     rest, held_out_samples = split_training(samples, options.held_out, options.seed)
+    few = [name for name in classes if sum(s.class_name == name for s in held_out_samples) < LEAST_HELD_OUT]
+    if few:
+        log.warning("too few good images to tell what is usual: %s; all images of such a class may be anomalous to the "
+                    "model, or none; give it %d or more", ", ".join(few), 2 * LEAST_HELD_OUT)
     images_digest = list_digest(sample.path for sample in samples)
     config = {**asdict(replace(options, method_options={})), **{f"option {k}": v for k, v in chosen.items()},
               "image_size": list(options.image_size),

@@ -15,7 +15,7 @@ from uadtool.training.data import TeacherFeatures
 PSEUDO_COUNT = 4
 """Weight, in images, of what is usual against what few images of a class or a position show."""
 LEAST_SPREAD = 0.01
-"""Of a class's maps, relative to their mean, and of its scores: where all images are alike."""
+"""Of a class's maps and of a channel of descriptors, relative to the mean, and of scores: where all are alike."""
 LEAST_UNIT = 0.1
 """Of a map, in spreads: where it is all but constant, as one of few int8 codes may be, and would drown the others."""
 
@@ -56,7 +56,9 @@ def fit_prototypes(detector: Detector, classes: Sequence[str], training: Teacher
     device = detector.prototypes.device
     descriptors = torch.cat([detector.raw_maps_and_descriptor(detector.normalize(images.to(device)))[1]
                              for images, _ in training.batches()])
-    detector.descriptor_scale.copy_(1 / descriptors.std(dim=0, correction=0).clamp(min=1e-6))
+    spreads = descriptors.std(dim=0, correction=0)
+    # A channel that is dead on all of these images must not drown the others where it awakes.
+    detector.descriptor_scale.copy_(1 / spreads.clamp(min=LEAST_SPREAD * spreads.mean() + 1e-6))
     for index, name in enumerate(classes):
         members = [place for place, sample in enumerate(training.samples) if sample.class_name == name]
         detector.prototypes[index] = descriptors[members].mean(dim=0)
