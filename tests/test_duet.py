@@ -188,3 +188,16 @@ def test_an_interrupted_run_goes_on_to_the_same_result(textures, tmp_path, monke
         run("resumed")
     resumed = run("resumed", resume=True)
     assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
+
+
+@pytest.mark.parametrize(("most", "sizes"), [(32, [32, 4, 4]), (1, [32, 4])])
+def test_of_many_held_out_images_a_part_measures_the_head(textures, tmp_path, monkeypatch, most, sizes):
+    """Of 4 to train on and 36 held out, the features of all at once would be too large where there are very many."""
+    seen = []
+    monkeypatch.setattr("uadtool.detectors.duet.HELD_OUT_BATCHES", most)
+    monkeypatch.setattr("uadtool.detectors.duet.vary", lambda images, *rest: (
+        seen.append(len(images)), vary(images, *rest))[1])
+    options = TrainingOptions(method="duet", method_options={"small": "9", "large": "9"}, image_size=SIZE, length=1,
+                              unit="steps", held_out=0.9)
+    train(training_samples(str(textures)), options, tmp_path / "checkpoint")
+    assert seen == sizes

@@ -88,7 +88,7 @@ def train(data: str, output: str, method: str, method_options: Dict[str, str], t
     with process_group(device):
         on_first(lambda: check_writable(output, [data, teacher_weights, teacher_ranges]))
         ranges = RangesFile.read(teacher_ranges).ranges if teacher_ranges else None
-        samples = training_samples(data, classes.split(",") if classes else None)
+        samples = training_samples(data, classes.split(",") if classes is not None else None)
         length = {"length": steps, "unit": "steps"} if steps else {"length": epochs} if epochs else {}
         checkpoint = Path(f"{output}.checkpoint")
         result = run(samples, TrainingOptions(

@@ -4,6 +4,7 @@ The two see different things: the memory what never occurred, the head what is o
 memory of small patches sees other defects than one of large patches: two small ones find more than a big joint one.
 """
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -34,6 +35,8 @@ CROP = 24
 """Side of the part of the feature grid that the head trains on: so it cannot learn where things are."""
 LEAST_COVERED = 0.15
 """Of a patch, for the head to call it anomalous."""
+HELD_OUT_BATCHES = 32
+"""Their features stay in memory while the head trains: of more than so many, every second one, or third."""
 
 
 class Duet(Detector):
@@ -92,6 +95,7 @@ class Duet(Detector):
     def fit_head(self, run: "Run") -> "Outcome":
         """Train the head on synthetic anomalies."""
         from uadtool.training import distributed
+        from uadtool.training.data import CHUNK
         from uadtool.training.precision import autocast
 
         assert isinstance(self.head, Head)
@@ -115,7 +119,10 @@ class Duet(Detector):
             return loss_of(*_crop(teacher(changed), masks, generator))
 
         held_out: list[tuple[Sequence[Tensor], Tensor]] = []
+        every = math.ceil(len(run.held_out) / CHUNK / HELD_OUT_BATCHES)
         for number, (images, _) in run.held_out_batches():
+            if number % every:
+                continue
             changed, masks = vary(images, self.map_size, np.random.default_rng((run.seed, number)))
             held_out.append((teacher(changed), masks))
 
