@@ -11,7 +11,7 @@ from uadtool.artifacts import file_digest
 from uadtool.errors import UadtoolError
 from uadtool.onnx_export import save_onnx
 from uadtool.tensorrt import versions
-from uadtool.tensorrt.builder import BuildOptions, _use_dla, build_engine
+from uadtool.tensorrt.builder import BuildOptions, _use_dla, _use_timing_cache, build_engine
 from uadtool.tensorrt.files import read_engine_metadata
 from uadtool.tensorrt.gpu import current_gpu
 
@@ -52,6 +52,27 @@ def test_an_engine_has_its_metadata_beside_it(engine, onnx):
     metadata, build = read_engine_metadata(str(path))
     assert metadata == flavour("resnet18", "tensorrt", "int8").metadata
     assert build == record["build"]
+
+
+class StaleCache:
+    """A configuration of TensorRT, which is not here and has other versions' caches refused; RTX takes anything."""
+
+    def __init__(self, create):
+        self.create_timing_cache, self.used = create, None
+
+    def set_timing_cache(self, cache, ignore_mismatch):
+        self.used = cache if not cache and not ignore_mismatch else None
+        return self.used is not None
+
+
+@pytest.mark.parametrize("create", [lambda content: content, lambda content: None if content else content])
+def test_a_timing_cache_of_another_tensorrt_is_made_anew(create, tmp_path, caplog):
+    config = StaleCache(create)
+    assert _use_timing_cache(config, tmp_path / "missing") == config.used == b""
+    assert not caplog.text
+    (tmp_path / "old").write_bytes(b"of TensorRT 8.4")
+    assert _use_timing_cache(config, tmp_path / "old") == config.used == b""
+    assert "old is damaged, or of another TensorRT or GPU" in caplog.text
 
 
 def test_an_engine_without_its_metadata_is_refused(engine, tmp_path):

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as stn
 from torch import fx, nn
 
+from uadtool.commands.calibrate import calibrate as calibrate_command
 from uadtool.commands.quantize import quantize as command
 from uadtool.detectors.backbones import LayerNorm
 from uadtool.detectors.stfpm import STFPM
@@ -413,6 +414,32 @@ def test_layers_by_pattern(detector):
         matching_layers(detector, ["student.*", "blocks.9"])
 
 
+class Shortcut(nn.Module):
+    """Adds after an activation, as DarkNet and the first stage of EfficientNetV2; nothing of a detector."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.last = (nn.Conv2d(3, 3, 3, padding=1) for _ in range(3))
+
+    def forward(self, pixels):
+        values = torch.relu(self.first(pixels))
+        return self.last(values + torch.relu(self.second(values)))
+
+
+@pytest.mark.parametrize(("target", "expected"), [("onnxruntime", [True, True]), ("tensorrt", [False, False])])
+def test_an_addition_that_no_convolution_computes_is_float_for_tensorrt(target, expected):
+    torch.manual_seed(0)
+    network, pixels = Shortcut().eval(), torch.rand(4, 3, 8, 8)
+    model = quantize(network, calibrate(network, [pixels], "minmax"), TARGETS[target])
+    (addition,) = (node for node in model.graph.nodes if node.target is operator.add)
+    sources = [source if source.target not in ("float", "half") else source.all_input_nodes[0]
+               for source in addition.all_input_nodes]
+    assert [isinstance(module(model, source), ActivationQuantizer) for source in sources] == expected
+    assert [quantizers(model, node) for node in nodes(model, QuantizedConv2d)] == [[True]] * 3
+    with torch.inference_mode():
+        assert (model(pixels) - network(pixels)).abs().max() < 0.05 * network(pixels).abs().max()
+
+
 # Linear layers
 
 
@@ -727,3 +754,22 @@ def test_an_unknown_layer_pattern_is_refused(trained, calibrated, tmp_path, patt
         run(trained.path, "--ranges", calibrated.path, "-o", tmp_path / "a.safetensors", "--keep-float", pattern)
     with pytest.raises(UadtoolError, match="every layer would stay float"):
         run(trained.path, "--ranges", calibrated.path, "-o", tmp_path / "a.safetensors", "--keep-float", "*")
+
+
+def test_too_many_sensitive_layers_are_refused_before_they_are_measured(trained, calibrated, textures, tmp_path,
+                                                                        monkeypatch):
+    monkeypatch.delattr("uadtool.quantization.recipe.layer_sensitivity")
+    with pytest.raises(UadtoolError, match="every layer would stay float"):
+        run(trained.path, textures, "--ranges", calibrated.path, "-o", tmp_path / "a.safetensors", "--keep-float",
+            "auto:999")
+
+
+def test_the_data_set_is_not_overwritten(trained, calibrated, tmp_path):
+    manifest = tmp_path / "parts.csv"
+    manifest.write_text("path,label\n")
+    with pytest.raises(UadtoolError, match="would be lost"):
+        run(trained.path, manifest, "--ranges", calibrated.path, "-o", manifest)
+    for arguments in ([manifest], ["--source", f"images:{manifest}"]):
+        with pytest.raises(UadtoolError, match="would be lost"):
+            calibrate_command.main([str(a) for a in (trained.path, *arguments, "-o", manifest)], standalone_mode=False)
+    assert manifest.read_text() == "path,label\n"

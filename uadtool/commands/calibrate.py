@@ -69,10 +69,10 @@ def calibrate(model: str, data: Optional[str], output: str, method: str, percent
 
     keep_freed_memory()
     if output != "-":
-        check_writable(output, [model])
+        check_writable(output, [model, data, *(one[len("images:"):] for one in sources if one.startswith("images:"))])
     with unchanged(model) as digest:
         detector, metadata = load_float_model(model)
-    good = training_samples(data, classes.split(",") if classes else metadata.classes) if data else []
+    good = training_samples(data, metadata.classes if classes is None else classes.split(",")) if data else []
     chosen, source = calibration_batches(sources, good, count, seed, detector, metadata.image_size)
     percentile = percentile or 99.99
     with Progress("calibrate", source["count"]) as progress:

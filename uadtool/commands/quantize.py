@@ -70,7 +70,7 @@ def quantize(model: str, data: Optional[str], ranges_file: Optional[str], output
     from uadtool.quantization.recipe import Recipe, apply_recipe
 
     keep_freed_memory()
-    check_writable(output, [model, ranges_file])
+    check_writable(output, [model, data, ranges_file])
     ranges = RangesFile.read(ranges_file) if ranges_file else None
     with unchanged(model) as digest:
         if ranges:

@@ -10,7 +10,6 @@ import torch
 from onnx import ModelProto
 from torch import Tensor, fx, nn
 
-from uadtool.artifacts import atomic_write
 from uadtool.detectors.base import Output, standardize
 from uadtool.metadata import Metadata
 from uadtool.onnx_export.writer import to_onnx
@@ -21,8 +20,7 @@ def open_proto(proto: ModelProto, runtime: str = "onnxruntime") -> Runtime:
     """``open_model`` for a graph that is in no file."""
     with TemporaryDirectory() as folder:
         path = Path(folder, "model.onnx")
-        with atomic_write(path) as temporary:
-            onnx.save_model(proto, temporary)
+        onnx.save_model(proto, path)
         return open_model(str(path), runtime=runtime)
 
 

@@ -83,10 +83,10 @@ def save_onnx(proto: ModelProto, path: Union[str, Path]) -> None:
 
 
 def lower_opset(proto: ModelProto) -> None:
-    """From opset 18 to 17, where a reduction has its axes as attribute and Resize does not know what 18 added.
+    """From opset 18 to 17, where a reduction has its axes as attribute and Resize and Split do not know what 18 added.
 
-    Nothing is lost: what 18 added has its default value. Any other operator that 18 changed is left to the checker of
-    ``save_onnx``. The converters of onnx and torch fail at these two.
+    Nothing is lost: what 18 added has its default value, or says what 17 does anyway (equal parts). Any other operator
+    that 18 changed is left to the checker of ``save_onnx``. The converters of onnx and torch fail at the first two.
     """
     constants = _constants(proto.graph)
     for node in proto.graph.node:
@@ -96,6 +96,8 @@ def lower_opset(proto: ModelProto) -> None:
                 node.attribute.append(helper.make_attribute("axes", constants[node.input.pop()].tolist()))
         elif node.op_type == "Resize":
             _remove_attributes(node, "antialias", "keep_aspect_ratio_policy")
+        elif node.op_type == "Split":
+            _remove_attributes(node, "num_outputs")
     del proto.opset_import[:]
     proto.opset_import.append(helper.make_opsetid("", OPSET))
 

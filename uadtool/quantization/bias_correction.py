@@ -55,4 +55,5 @@ def correct_biases(detector: nn.Module, quantized: fx.GraphModule, images: Tenso
 
 def _channel_means(values: Tensor, layer: QuantizedLayer) -> Tensor:
     """[C], of what the layer gives."""
-    return values.movedim(layer.channel_axis, -1).flatten(0, -2).mean(0)
+    channels = layer.channel_axis % values.dim()
+    return values.mean([axis for axis in range(values.dim()) if axis != channels])

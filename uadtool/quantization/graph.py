@@ -103,7 +103,7 @@ class QuantizableGraph:
                 if target.quantized_outputs:
                     wanted = reader in integer or (node in integer and not linear)
                 elif reader.target in _ADDITIONS:
-                    wanted = reader in integer and node is not self._fused_branch(reader)
+                    wanted = reader in integer and self._fused_branch(reader) not in (None, node)
                 else:
                     wanted = reader in integer and self._is(reader, Layer)
                 if wanted:
@@ -124,7 +124,10 @@ class QuantizableGraph:
         self.module.recompile()
 
     def _fused_branch(self, addition: fx.Node) -> Optional[fx.Node]:
-        """The input of an addition that a convolution adds to while it computes: that of the last one before it."""
+        """The input of an addition that a convolution adds to while it computes: that of the last one before it.
+
+        None where activations stand between: such an addition computes in float.
+        """
         branches = [node for node in addition.all_input_nodes if self._is(node, nn.Conv2d) and len(node.users) == 1]
         order = list(self.module.graph.nodes)
         return max(branches, key=order.index, default=None)

@@ -144,6 +144,8 @@ def _float_layers(detector: Detector, ranges: RangesFile, target: Target, recipe
     """The layers that stay float, in the order of the network, and the sensitivities of the others, worst first."""
     layers = QuantizableGraph(detector).layers
     kept = {*layers_outside(detector, recipe.scope), *matching_layers(detector, recipe.keep_float)}
+    if len(kept) + recipe.keep_sensitive >= len(layers):
+        raise UadtoolError("every layer would stay float; keep fewer, or take the float model as it is")
     sensitivity: list[tuple[str, float]] = []
     if recipe.sensitivity or recipe.keep_sensitive:
         assert images is not None
@@ -154,6 +156,4 @@ def _float_layers(detector: Detector, ranges: RangesFile, target: Target, recipe
                 progress.update(note=f"{pair[0]} {pair[1]:.3f}")
         sensitivity.sort(key=lambda pair: -pair[1])
         kept |= {name for name, _ in sensitivity[:recipe.keep_sensitive]}
-    if len(kept) == len(layers):
-        raise UadtoolError("every layer would stay float; keep fewer, or take the float model as it is")
     return [layer for layer in layers if layer in kept], sensitivity

@@ -6,6 +6,7 @@ from torch import Tensor, fx, nn
 
 from uadtool.detectors.backbones import fold_batch_norm
 from uadtool.detectors.base import Detector
+from uadtool.errors import UadtoolError
 from uadtool.quantization import Ranges, Target, quantize
 from uadtool.quantization.graph import QuantizableGraph
 
@@ -38,4 +39,7 @@ def quantized_teacher(detector: Detector, ranges: Ranges, target: Target, images
     """
     network = _Teacher(detector)
     names = QuantizableGraph(network).points.values()
+    others = [name for name in ranges if name.startswith("teacher_") and name not in names]
+    if others:
+        raise UadtoolError(f"the ranges are of another teacher, which has {others[0]!r}; run calibrate again")
     return quantize(network, {name: ranges[name] for name in names if name in ranges}, target, images=images)

@@ -1,5 +1,6 @@
 """From an exported graph to an engine, which runs on the GPU and TensorRT version that it was built for."""
 
+import logging
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,6 +20,8 @@ from uadtool.tensorrt.versions import (
 )
 
 MIB = 1 << 20
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -87,15 +90,13 @@ def build_engine(onnx: str, metadata: Metadata, options: BuildOptions) -> Engine
     profile.set_shape("image", least, most, most)
     config.add_optimization_profile(profile)
     cache = Path(options.timing_cache) if options.timing_cache else None
-    if cache:
-        known = cache.read_bytes() if cache.exists() else b""
-        config.set_timing_cache(config.create_timing_cache(known), False)
+    timing = _use_timing_cache(config, cache) if cache else None
     plan = builder.build_serialized_network(network, config)
     if plan is None:
         raise UadtoolError(f"TensorRT {trt.__version__} cannot build {onnx}: {logger.reason}")
-    if cache:
+    if cache and timing is not None:
         with atomic_write(cache) as temporary:
-            temporary.write_bytes(bytes(config.get_timing_cache().serialize()))
+            temporary.write_bytes(bytes(timing.serialize()))
     return Engine(bytes(plan), {
         "package": trt.__name__, "version": trt.__version__, "gpu": gpu.name if gpu else None,
         **asdict(options), "compute_capability": capability, "precision": precision, "dla_fallback": on_gpu})
@@ -117,6 +118,17 @@ def _precision(trt: Any, onnx: str, metadata: Metadata, wanted: Optional[str]) -
                            f"quantize MODEL {means} --target tensorrt")
     raise UadtoolError(f"{onnx} is {metadata.precision} already, and --precision {wanted} cannot change that; "
                        "start from the float model")
+
+
+def _use_timing_cache(config: Any, path: Path) -> Any:
+    """Let the build use what the file knows; nothing, where that is damaged or of another TensorRT or GPU."""
+    known = path.read_bytes() if path.exists() else b""
+    timing = config.create_timing_cache(known)
+    if timing is None or not config.set_timing_cache(timing, False):
+        log.warning("%s is damaged, or of another TensorRT or GPU: it is measured and written anew", path)
+        timing = config.create_timing_cache(b"")
+        config.set_timing_cache(timing, False)
+    return timing
 
 
 def _build_for(trt: Any, config: Any, capability: str) -> None:
