@@ -764,6 +764,23 @@ def test_too_many_sensitive_layers_are_refused_before_they_are_measured(trained,
             "auto:999")
 
 
+@pytest.mark.parametrize(("name", "expected"), [
+    ("resnet18", set()), ("mobilenetv2_035", set()), ("mobilenetv3_small_050", {"Hardswish"}),
+    ("efficientnet_b0", {"SiLU"}),
+])
+def test_activations_that_integer_convolutions_do_not_compute_are_known(name, expected):
+    graph = QuantizableGraph(STFPM(name, (64, 64), 1).fold_batch_norm())
+    assert graph.smooth_activations() == expected
+
+
+def test_a_slow_combination_of_activation_and_runtime_is_told(trained, calibrated, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(QuantizableGraph, "smooth_activations", lambda graph: {"SiLU"})
+    for target in ("openvino", "onnxruntime"):
+        assert "SiLU" not in caplog.text
+        run(trained.path, "--ranges", calibrated.path, "-o", tmp_path / "a.safetensors", "--target", target)
+    assert "ONNX Runtime computes SiLU in float" in caplog.text
+
+
 def test_the_data_set_is_not_overwritten(trained, calibrated, tmp_path):
     manifest = tmp_path / "parts.csv"
     manifest.write_text("path,label\n")

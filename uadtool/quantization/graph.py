@@ -41,6 +41,12 @@ class QuantizableGraph:
         self.layers = [str(node.target) for node in self.module.graph.nodes if self._is(node, Layer)]
         self.points = self._find_points()
 
+    def smooth_activations(self) -> set[str]:
+        """Those after convolutions that are more than a limit, as ReLU and ReLU6 are: SiLU, say."""
+        behind = {self._activated(node) for node in self.module.graph.nodes if self._is(node, nn.Conv2d)}
+        return {type(self._modules[str(node.target)]).__name__ for node in behind
+                if self._is(node, _ACTIVATIONS) and not self._is(node, (nn.ReLU, nn.ReLU6))}
+
     def observed(self, make: Callable[[str], nn.Module]) -> fx.GraphModule:
         """The graph with ``make(name)``, as ``points.NAME``, at every point for all that read there."""
         return self._insert(make, [(node, reader) for node in self.points for reader in node.users])

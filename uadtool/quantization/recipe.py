@@ -1,5 +1,6 @@
 """The steps from a float model and its ranges to a quantized one, in their order."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -26,6 +27,8 @@ from uadtool.quantization.sensitivity import anomaly_maps, layer_sensitivity, ma
 from uadtool.training import refit_statistics
 from uadtool.training.data import read_images, split_again
 from uadtool.training.synthetic import synthetic_anomalies
+
+log = logging.getLogger(__name__)
 
 SENSITIVITY_IMAGES = 16
 """Held-out good ones; as many with synthetic anomalies are added."""
@@ -106,6 +109,10 @@ def apply_recipe(detector: Detector, metadata: Metadata, digest: str, ranges: Op
         model: nn.Module = half(detector)
         metadata = metadata.replace(precision="fp16", target=recipe.target)
     else:
+        smooth = QuantizableGraph(detector).smooth_activations() if target.quantized_outputs else set()
+        if smooth:
+            log.warning("ONNX Runtime computes %s in float between int8 convolutions, slower than all in fp32; take "
+                        "--target openvino, or a teacher with ReLU or ReLU6", " and ".join(sorted(smooth)))
         kept, sensitivity = _float_layers(detector, ranges, target, recipe, images)
         if sensitivity:
             report["sensitivity"] = [{"layer": name, "map_distance": distance} for name, distance in sensitivity]
