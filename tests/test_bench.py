@@ -14,6 +14,7 @@ from uadtool import benchmark
 from uadtool.artifacts import file_digest
 from uadtool.benchmark import _thread_counts, bench
 from uadtool.errors import UadtoolError
+from uadtool.host import peak_memory
 
 SCHEMA = json.loads((Path(uadtool.__file__).parent / "schemas" / "bench.json").read_text())
 QUICK = ["--repetitions", "2", "--duration", "0.02", "--warmup", "1"]
@@ -89,6 +90,13 @@ def test_a_fresh_process_finds_what_this_one_finds_and_may_say_much(detector, tm
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the parent's memory is counted in only on Linux")
+def test_peak_memory_where_the_kernel_does_not_tell(monkeypatch):
+    """As in gVisor."""
+    expected = peak_memory()
+    monkeypatch.setattr("pathlib.Path.read_text", lambda path, encoding: "VmSize: 9 kB\nVmRSS: 3 kB\n")
+    assert peak_memory() >= expected > 1 << 20
+
+
 def test_peak_memory_is_not_that_of_the_parent():
     program = "from uadtool.host import peak_memory; print(peak_memory())"
     held = np.ones(30_000_000)

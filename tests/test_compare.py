@@ -529,6 +529,8 @@ def test_command_writes_a_file_whole_or_not_at_all(files):
         found = run("fp32.jsonl", "bench.json", "--format", style, "-o", "out")
         assert (found.returncode, found.stdout, found.stderr) == (0, "", "")
         assert Path("out").read_text() == run("fp32.jsonl", "bench.json", "--format", style).stdout
+    assert run("fp32.jsonl", "bench.json", "-o", "-").stdout == run("fp32.jsonl", "bench.json").stdout
+    assert not Path("-").exists()
     missing = run("fp32.jsonl", "-o", "no/such/folder")
     assert (missing.returncode, missing.stdout) == (1, "")
     assert "there is no folder" in missing.stderr

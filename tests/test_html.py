@@ -23,7 +23,7 @@ from uadtool.reports import html, svg
 from uadtool.reports.html import as_html
 from uadtool.reports.markup import Markup, tag
 from uadtool.reports.svg import Scale, number
-from uadtool.reports.thumbnails import SIDE, thumbnail
+from uadtool.reports.thumbnails import SIDE, _moved, thumbnail
 
 VOID = {"img", "meta", "wbr"}
 BLANK = "<!DOCTYPE html><title>blank</title>"
@@ -139,6 +139,17 @@ def test_thumbnails_are_small_and_few_and_what_is_gone_is_named(files, caplog):
     assert gone
     assert all("data/nut/" in text for text in gone)
     assert len(text) < 2_000_000
+
+
+def test_an_image_that_hardly_moved_is_on_the_side_where_it_is(tmp_path):
+    files = []
+    for name, threshold in (("fp32", 2.0), ("int8", 2 - 1e-7)):
+        run, *images, summary = score_records(f"{name}.onnx")
+        images[1].update(score=2.0, anomalous=threshold < 2)
+        files.append(tmp_path / f"{name}.jsonl")
+        files[-1].write_text(lines([{**run, "threshold": threshold}, *images, summary]))
+    (image,) = _moved(join(map(str, files)))
+    assert (image.path, image.finding) == ("data/bolt/001.png", "now found")
 
 
 def test_a_thumbnail_keeps_its_shape(files):

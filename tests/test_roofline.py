@@ -78,4 +78,4 @@ main()
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout) == (3, "")
-    assert done.stderr == "uadtool: error: onnx is not installed; pip install 'uadtool[lab]'\n"
+    assert done.stderr == "uadtool: error: onnx is not installed; pip install 'uadtool[roofline]'\n"

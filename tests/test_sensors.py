@@ -44,6 +44,10 @@ ORIN_JETPACK_6 = {
     "sys/class/hwmon/hwmon1/in2_label": "VDD_CPU_CV",
     "sys/class/hwmon/hwmon1/in2_input": 19000,
     "sys/class/hwmon/hwmon1/curr2_input": 100,
+    "sys/class/hwmon/hwmon2/name": "ina3221",
+    "sys/class/hwmon/hwmon2/in2_label": "VDDQ_VDD2_1V8AO",
+    "sys/class/hwmon/hwmon2/in2_input": 5000,
+    "sys/class/hwmon/hwmon2/curr2_input": 200,
     "sys/class/devfreq/17000000.bus/cur_freq": 918000000,
     "sys/class/devfreq/17000000.bus/device/of_node/name": "gpu\0",
 }
@@ -79,7 +83,7 @@ def machine(tmp_path):
 
 @pytest.mark.parametrize(("files", "rails", "watts"), [
     (XAVIER_JETPACK_5, {"VDD_IN": 8.0, "VDD_CPU_GPU_CV": 2.5}, 8.0),
-    (ORIN_JETPACK_6, {"VDD_GPU_SOC": 3.8, "VDD_CPU_CV": 1.9}, 5.7),
+    (ORIN_JETPACK_6, {"VDD_GPU_SOC": 3.8, "VDD_CPU_CV": 1.9, "VDDQ_VDD2_1V8AO": 1.0}, 5.7),
     (NANO_JETPACK_4, {"POM_5V_IN": 2.4, "POM_5V_GPU": 0.3}, 2.4),
     (WORKSTATION, {}, None),
 ])

@@ -146,6 +146,15 @@ def test_images_of_one_name_below_two_folders_are_the_same_images(tmp_path, capl
     assert "merged 2 files of m.onnx: " in caplog.text
 
 
+def test_images_scored_again_from_within_their_folder_stay_two_columns(tmp_path):
+    images = examples(1, 20)
+    whole = under("parts/a/test/good", run_of(range(20), images))
+    for folder in ("a/test/good", "good"):
+        part = under(folder, run_of(range(9), images))
+        assert len(compare(written(tmp_path, whole, part))["models"]) == 2
+        assert len(compare(written(tmp_path, part, whole))["models"]) == 2
+
+
 def test_an_image_that_one_run_could_not_read_costs_a_warning(tmp_path, caplog):
     images = examples(1, 12)
     error = {"type": "image", "path": "11.png", "error": "11.png is cut short"}

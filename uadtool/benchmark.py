@@ -48,12 +48,12 @@ class _Load:
         self.rates: List[float] = []
         self.joules: Dict[str, float] = {}
 
-    def add(self, images: int, times: Sequence[float], meter: PowerMeter) -> None:
+    def add(self, images: int, times: Sequence[float], seconds: float, joules: Dict[str, float]) -> None:
         self.images += images
-        self.seconds += meter.seconds
+        self.seconds += seconds
         self.rates.append(images / sum(times))
-        for rail, joules in meter.joules.items():
-            self.joules[rail] = self.joules.get(rail, 0.0) + joules
+        for rail, value in joules.items():
+            self.joules[rail] = self.joules.get(rail, 0.0) + value
 
 
 class _Measured:
@@ -128,7 +128,9 @@ def bench(paths: Sequence[str], repetitions: int = 5, duration: float = 3.0, war
                         model.latencies += times
                         model.medians.append(float(np.median(times)))
                     if size in model.loads:
-                        model.loads[size].add(size * len(times), times, meter)
+                        # What is no Jetson counts the energy of its processors alone, and an engine runs on a GPU.
+                        known = sensors.has_rails or model.runtime.name != "tensorrt"
+                        model.loads[size].add(size * len(times), times, meter.seconds, meter.joules if known else {})
                     progress.update()
     for model in models:
         one = random.integers(0, 256, (1, *model.runtime.metadata.image_size, 3), np.uint8)

@@ -1,6 +1,6 @@
 """How well the scores and maps of a run agree with the labels and masks: the ``metrics`` object of its summary."""
 
-from typing import TYPE_CHECKING, Any, Callable, Dict, List
+from typing import TYPE_CHECKING, Any, Callable, Dict, Iterable, List
 
 import numpy as np
 
@@ -79,7 +79,8 @@ class Evaluation:
             for pixels in with_masks.values():
                 pooled.merge(pixels)
             for name, figure in (("pixel_auroc", metrics.PixelMetrics.auroc), ("aupro", metrics.PixelMetrics.aupro)):
-                found[name] = _figures(figure(pooled), {key: figure(pixels) for key, pixels in with_masks.items()})
+                found[name] = _figures(figure(pooled), {key: figure(pixels) for key, pixels in with_masks.items()},
+                                       with_masks)
         return found
 
     def _images(self, figure: Callable[[Any, Any], float], scores: np.ndarray) -> Dict[str, Any]:
@@ -88,7 +89,7 @@ class Evaluation:
         return _figures(figure(labels, scores), {
             name: figure(labels[chosen], scores[chosen])
             for name, chosen in members.items() if labels[chosen].any() and not labels[chosen].all()
-        })
+        }, members)
 
 
 def rounded(value: Any) -> float:
@@ -96,11 +97,10 @@ def rounded(value: Any) -> float:
     return float(f"{value:.6g}")
 
 
-def _figures(pooled: Any, per_class: Dict[str, Any]) -> Dict[str, Any]:
+def _figures(pooled: Any, per_class: Dict[str, Any], classes: Iterable[str]) -> Dict[str, Any]:
+    """Of the ``classes`` those in ``per_class`` have a figure; without a name there is no class."""
     named = {name: value for name, value in per_class.items() if name}
-    mean = sum(named.values()) / len(named) if named else pooled
-    return {
-        "mean": rounded(mean),
-        "pooled": rounded(pooled),
-        "per_class": {name: rounded(value) for name, value in named.items()},
-    }
+    found = {"pooled": rounded(pooled), "per_class": {name: rounded(value) for name, value in named.items()}}
+    if named:
+        return {"mean": rounded(sum(named.values()) / len(named)), **found}
+    return found if any(classes) else {"mean": rounded(pooled), **found}

@@ -26,7 +26,7 @@ def require_peak(runtime: Runtime) -> None:
     """
     if runtime.name not in ("onnxruntime", "openvino"):
         raise UadtoolError(f"--roofline measures ONNX Runtime and OpenVINO, and not {runtime.name}")
-    require("onnx", "lab")
+    require("onnx", "roofline")
 
 
 def roofline(runtime: Runtime, seconds: float) -> Dict[str, Any]:
@@ -47,7 +47,7 @@ def graph_bytes(path: str) -> int:
     """Bytes that the operators of an ONNX file read and write for one image, activations that a runtime keeps in its
     cache or fuses away included. What is quantized counts as the integers that it is.
     """
-    onnx = require("onnx", "lab")
+    onnx = require("onnx", "roofline")
     model = onnx.load(path)
     for value in model.graph.input:
         value.type.tensor_type.shape.dim[0].dim_value = 1
@@ -66,7 +66,7 @@ def graph_bytes(path: str) -> int:
 
 
 def _bytes(kind: int, dims: Any) -> int:
-    onnx = require("onnx", "lab")
+    onnx = require("onnx", "roofline")
     return int(onnx.helper.tensor_dtype_to_np_dtype(kind).itemsize * np.prod(dims, dtype=np.int64))
 
 
@@ -99,7 +99,7 @@ def _product(runtime: Runtime, path: str, values: np.ndarray) -> Callable[[], An
 
 def _write_product(path: str, integers: bool) -> None:
     """Of floats, or as a quantized detector has it, of u8 by s8 giving u8."""
-    onnx = require("onnx", "lab")
+    onnx = require("onnx", "roofline")
     helper, types = onnx.helper, onnx.TensorProto
     weights = np.random.default_rng(0).integers(-127, 128, (SIZE, SIZE))
     constants = {"w": weights.astype(np.float32)}

@@ -15,6 +15,9 @@ TOTAL_RAILS = ("VDD_IN", "POM_5V_IN")
 """The rail that feeds the whole module, on the Jetsons that have one. On others the rails add up to the total
 (https://forums.developer.nvidia.com/t/xavier-jetson-total-power-consumption/81016)."""
 
+FED_BY_OTHERS = ("VDDQ_VDD2_1V8AO",)
+"""Rails that do not count for the total: the memory's of an AGX Orin, which its VIN_SYS_5V0 feeds."""
+
 THROTTLING = ("sys/class/hwmon/hwmon*/oc*_event_cnt",
               "sys/devices/system/cpu/cpu*/thermal_throttle/core_throttle_count")
 """Counters of events: over-current throttling of a Jetson (JetPack 5 and 6), thermal throttling of an x86 core."""
@@ -138,7 +141,7 @@ def total(by_rail: Dict[str, float]) -> Optional[float]:
     for name in TOTAL_RAILS:
         if name in by_rail:
             return by_rail[name]
-    return sum(by_rail.values()) if by_rail else None
+    return sum(value for name, value in by_rail.items() if name not in FED_BY_OTHERS) if by_rail else None
 
 
 def _product(millivolts: Path, milliamperes: Path) -> Callable[[], Optional[float]]:

@@ -53,12 +53,14 @@ class _Part:
         self.results: List[Result] = []
         self._paths: Set[str] = set()
         self._tails: Set[Tuple[str, ...]] = set()
+        self._ends: Set[Tuple[str, ...]] = set()
         self._shards: Set[Any] = set()
 
     def add(self, result: Result) -> None:
         self.results.append(result)
         self._paths |= result.images.keys()
         self._tails.update(map(_tail, result.images))
+        self._ends.update(end for path in result.images for end in _ends(path))
         self._shards.add(result.shard)
 
     def takes(self, result: Result, complete: Set[_Place]) -> bool:
@@ -70,7 +72,8 @@ class _Part:
             elsewhere = first.machine != result.machine and not complete.isdisjoint((_place(first), _place(result)))
             return (first.shard[1] == result.shard[1] and not elsewhere and result.shard not in self._shards
                     and self._paths.isdisjoint(result.images))
-        return first.machine == result.machine and self._tails.isdisjoint(map(_tail, result.images))
+        return first.machine == result.machine and not any(
+            _tail(path) in self._ends or not self._tails.isdisjoint(_ends(path)) for path in result.images)
 
 
 def _place(shard: Result) -> _Place:
@@ -90,6 +93,12 @@ def _complete(results: Iterable[Result]) -> Set[_Place]:
 def _tail(path: str) -> Tuple[str, ...]:
     """What tells an image wherever its data set lies: CLASS/test/DEFECT/FILE, or all of a shorter path."""
     return PurePath(path).parts[-4:]
+
+
+def _ends(path: str) -> List[Tuple[str, ...]]:
+    """The tails that this image has below other folders."""
+    tail = _tail(path)
+    return [tail[start:] for start in range(len(tail))]
 
 
 def _one_model(a: Result, b: Result) -> bool:

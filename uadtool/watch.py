@@ -1,5 +1,6 @@
 """Images that appear in a folder, each as soon as it is whole. On Linux, whose kernel tells when a file is closed."""
 
+import os
 import queue
 import stat
 import sys
@@ -15,6 +16,9 @@ LOOK = 0.5
 and what is still written gives one later.
 """
 
+CHECK = 1.0
+"""Seconds without an image after which the folder is looked for: of one that is gone no event comes any more."""
+
 REMEMBERED = 10_000
 """The last images yielded: a folder is looked through while events come, too."""
 
@@ -29,7 +33,8 @@ class Watch:
     without an image's suffix do not: programs that copy write to such first.
 
     Raises:
-        UadtoolError: there is no such folder, or it cannot be watched.
+        UadtoolError: there is no such folder, or it cannot be watched; while it is iterated, the folder was removed, or
+            another one took its place.
         MissingPackage: watchdog is not installed.
     """
 
@@ -73,6 +78,7 @@ class Watch:
                     appeared(event.src_path, True)
 
         self._found, self._folder = found, folder
+        self._held = os.open(folder, os.O_RDONLY)  # so that no other folder can have its number
         self._observer = observers.InotifyObserver(generate_full_events=True)  # also of moves from elsewhere
         self._observer.schedule(Handler(), folder, recursive=True)
         try:
@@ -82,7 +88,7 @@ class Watch:
 
     def __iter__(self) -> Iterator[str]:
         known: Dict[str, State] = {}
-        for path in iter(self._found.get, None):
+        for path in iter(self._next, None):
             assert path is not None
             inside = Path(path).relative_to(self._folder)
             if inside.suffix.lower() not in SUFFIXES or any(part.startswith(".") for part in inside.parts):
@@ -95,6 +101,21 @@ class Watch:
             if len(known) > REMEMBERED:
                 del known[next(iter(known))]
             yield path
+
+    def _next(self) -> Optional[str]:
+        while True:
+            try:
+                return self._found.get(timeout=CHECK)
+            except queue.Empty:
+                if not self._is_there():
+                    raise UadtoolError(f"{self._folder} was removed or replaced, and can be followed no longer; start "
+                                       "again") from None
+
+    def _is_there(self) -> bool:
+        try:
+            return os.path.samestat(os.fstat(self._held), Path(self._folder).stat())
+        except OSError:
+            return False
 
     def stop(self) -> None:
         """End the iteration once what was found is yielded."""

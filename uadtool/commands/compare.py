@@ -16,7 +16,7 @@ from uadtool import options
               help="Exit with 4 unless METRIC OP NUMBER holds; may be repeated.")
 @click.option("--junit", metavar="FILE", type=click.Path(dir_okay=False),
               help="Write the gates as JUnit XML, a test case each.")
-@options.output("Write there, not to stdout.", required=False)
+@options.output("Write there, not to stdout (-).", required=False)
 @options.verbosity
 def compare(files: Tuple[str, ...], style: Optional[str], changed: bool, conditions: Tuple[str, ...],
             junit: Optional[str], output: Optional[str]) -> None:
@@ -57,6 +57,8 @@ def compare(files: Tuple[str, ...], style: Optional[str], changed: bool, conditi
         gates = [Gate.parse(condition) for condition in conditions]
     except ValueError as error:
         raise click.BadParameter(str(error), param_hint="--gate") from error
+    if output == "-":
+        output = None
     for path in filter(None, (junit, output)):
         check_writable(path, files)
     models = comparison.join(files)

@@ -69,7 +69,7 @@ class Masks:
         """Write the mask of an ``image`` record and its map, float32 [h, w]; returns the record's ``mask``."""
         above = upsample(anomaly_map, image_size(record["path"])) > threshold
         path = self._folder.path(record["path"], ".png")
-        with atomic_write(path) as temporary:
+        with atomic_write(path, durable=False) as temporary:
             Image.fromarray(above).save(temporary, format="PNG")
         return {"mask": str(path)}
 
@@ -100,6 +100,6 @@ class AnomalousImages:
                 image = open_file(record["path"])
             except (OSError, ValueError) as error:
                 raise ImageError(f"{record['path']} is gone, and was not copied") from error
-            with image, atomic_write(path) as temporary, temporary.open("wb") as copy:
+            with image, atomic_write(path, durable=False) as temporary, temporary.open("wb") as copy:
                 shutil.copyfileobj(image, copy)
         return {"link" if self._link else "copy": str(path)}

@@ -46,7 +46,7 @@ class Heatmaps:
         """Write the picture for an ``image`` record and its map, float32 [h, w]; returns the record's ``heatmap``."""
         picture = render(record, anomaly_map, threshold)
         path = self._folder.path(record["path"], ".png")
-        with atomic_write(path) as temporary:
+        with atomic_write(path, durable=False) as temporary:
             picture.save(temporary, format="PNG", compress_level=1)  # 5 times as fast as the default, 15 % larger
         return {"heatmap": str(path)}
 
@@ -144,7 +144,7 @@ def _caption(record: Dict[str, Any], threshold: float, width: int) -> Image.Imag
     _text(draw, (MARGIN, 34), f"nearest class: {record['nearest_class']}", FAINT)
     left, top = width - SCALE_BAR[0] - 3 * MARGIN, 14
     colours = _colours(np.tile(np.linspace(0, 1, SCALE_BAR[0]), (SCALE_BAR[1], 1)))
-    caption.paste(Image.fromarray(colours.astype(np.uint8)), (left, top))
+    caption.paste(Image.fromarray(colours), (left, top))
     for value in (0, threshold, _top(threshold)):
         x = left + round(np.clip(value / _top(threshold), 0, 1) * (SCALE_BAR[0] - 1))
         draw.line([(x, top), (x, top + SCALE_BAR[1] + 4)], fill=TEXT)
@@ -164,17 +164,21 @@ def _latin(text: str) -> str:
 
 @lru_cache(maxsize=1)
 def _font() -> Any:
-    try:
-        return ImageFont.load_default(15)
-    except TypeError:  # Pillow before 10.1 has one size
-        return ImageFont.load_default()
+    return ImageFont.load_default(15)
 
 
 def _colours(share: np.ndarray) -> np.ndarray:
-    """Colours, float [..., 3] up to 255, of shares of the scale (0 to 1)."""
+    """Colours, uint8 [..., 3], of shares of the scale (0 to 1)."""
+    return _scale()[(share * 255).round().astype(np.uint8)]
+
+
+@lru_cache(maxsize=1)
+def _scale() -> np.ndarray:
+    """The colours of the scale, uint8 [256, 3]."""
     anchors = np.array([list(bytes.fromhex(colour)) for colour in INFERNO])
     places = np.linspace(0, 1, len(anchors))
-    return np.stack([np.interp(share, places, channel) for channel in anchors.T], axis=-1)
+    return np.stack([np.interp(np.linspace(0, 1, 256), places, channel).round() for channel in anchors.T],
+                    axis=-1).astype(np.uint8)
 
 
 def _top(threshold: float) -> float:

@@ -73,7 +73,7 @@ def _moved(models: Sequence[Model]) -> List[Shown]:
             shown[record["path"]] = image._replace(scores=(*image.scores, other))
         else:
             shown[record["path"]] = Shown(record["path"], record.get("class"), record.get("label"),
-                                          words[record["moved"] > 0, record.get("label")], (first, other))
+                                          words[other[1] > other[2], record.get("label")], (first, other))
     return list(shown.values())
 
 
