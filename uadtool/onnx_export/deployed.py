@@ -10,6 +10,7 @@ import torch
 from onnx import ModelProto
 from torch import Tensor, fx, nn
 
+from uadtool.artifacts import atomic_write
 from uadtool.detectors.base import Output, standardize
 from uadtool.metadata import Metadata
 from uadtool.onnx_export.writer import to_onnx
@@ -20,7 +21,8 @@ def open_proto(proto: ModelProto, runtime: str = "onnxruntime") -> Runtime:
     """``open_model`` for a graph that is in no file."""
     with TemporaryDirectory() as folder:
         path = Path(folder, "model.onnx")
-        onnx.save_model(proto, path)
+        with atomic_write(path) as temporary:
+            onnx.save_model(proto, temporary)
         return open_model(str(path), runtime=runtime)
 
 
