@@ -123,6 +123,14 @@ def test_what_is_done_is_not_done_again(deployed, make, int8):
     assert changed == ["device.scores.jsonl"]
 
 
+def test_what_is_on_another_device_does_not_count(deployed, make):
+    bench = make.out / "device.bench.json"
+    (make.out / "device").write_text("another machine\n")  # as if this one had been flashed since
+    before = bench.stat().st_mtime_ns
+    assert make(str(bench)).returncode == 0
+    assert bench.stat().st_mtime_ns != before
+
+
 def test_another_setting_is_no_reason_to_show_old_results(deployed, make):
     before = (make.out / "device.bench.json").stat().st_mtime_ns
     changed = make("deploy", BENCH_OPTIONS="--duration 0.1 --repetitions 2")
