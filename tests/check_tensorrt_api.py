@@ -16,14 +16,20 @@ from typing import Iterator, List, Set, Tuple
 PACKAGE = Path(__file__).parents[1] / "uadtool"
 SOURCES = [*sorted((PACKAGE / "tensorrt").glob("*.py")), PACKAGE / "runtimes" / "tensorrt.py"]
 CLASSES = {"builder": "Builder", "network": "INetworkDefinition", "parser": "OnnxParser", "config": "IBuilderConfig",
-           "profile": "IOptimizationProfile", "layer": "ILayer", "error": "ParserError", "_runtime": "Runtime",
+           "profile": "IOptimizationProfile", "layer": "ILayer", "elementwise": "IElementWiseLayer",
+           "error": "ParserError", "_runtime": "Runtime",
            "_engine": "ICudaEngine", "_execution": "IExecutionContext"}
 """Class of what the variables and attributes of these names hold, in the sources."""
 BY_NAME = {"IProfiler.report_layer_time", "ILogger.log", "BuilderFlag.FP16", "BuilderFlag.INT8",
+           "NetworkDefinitionCreationFlag.STRONGLY_TYPED", "NetworkDefinitionCreationFlag.EXPLICIT_BATCH",
+           *(f"LayerType.{name}" for name in ("ELEMENTWISE", "UNARY", "REDUCE", "TOPK")),
            *(f"DataType.{name}" for name in ("UINT8", "INT32", "FLOAT"))}
 """Used, too, but as strings, or overridden."""
 ONLY_IN = {
     "NetworkDefinitionCreationFlag.EXPLICIT_BATCH": lambda version, rtx: version < (10, 0) and not rtx,
+    "NetworkDefinitionCreationFlag.STRONGLY_TYPED": lambda version, rtx: (10, 0) <= version < (11, 0) and not rtx,
+    "BuilderFlag.OBEY_PRECISION_CONSTRAINTS": lambda version, rtx: version < (10, 0) and not rtx,
+    "ILayer.precision": lambda version, rtx: version < (10, 0) and not rtx,
     "BuilderFlag.FP16": lambda version, rtx: version < (11, 0) and not rtx,
     "BuilderFlag.INT8": lambda version, rtx: version < (11, 0) and not rtx,
     "ParserError.node_name": lambda version, rtx: version >= (10, 0) or rtx,
@@ -56,7 +62,7 @@ def _of_source(tree: ast.AST) -> Iterator[str]:
         owner = node.value.id if isinstance(node.value, ast.Name) else getattr(node.value, "attr", None)
         if owner == "trt":
             yield node.attr
-        elif owner in CLASSES:
+        elif owner in CLASSES and not node.attr.startswith("__"):
             yield f"{CLASSES[owner]}.{node.attr}"
         elif owner != "__version__" and getattr(getattr(node.value, "value", None), "id", None) == "trt":
             yield f"{owner}.{node.attr}"

@@ -139,6 +139,54 @@ class Dla:
         return layer.name == "conv1"
 
 
+class Typed:
+    """A network and the configuration of its engine, of TensorRT 8.5, where every precision is a flag."""
+
+    def __init__(self, version):
+        names = ("FP16", "INT8", "TF32", "OBEY_PRECISION_CONSTRAINTS")
+        self.trt = SimpleNamespace(
+            __name__="tensorrt", __version__=version, BuilderFlag=SimpleNamespace(**{name: name for name in names}),
+            LayerType=SimpleNamespace(ELEMENTWISE="elementwise", UNARY="unary", REDUCE="reduce", TOPK="topk"),
+            DataType=SimpleNamespace(FLOAT="float", HALF="half"), IElementWiseLayer=Layer,
+            ElementWiseOperation=SimpleNamespace(SUM="sum", PROD="prod"))
+        self.flags, self.set_flag, self.clear_flag = {"TF32"}, lambda one: self.flags.add(one), lambda one: \
+            self.flags.discard(one)
+        self.layers = [Layer("convolution", "float"), Layer("elementwise", "float", "sum"), Layer("reduce", "half"),
+                       Layer("elementwise", "float", "prod"), Layer("unary", "float"), Layer("topk", "float")]
+        self.num_layers, self.get_layer = len(self.layers), self.layers.__getitem__
+
+
+class Layer:
+    precision = None
+
+    def __init__(self, type, dtype, op=None):
+        self.type, self.op, self.get_output = type, op, lambda index: SimpleNamespace(dtype=dtype)
+
+
+@pytest.mark.parametrize(("version", "precision", "flags", "float_layers"), [
+    ("8.5.2.2", "fp32", set(), []),
+    ("8.5.2.2", "int8", {"INT8"}, []),
+    ("8.5.2.2", "mixed", {"INT8", "FP16", "OBEY_PRECISION_CONSTRAINTS"}, [3, 4, 5]),
+    ("8.5.2.2", "fp16", {"FP16", "OBEY_PRECISION_CONSTRAINTS"}, [3, 4, 5]),
+    ("10.3.0", "mixed", set(), []), ("11.0.0", "fp16", set(), []),
+])
+def test_the_score_head_stays_fp32(version, precision, flags, float_layers):
+    network = Typed(version)
+    versions.use_types_of_graph(network.trt, network, network, precision)
+    assert network.flags == flags
+    assert [index for index, layer in enumerate(network.layers) if layer.precision == "float"] == float_layers
+
+
+@pytest.mark.parametrize(("name", "version", "flags"), [
+    ("tensorrt", "8.5.2.2", 1 << 0), ("tensorrt", "10.3.0", 1 << 1), ("tensorrt", "11.0.0", 0),
+    ("tensorrt_rtx", "1.7", 0),
+])
+def test_tensors_have_the_types_of_the_graph(name, version, flags):
+    module = SimpleNamespace(__name__=name, __version__=version, NetworkDefinitionCreationFlag=SimpleNamespace(
+        EXPLICIT_BATCH=0, STRONGLY_TYPED=1))
+    assert versions.create_network(module, SimpleNamespace(create_network=lambda flags: flags)) == flags
+
+
 @pytest.fixture
 def jetson():
     return SimpleNamespace(__name__="tensorrt", __version__="8.5.2.2", DeviceType=SimpleNamespace(DLA="dla"),

@@ -23,8 +23,8 @@ pytestmark = [
     pytest.mark.skipif(not importlib.util.find_spec("pycuda"), reason="pycuda is not installed"),
 ]
 DETECTORS = ("tf_efficientnet_lite0", "resnet18", "duet")
-TOLERANCE = {"fp32": 0.02, "fp16": 0.05, "int8": 0.25}
-"""Of a score, relative to the larger of it and 1; fp32 convolutions run in TensorFloat-32, of 10 bits."""
+TOLERANCE = {"fp32": 0.01, "fp16": 0.05, "int8": 0.25}
+"""Of a score, relative to the larger of it and 1."""
 MAX_BATCH = 4
 
 

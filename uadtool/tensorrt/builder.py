@@ -16,23 +16,24 @@ from uadtool.tensorrt.versions import (
     describe_error,
     import_tensorrt,
     is_rtx,
-    takes_precision_from_graph,
+    use_types_of_graph,
+    version,
 )
 
 MIB = 1 << 20
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("uadtool")
 
 
 @dataclass(frozen=True)
 class BuildOptions:
     """How to build an engine.
 
-    ``precision`` is fp32, fp16 or int8, or None: that of the graph. ``workspace`` is in MiB, None: as much as there is.
-    Batches have 1 to ``max_batch`` images. ``timing_cache`` is a file that is read, if it is there, and written: so the
-    next build is faster. ``dla`` is the number of a DLA core, which takes batches of ``max_batch`` alone;
-    ``gpu_fallback`` lets the GPU compute what that cannot.
-    ``compute_capability`` is that of the GPU, None: of the one that is here; only TensorRT-RTX builds for others.
+    ``precision`` is fp32, fp16 or int8, which the graph must have, or None: whatever it has. ``workspace`` is in
+    MiB, None: as much as there is. Batches have 1 to ``max_batch`` images. ``timing_cache`` is a file that is read, if
+    it is there, and written: so the next build is faster. ``dla`` is the number of a DLA core, which takes batches of
+    ``max_batch`` alone; ``gpu_fallback`` lets the GPU compute what that cannot. ``compute_capability`` is that of the
+    GPU, None: of the one that is here; only TensorRT-RTX builds for others.
     """
 
     precision: Optional[str] = None
@@ -62,7 +63,7 @@ def build_engine(onnx: str, metadata: Metadata, options: BuildOptions) -> Engine
         MissingPackage: there is no TensorRT.
     """
     trt = import_tensorrt()
-    precision = _precision(trt, onnx, metadata, options.precision)
+    precision = _precision(onnx, metadata, options.precision)
     gpu = current_gpu()
     capability = options.compute_capability or (gpu.compute_capability if gpu else None)
     if capability is None:
@@ -80,9 +81,7 @@ def build_engine(onnx: str, metadata: Metadata, options: BuildOptions) -> Engine
         _build_for(trt, config, options.compute_capability)
     if options.workspace:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace * MIB)
-    if not takes_precision_from_graph(trt):
-        for flag in {"fp32": [], "fp16": ["FP16"], "int8": ["INT8", "FP16"]}[precision]:
-            config.set_flag(getattr(trt.BuilderFlag, flag))
+    use_types_of_graph(trt, network, config, metadata.precision)
     on_gpu = [] if options.dla is None else _use_dla(trt, builder, network, config, options, precision)
     profile = builder.create_optimization_profile()
     least, most = ((count, *metadata.image_size, 3) for count in (1 if options.dla is None else options.max_batch,
@@ -102,7 +101,7 @@ def build_engine(onnx: str, metadata: Metadata, options: BuildOptions) -> Engine
         **asdict(options), "compute_capability": capability, "precision": precision, "dla_fallback": on_gpu})
 
 
-def _precision(trt: Any, onnx: str, metadata: Metadata, wanted: Optional[str]) -> str:
+def _precision(onnx: str, metadata: Metadata, wanted: Optional[str]) -> str:
     """The precision to build with, which the graph must allow."""
     has = "int8" if metadata.precision == "mixed" else metadata.precision
     if has == "int8" and metadata.target != "tensorrt":
@@ -110,8 +109,6 @@ def _precision(trt: Any, onnx: str, metadata: Metadata, wanted: Optional[str]) -
                            "model with --target tensorrt")
     if wanted in (None, has):
         return has
-    if has == "fp32" and wanted == "fp16" and not takes_precision_from_graph(trt):
-        return wanted
     if has == "fp32":
         means = "--ranges RANGES" if wanted == "int8" else "--precision fp16"
         raise UadtoolError(f"{onnx} has fp32 layers alone, and the precision is in the graph; make it with: uadtool "
@@ -147,7 +144,7 @@ def _use_dla(trt: Any, builder: Any, network: Any, config: Any, options: BuildOp
     """Let the DLA core run the network; returns the names of the layers that it cannot run."""
     if options.dla is None or options.dla >= builder.num_DLA_cores:
         raise UadtoolError(f"there is no DLA core {options.dla}; this device has {builder.num_DLA_cores}")
-    if precision == "int8" and not takes_precision_from_graph(trt):
+    if precision == "int8" and version(trt) < (11, 0):
         # https://developer.nvidia.com/blog/tensorrt-deep-learning-accelerator-cn
         raise UadtoolError("a DLA takes no graph with ranges in it (explicit quantization); give it the fp16 one")
     config.default_device_type = trt.DeviceType.DLA

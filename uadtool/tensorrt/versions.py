@@ -38,16 +38,44 @@ def is_rtx(trt: Any) -> bool:
     return bool(trt.__name__ == "tensorrt_rtx")
 
 
-def takes_precision_from_graph(trt: Any) -> bool:
-    """Is every network strongly typed? Others need a flag for each precision that the builder may use."""
-    return is_rtx(trt) or version(trt) >= (11, 0)
-
-
 def create_network(trt: Any, builder: Any) -> Any:
-    """An empty network with a batch dimension."""
-    if is_rtx(trt) or version(trt) >= (10, 0):
+    """An empty network with a batch dimension, whose tensors have the types of the graph where TensorRT can do that."""
+    flags = trt.NetworkDefinitionCreationFlag
+    if is_rtx(trt) or version(trt) >= (11, 0):
         return builder.create_network(0)
-    return builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.EXPLICIT_BATCH))
+    return builder.create_network(1 << int(flags.STRONGLY_TYPED if version(trt) >= (10, 0) else flags.EXPLICIT_BATCH))
+
+
+def use_types_of_graph(trt: Any, network: Any, config: Any, precision: str) -> None:
+    """Let the builder compute in the types that the graph has, and in no others.
+
+    Before version 10 networks have no types, but flags say what the builder may take for any layer. It would take fp16
+    for the score head, too, whose squares and small differences that cannot hold: so it is told to obey, and which
+    layers are fp32. Additions may be fused with an integer convolution before them, and are left alone.
+
+    Args:
+        precision: of the graph, as in its metadata: fp32, fp16, int8 or mixed.
+    """
+    config.clear_flag(trt.BuilderFlag.TF32)  # what is float is so for its accuracy
+    if is_rtx(trt) or version(trt) >= (10, 0):
+        return
+    for flag in {"fp32": [], "fp16": ["FP16"], "int8": ["INT8"], "mixed": ["INT8", "FP16"]}[precision]:
+        config.set_flag(getattr(trt.BuilderFlag, flag))
+    if precision not in ("fp16", "mixed"):
+        return
+    config.set_flag(trt.BuilderFlag.OBEY_PRECISION_CONSTRAINTS)
+    kinds = trt.LayerType
+    for layer in map(network.get_layer, range(network.num_layers)):
+        if layer.type not in (kinds.ELEMENTWISE, kinds.UNARY, kinds.REDUCE, kinds.TOPK):
+            continue
+        if layer.get_output(0).dtype != trt.DataType.FLOAT:
+            continue
+        if layer.type == kinds.ELEMENTWISE:
+            elementwise = layer
+            elementwise.__class__ = trt.IElementWiseLayer  # get_layer gives every layer the type of their base
+            if elementwise.op == trt.ElementWiseOperation.SUM:
+                continue
+        layer.precision = trt.DataType.FLOAT
 
 
 def describe_error(error: Any) -> str:
