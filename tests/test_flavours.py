@@ -111,7 +111,7 @@ def test_every_flavour_keeps_parity(teacher, target, precision):
     made = flavour(teacher, target, precision)
     onnx.checker.check_model(made.proto, full_check=True)
     assert [(o.domain, o.version) for o in made.proto.opset_import] == [("", 17)]
-    parity = check_parity(made.model, made.proto, made.images)
+    parity = check_parity(made.model, made.proto, made.metadata, made.images)
     own = "openvino" if target == "openvino" and find_spec("openvino") else "onnxruntime"
     assert parity["runtime"]["name"] == own
     assert parity["score_difference"] <= parity["tolerance"] == TOLERANCE[precision]

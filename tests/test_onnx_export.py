@@ -24,6 +24,7 @@ from uadtool.metadata import KEY, Metadata
 from uadtool.models import load_model
 from uadtool.onnx_export import check_parity, parity_images, to_onnx
 from uadtool.onnx_export.writer import _scale, add_weight_quantizers, lower_opset, slice_shapes
+from uadtool.quantization.modules import QuantizedConv2d
 from uadtool.runtimes import open_model
 
 SIZE = (64, 64)
@@ -199,10 +200,11 @@ def test_a_teacher_that_splits_channels_is_exported():
     """Opset 18 tells Split how many parts there are, 17 does not know that."""
     torch.manual_seed(0)
     detector = STFPM("skresnet18", SIZE, 1).fold_batch_norm()
-    proto = to_onnx(detector, Metadata("stfpm", "skresnet18", ["a"], SIZE, (16, 16), 3.0, 0.01, 1, 1))
+    metadata = Metadata("stfpm", "skresnet18", ["a"], SIZE, (16, 16), 3.0, 0.01, 1, 1)
+    proto = to_onnx(detector, metadata)
     onnx.checker.check_model(proto, full_check=True)
     assert operators(proto)["Split"] > 0
-    assert check_parity(detector, proto, parity_images(None, SIZE))["score_difference"] < 1e-3
+    assert check_parity(detector, proto, metadata, parity_images(None, SIZE))["score_difference"] < 1e-3
 
 
 def test_exports_report_their_parity(fp32, int8, textures):
@@ -262,7 +264,7 @@ def test_an_invalid_graph_is_not_written(fp32, tmp_path):
 
 @pytest.mark.parametrize(("differing", "accepted"), [(4, True), (5, False)])
 def test_few_images_may_lie_between_two_classes(int8, quantized, textures, differing, accepted):
-    model, _ = load_model(quantized.path)
+    model, metadata = load_model(quantized.path)
 
     class Undecided(torch.nn.Module):
         """Finds the other class, and a score in units of it, for the first images."""
@@ -275,10 +277,25 @@ def test_few_images_may_lie_between_two_classes(int8, quantized, textures, diffe
 
     images = parity_images(str(textures), SIZE)
     if accepted:
-        assert check_parity(Undecided(), onnx.load(int8.path), images)["score_difference"] <= 0.25
+        assert check_parity(Undecided(), onnx.load(int8.path), metadata, images)["score_difference"] <= 0.25
     else:
         with pytest.raises(UadtoolError, match="finds another nearest class for 5 of 16 images"):
-            check_parity(Undecided(), onnx.load(int8.path), images)
+            check_parity(Undecided(), onnx.load(int8.path), metadata, images)
+
+
+@pytest.mark.parametrize("spoil", [
+    lambda model: model.expected_maps.zero_(),
+    lambda model: [module.bias.zero_() for name, module in model.named_modules()
+                   if name.startswith("student") and isinstance(module, QuantizedConv2d)],
+])
+def test_what_the_default_images_tell(int8, quantized, spoil):
+    model, metadata = load_model(quantized.path)
+    images = parity_images(None, SIZE)
+    assert check_parity(model, onnx.load(int8.path), metadata, images)["score_difference"] <= 0.25
+    with torch.no_grad():
+        spoil(model)
+    with pytest.raises(UadtoolError, match=r"is off by .*, more than 0\.5; nothing was written"):
+        check_parity(model, onnx.load(int8.path), metadata, images)
 
 
 # Images for the check

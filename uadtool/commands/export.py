@@ -12,7 +12,7 @@ from uadtool.errors import UadtoolError, require_lab
 @click.option("--images", metavar="PATH", help="Compare torch and the runtime on images of this folder or data set  "
                                                "[default: on synthetic ones]")
 @click.option("--precision", type=click.Choice(["fp32", "fp16", "int8"]),
-              help="Of an engine  [default: that of the graph]")
+              help="Of an engine: refuse a graph that has another.")
 @click.option("--workspace", type=click.IntRange(1), metavar="MIB",
               help="Memory that building an engine may use  [default: all there is]")
 @click.option("--max-batch", type=click.IntRange(1), metavar="N", help="Largest batch of an engine  [default: 8]")
@@ -81,7 +81,7 @@ def _write_onnx(model: str, output: str, images: Optional[str]) -> None:
     proto = to_onnx(detector, metadata)
     if metadata.target == "tensorrt" and (findings := lint(proto)):
         raise UadtoolError(f"TensorRT would not take the exported graph: {findings[0]}; nothing was written")
-    parity = check_parity(detector, proto, pixels)
+    parity = check_parity(detector, proto, metadata, pixels)
     save_onnx(proto, output)
     write_json({"schema": "uadtool.export/1", "output": output, "digest": file_digest(output), "model_digest": digest,
                 "precision": metadata.precision, "target": metadata.target,
