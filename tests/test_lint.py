@@ -167,7 +167,27 @@ def two_quantized_activations(proto):
         "DequantizeLinear", source.input, [activated + "_again"], name="again"))
 
 
+def quantizer_before_an_activation(proto):
+    node = next(node for node in proto.graph.node if node.op_type == "Relu"
+                and producer(proto.graph, node.input[0]).op_type == "Conv")
+    insert_quantizer(proto, node, 0)
+
+
+def float_weights(proto):
+    quantize, dequantize = quantizers(proto)[0][0]
+    node = next(node for node in proto.graph.node if dequantize.output[0] in node.input)
+    node.input[1] = quantize.input[0]
+
+
+def very_many_highest_values(proto):
+    node = next(node for node in proto.graph.node if node.op_type == "TopK")
+    replace(proto, [node], 1, lambda count: np.full_like(count, 3841))
+
+
 @pytest.mark.parametrize(("spoil", "rule"), [
+    (quantizer_before_an_activation, "a quantizer stands between a convolution and its activation"),
+    (float_weights, "one of input and weights is quantized and the other is not"),
+    (very_many_highest_values, "asks for more than 3840 values; TensorRT gives no more"),
     (newer_opset, "graph: opset is 18, not at most 17; TensorRT 8.5 reads no newer one"),
     (unknown_operator, "operator LayerNormalization is not supported; TensorRT 8.5 has no importer for it"),
     (transposed_uint8, "uint8 input is not cast first; TensorRT computes with no uint8"),

@@ -204,6 +204,20 @@ def test_gradients_are_those_of_lsq(values, scale, low, signed):
     np.testing.assert_allclose(quantizer.change.grad.item(), step * (upstream * of_scale).sum().item(), atol=1e-4)
 
 
+def test_no_scale_grows_beyond_a_relu6(detector, ranges, run):
+    """ONNX Runtime would compute the convolution before it in float."""
+    limits = QuantizableGraph(detector).limits()
+    assert len(limits) > 30
+    full = {name: (0.0, 6.0) if name in limits else pair for name, pair in ranges.items()}
+    model = trainable(copy.deepcopy(detector), full, TARGET, [])
+    for point in model.points.values():
+        if isinstance(point, LearnedQuantizer):
+            nn.init.constant_(point.change, 0.1)
+    ends = {name: point.range()[1] for name, point in model.points.items() if isinstance(point, LearnedQuantizer)}
+    assert max(ends[name] for name in limits if name in ends) == pytest.approx(6)
+    assert all(ends[name] > 1.1 * full[name][1] for name in ends if name not in limits)
+
+
 @given(st.tuples(st.floats(-1e3, 1e3), st.floats(1e-3, 1e3)).map(sorted), st.floats(-3, 3), st.booleans())
 def test_learned_ranges_give_back_the_very_scale(bounds, change, signed):
     learned = LearnedQuantizer.from_range(*bounds, signed)

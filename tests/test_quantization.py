@@ -16,9 +16,11 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as stn
 from torch import fx, nn
 
+from uadtool.artifacts import file_digest
 from uadtool.commands.calibrate import calibrate as calibrate_command
 from uadtool.commands.quantize import quantize as command
 from uadtool.detectors.backbones import LayerNorm
+from uadtool.detectors.base import STATISTICS
 from uadtool.detectors.stfpm import STFPM
 from uadtool.errors import UadtoolError
 from uadtool.models import load_float_model, load_model
@@ -26,6 +28,7 @@ from uadtool.quantization import TARGETS, RangesFile, calibrate, half, layers_ou
 from uadtool.quantization.graph import QuantizableGraph
 from uadtool.quantization.modules import ActivationQuantizer, QuantizedConv2d, QuantizedLinear, quantized_layer
 from uadtool.quantization.observers import MinMax
+from uadtool.quantization.recipe import Recipe, apply_recipe
 from uadtool.quantization.sensitivity import layer_sensitivity, map_distance
 
 ACTIVATIONS = (nn.ReLU, nn.ReLU6)
@@ -642,7 +645,7 @@ def test_the_quantized_file_tells_where_its_ranges_come_from(trained, calibrated
 
 @pytest.mark.parametrize(("options", "message"), [
     (["--steps", "200"], "--steps and --resume are for --qat"), (["--resume"], "--steps and --resume are for --qat"),
-    (["--no-bias-correction"], "--no-bias-correction goes with DATA"),
+    (["--no-bias-correction"], "--no-bias-correction is for int8 with DATA"),
 ])
 def test_options_that_would_do_nothing(trained, calibrated, tmp_path, options, message):
     with pytest.raises(click.UsageError, match=message):
@@ -716,6 +719,16 @@ def test_the_most_sensitive_layers_stay_float(trained, calibrated, textures, tmp
     assert {name for name in record["float_layers"] if name.startswith("student.")} == worst
     quantization = load_model(tmp_path / "mixed.safetensors")[1].quantization
     assert (quantization.scope, quantization.method, quantization.calibration) == ("student", "ptq", "entropy")
+
+
+def test_the_float_model_keeps_its_statistics(trained, calibrated, textures, tmp_path):
+    detector, metadata = load_float_model(trained.path)
+    before = {name: detector.get_buffer(name).clone() for name in STATISTICS}
+    result = apply_recipe(detector, metadata, file_digest(trained.path), RangesFile.read(str(calibrated.path)),
+                          str(textures), Recipe(), tmp_path / "checkpoint")
+    for name, value in before.items():
+        assert torch.equal(detector.get_buffer(name), value)
+        assert not torch.equal(result.model.get_buffer(name), value)
 
 
 def test_fine_tuning_ends_in_the_same_kind_of_file(trained, calibrated, textures, tmp_path, capsys):

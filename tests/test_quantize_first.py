@@ -5,11 +5,12 @@ import timm
 import torch
 
 from uadtool.dataset import balanced, training_samples
-from uadtool.detectors.base import describe
+from uadtool.detectors.base import pooled_descriptor
 from uadtool.detectors.stfpm import STFPM
 from uadtool.errors import UadtoolError
-from uadtool.quantization import TARGETS, calibrate, quantize
+from uadtool.quantization import TARGETS, RangesFile, calibrate, quantize
 from uadtool.quantization.bias_correction import CORRECTION_IMAGES
+from uadtool.quantization.recipe import Recipe, apply_recipe
 from uadtool.quantization.teacher import quantized_teacher
 from uadtool.training import TrainingOptions, train
 from uadtool.training.data import read_images, split_training
@@ -37,7 +38,7 @@ def run(samples, tmp_path_factory):
 
     def run(**options):
         chosen = TrainingOptions(teacher=TEACHER, teacher_weights=str(folder / "teacher.pth"), image_size=SIZE,
-                                 length=4, unit="steps", **options)
+                                 steps=4, **options)
         return train(samples, chosen, folder / "checkpoint")
 
     return run
@@ -78,7 +79,7 @@ def test_the_student_learns_the_rounded_features(run, ranges, monkeypatch):
     levels, fit = [], STFPM.fit
 
     def recording(detector, run):
-        levels.append(describe(next(run.training.batches())[1]).abs().mean().item())
+        levels.append(pooled_descriptor(next(run.training.batches())[1]).abs().mean().item())
         return fit(detector, run)
 
     monkeypatch.setattr(STFPM, "fit", recording)
@@ -93,6 +94,18 @@ def test_the_student_learns_the_rounded_features(run, ranges, monkeypatch):
                    for name, value in float_run.detector.student.state_dict().items())
     assert float_run.metadata.provenance[0]["teacher_int8"] is None
     assert rounded.metadata.provenance[0]["teacher_int8"] == "onnxruntime"
+
+
+@pytest.mark.parametrize(("recipe", "warning"), [
+    ({}, "with every layer and with biases corrected, and here they are not corrected"),
+    ({"target": "openvino"}, "in int8 for onnxruntime, and here it is for openvino"),
+    ({"keep_float": ["*.conv_stem"]}, "and here teacher.conv_stem stays float"),
+])
+def test_another_rounding_than_what_was_learned_is_told(run, ranges, tmp_path, caplog, recipe, warning):
+    result = run(teacher_ranges=ranges)
+    file = RangesFile("sha256:0", "minmax", {"kind": "good"}, ranges, "test")
+    apply_recipe(result.detector, result.metadata, "sha256:0", file, None, Recipe(**recipe), tmp_path / "checkpoint")
+    assert warning in caplog.text
 
 
 def test_the_command_line_takes_ranges(step, textures, calibrated):

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 MAX_OPSET = 17
+MOST_OF_TOP_K = 3840
 
 OPERATORS = frozenset((
     "Abs", "Acos", "Acosh", "Add", "And", "ArgMax", "ArgMin", "Asin", "Asinh", "Atan", "Atanh", "AveragePool",
@@ -62,6 +63,12 @@ class _Graph:
     def node(self, name: str) -> NodeProto:
         return self._producers[name][1]
 
+    def before_quantizers(self, name: str) -> str:
+        """What the quantizers behind which this tensor comes, if there are any, read."""
+        while self.kind(name) in ("DequantizeLinear", "QuantizeLinear"):
+            name = self.node(name).input[0]
+        return name
+
     def place(self, name: str) -> int:
         """Where in the order of execution it is made."""
         return self._producers[name][0]
@@ -84,6 +91,15 @@ def _node(node: NodeProto, graph: _Graph) -> Iterator[str]:
             yield "weights are stored as integers; TensorRT 8 takes float ones through QuantizeLinear only"
         else:
             yield "input does not come from QuantizeLinear; TensorRT wants the two in pairs"
+    if node.op_type in ("Relu", "Clip"):
+        source = graph.before_quantizers(node.input[0])
+        if source != node.input[0] and graph.kind(source) == "Conv":
+            yield ("a quantizer stands between a convolution and its activation; its codes go to values that the "
+                   "activation cuts off")
+    if node.op_type == "Conv" and len({graph.kind(name) == "DequantizeLinear" for name in node.input[:2]}) > 1:
+        yield "one of input and weights is quantized and the other is not; TensorRT computes that in float"
+    if node.op_type == "TopK" and graph.constants.get(node.input[1], np.array(0)).max() > MOST_OF_TOP_K:
+        yield f"asks for more than {MOST_OF_TOP_K} values; TensorRT gives no more"
     if node.op_type == "Add":
         yield from _addition(node, graph)
 
@@ -113,12 +129,7 @@ def _parameters(node: NodeProto, graph: _Graph) -> Iterator[str]:
 
 def _addition(node: NodeProto, graph: _Graph) -> Iterator[str]:
     """TensorRT adds the other branch of a residual block, in integers, while the last convolution computes."""
-    sources = {}
-    for name in node.input:
-        source = name
-        while graph.kind(source) in ("DequantizeLinear", "QuantizeLinear"):
-            source = graph.node(source).input[0]
-        sources[name] = source
+    sources = {name: graph.before_quantizers(name) for name in node.input}
     quantized = {name for name, source in sources.items() if name != source}
     convolved = [name for name, source in sources.items() if graph.kind(source) == "Conv"]
     last = max(convolved, key=lambda name: graph.place(sources[name]), default=None)

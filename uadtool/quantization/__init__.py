@@ -80,7 +80,7 @@ def quantize(detector: nn.Module, ranges: Ranges, target: Target = TARGETS["onnx
 
 
 def half(detector: Detector) -> fx.GraphModule:
-    """The detector with its networks in fp16; pixels and score head stay fp32."""
+    """The detector with its layers in fp16; attention, norms and the score head stay fp32."""
     return QuantizableGraph(detector).half().eval()
 
 

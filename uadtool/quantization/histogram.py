@@ -8,7 +8,7 @@ from torch import Tensor
 BINS = 4096
 """Bins on either side of 0. The largest magnitude lies in the upper half of them."""
 SMALLEST_LIMIT = 2.0 ** -20
-"""Activations below this one cannot be told apart: they come to less than the smallest scale of a quantizer."""
+"""Where a histogram starts: the narrowest quantizer, 255 codes of 1e-8, spans more."""
 
 
 class Histogram:

@@ -130,7 +130,7 @@ class Entropy(HistogramObserver):
     TensorRT's method (S. Migacz, "8-bit Inference with TensorRT", GTC 2017): a candidate keeps the bins below the
     threshold and adds the count of all others to the last one; that is compared with what is left of the kept bins when
     each of 128 levels spreads its count evenly over its bins that are not empty. Zeros are left out. A point with
-    negative values gets the threshold on both sides.
+    negative values gets the threshold on both sides. The levels are those of s8.
     """
 
     LEVELS = 128

@@ -6,6 +6,7 @@ anomalous. Batch norm is folded before, so its statistics are frozen.
 """
 
 import copy
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -100,9 +101,16 @@ def trainable(detector: Detector, ranges: Ranges, target: Target, float_layers: 
     trained = f"{detector.trained}."
     moving = _points_after(graph, trained)
 
+    limits = graph.limits()
+
     def quantizer(name: str) -> ActivationQuantizer:
-        kind = LearnedQuantizer if name in moving else ActivationQuantizer
-        return kind.from_range(*ranges[name], target.signed)
+        if name not in moving:
+            return ActivationQuantizer.from_range(*ranges[name], target.signed)
+        learned = LearnedQuantizer.from_range(*ranges[name], target.signed)
+        assert isinstance(learned, LearnedQuantizer)
+        if name in limits:
+            learned.most = max(0.0, math.log(limits[name] / learned.range()[1]))
+        return learned
 
     def quantized(name: str, layer: Layer) -> nn.Module:
         return RoundingLayer(layer) if name.startswith(trained) else quantized_layer(layer)
@@ -149,11 +157,14 @@ class LearnedQuantizer(ActivationQuantizer):
 
     The gradient is that of LSQ (Esser et al., ICLR 2020). With Adam a step in the logarithm is the same relative one
     for every scale (Jain et al., MLSys 2020, arXiv 1903.08066), so LSQ's own balancing of gradients is not needed.
+
+    ``change`` stays below ``most``: ONNX Runtime fuses no ReLU6 whose limit is not the last code, or beyond it.
     """
 
     def __init__(self, signed: bool = False) -> None:
         super().__init__(signed)
         self.change = nn.Parameter(torch.zeros(()))
+        self.most = math.inf
 
     def range(self) -> tuple[float, float]:
         """From which ``ActivationQuantizer.from_range`` makes a quantizer with just this scale and zero point."""
@@ -166,6 +177,8 @@ class LearnedQuantizer(ActivationQuantizer):
         return result
 
     def _scale(self) -> Tensor:
+        with torch.no_grad():
+            self.change.clamp_(max=self.most)
         return self.scale * self.change.exp()
 
 

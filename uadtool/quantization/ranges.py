@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from uadtool.artifacts import read_json, write_json
+from uadtool.artifacts import list_digest, read_json, write_json
 from uadtool.errors import UadtoolError
 
 SCHEMA = "uadtool.ranges/1"
@@ -13,6 +13,11 @@ MOST = 1e38
 
 Ranges = dict[str, tuple[float, float]]
 """Name of a point -> (minimum, maximum) of the activations there."""
+
+
+def ranges_digest(ranges: Ranges) -> str:
+    """``sha256:`` and the hex digest of ranges."""
+    return list_digest(f"{name} {low} {high}" for name, (low, high) in ranges.items())
 
 
 @dataclass(frozen=True)
@@ -47,14 +52,14 @@ class RangesFile:
         Raises:
             UadtoolError: it is no ranges file, or a range is not a finite (minimum, maximum).
         """
-        record = read_json(path, SCHEMA)
+        record, source = read_json(path, SCHEMA), "stdin" if path == "-" else path
         try:
             ranges = {str(name): (float(low), float(high)) for name, (low, high) in record["ranges"].items()}
             read = cls(str(record["model_digest"]), str(record["method"]), dict(record["source"]), ranges,
                        str(record["tool"]))
         except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
-            raise UadtoolError(f"{path} is damaged ({error!r}); run calibrate again") from error
+            raise UadtoolError(f"{source} is damaged ({error!r}); run calibrate again") from error
         for name, (low, high) in ranges.items():
             if not -MOST <= low <= high <= MOST:
-                raise UadtoolError(f"{path} has the range {low} to {high} for {name}; run calibrate again")
+                raise UadtoolError(f"{source} has the range {low} to {high} for {name}; run calibrate again")
         return read

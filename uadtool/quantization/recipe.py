@@ -1,5 +1,6 @@
 """The steps from a float model and its ranges to a quantized one, in their order."""
 
+import copy
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -23,15 +24,18 @@ from uadtool.quantization import TARGETS, RangesFile, Target, half, layers_outsi
 from uadtool.quantization.bias_correction import CORRECTION_IMAGES
 from uadtool.quantization.graph import QuantizableGraph
 from uadtool.quantization.qat import fine_tune
+from uadtool.quantization.ranges import ranges_digest
 from uadtool.quantization.sensitivity import anomaly_maps, layer_sensitivity, map_distance
 from uadtool.training import refit_statistics
 from uadtool.training.data import read_images, split_again
 from uadtool.training.synthetic import synthetic_anomalies
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("uadtool")
 
 SENSITIVITY_IMAGES = 16
 """Held-out good ones; as many with synthetic anomalies are added."""
+SENSITIVITY_CORRECTION = 8
+"""Images that correct the bias of each layer in turn: fewer than for the result, for there are many layers."""
 
 
 @dataclass(frozen=True)
@@ -113,21 +117,22 @@ def apply_recipe(detector: Detector, metadata: Metadata, digest: str, ranges: Op
         if smooth:
             log.warning("ONNX Runtime computes %s in float between int8 convolutions, slower than all in fp32; take "
                         "--target openvino, or a teacher with ReLU or ReLU6", " and ".join(sorted(smooth)))
-        kept, sensitivity = _float_layers(detector, ranges, target, recipe, images)
+        correction = images.correction() if images and recipe.bias_correction else None
+        kept, sensitivity = _float_layers(detector, ranges, target, recipe, images, correction)
         if sensitivity:
             report["sensitivity"] = [{"layer": name, "map_distance": distance} for name, distance in sensitivity]
-        correction = images.correction() if images and recipe.bias_correction else None
         if recipe.qat_steps:
             assert images is not None
             tuned, found = fine_tune(detector, ranges.ranges, target, kept, images.training, metadata.image_size,
                                      images.sensitivity, correction, recipe.qat_steps, recipe.seed, checkpoint,
-                                     {**step, "target": recipe.target, "ranges": _digest(ranges),
+                                     {**step, "target": recipe.target, "ranges": ranges_digest(ranges.ranges),
                                       "images": list_digest(sample.path for sample in images.samples)}, resume)
             model = quantize(tuned, found, target, kept)
         else:
             model = quantize(detector, ranges.ranges, target, kept, correction)
+        _warn_of_another_teacher(metadata, recipe.target, kept, correction is not None)
         method = "qat" if recipe.qat_steps else "ptq"
-        step["calibration"] = {"method": ranges.method, "source": ranges.source, "ranges": _digest(ranges)}
+        step["calibration"] = {"method": ranges.method, "source": ranges.source, "ranges": ranges_digest(ranges.ranges)}
         metadata = metadata.replace(
             precision="mixed" if kept else "int8", target=recipe.target,
             quantization=Quantization(method, ranges.method, str(ranges.source.get("kind", "?")), recipe.scope, kept))
@@ -136,18 +141,28 @@ def apply_recipe(detector: Detector, metadata: Metadata, digest: str, ranges: Op
     if images:
         report["map_distance"] = map_distance(anomaly_maps(detector, images.sensitivity),
                                               anomaly_maps(model, images.sensitivity))
-        metadata = refit_statistics(detector, deployed_maps(model, metadata), metadata, images.samples)
+        refitted = copy.deepcopy(detector)  # the model shares its statistics with the float one, which keeps its own
+        metadata = refit_statistics(refitted, deployed_maps(model, metadata), metadata, images.samples)
         for name in STATISTICS:
-            model.get_buffer(name).copy_(detector.get_buffer(name))
+            setattr(model, name, refitted.get_buffer(name))
     return Result(model, metadata, report)
 
 
-def _digest(ranges: RangesFile) -> str:
-    return list_digest(f"{name} {low} {high}" for name, (low, high) in ranges.ranges.items())
+def _warn_of_another_teacher(metadata: Metadata, target: str, kept: Sequence[str], corrected: bool) -> None:
+    """Tell when a student that was trained with ``--teacher-int8`` learned another rounding than its teacher gets."""
+    learned = metadata.provenance[0].get("teacher_int8") if metadata.provenance else None
+    if learned is None:
+        return
+    others = [name for name in kept if name.startswith("teacher.")]
+    if learned != target:
+        log.warning("the student learned its teacher in int8 for %s, and here it is for %s", learned, target)
+    elif others or not corrected:
+        log.warning("the student learned its teacher in int8 with every layer and with biases corrected, and here %s",
+                    f"{others[0]} stays float" if others else "they are not corrected")
 
 
-def _float_layers(detector: Detector, ranges: RangesFile, target: Target, recipe: Recipe,
-                  images: Optional[_Images]) -> tuple[list[str], list[tuple[str, float]]]:
+def _float_layers(detector: Detector, ranges: RangesFile, target: Target, recipe: Recipe, images: Optional[_Images],
+                  correction: Optional[Tensor]) -> tuple[list[str], list[tuple[str, float]]]:
     """The layers that stay float, in the order of the network, and the sensitivities of the others, worst first."""
     layers = QuantizableGraph(detector).layers
     kept = {*layers_outside(detector, recipe.scope), *matching_layers(detector, recipe.keep_float)}
@@ -157,8 +172,9 @@ def _float_layers(detector: Detector, ranges: RangesFile, target: Target, recipe
     if recipe.sensitivity or recipe.keep_sensitive:
         assert images is not None
         candidates = [layer for layer in layers if layer not in kept]
+        few = None if correction is None else correction[:SENSITIVITY_CORRECTION]
         with Progress("sensitivity", len(candidates)) as progress:
-            for pair in layer_sensitivity(detector, ranges.ranges, target, images.sensitivity, candidates):
+            for pair in layer_sensitivity(detector, ranges.ranges, target, images.sensitivity, candidates, few):
                 sensitivity.append(pair)
                 progress.update(note=f"{pair[0]} {pair[1]:.3f}")
         sensitivity.sort(key=lambda pair: -pair[1])

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from typing import Optional
 
 import torch
 from torch import Tensor, nn
@@ -15,18 +16,19 @@ from uadtool.quantization.targets import Target
 
 
 def layer_sensitivity(detector: Detector, ranges: Ranges, target: Target, images: Sequence[Tensor],
-                      layers: Iterable[str]) -> Iterator[tuple[str, float]]:
+                      layers: Iterable[str], correction: Optional[Tensor] = None) -> Iterator[tuple[str, float]]:
     """Quantize one layer at a time: yields each one's name and its ``map_distance`` from the float detector.
 
     Args:
         images: batches of uint8 [N, H, W, 3], good ones and, better, synthetic anomalies, too.
         layers: by name.
+        correction: images to correct the layer's bias with, as ``quantize`` does.
     """
     everything = QuantizableGraph(detector).layers
     target = replace(target, half=False)  # CPUs are slow at fp16, and the rounding to int8 is what counts
     expected = anomaly_maps(detector, images)
     for layer in layers:
-        quantized = quantize(detector, ranges, target, [name for name in everything if name != layer])
+        quantized = quantize(detector, ranges, target, [name for name in everything if name != layer], correction)
         yield layer, map_distance(expected, anomaly_maps(quantized, images))
 
 
