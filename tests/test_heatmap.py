@@ -10,7 +10,7 @@ from PIL import Image
 from uadtool.errors import UadtoolError
 from uadtool.images import ImageError, read_mask
 from uadtool.reports import heatmap
-from uadtool.reports.files import AnomalousImages, Folder, Masks
+from uadtool.reports.files import AnomalousImages, Masks, OutputFolder
 from uadtool.reports.heatmap import CAPTION_WIDTH, MARGIN, TILE, ContactSheet, Heatmaps, render
 
 THRESHOLD = 3.0
@@ -114,7 +114,7 @@ def test_names_keep_class_and_defect_and_are_unique(photo, tmp_path):
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.text(st.characters(exclude_characters="\0"), min_size=1, max_size=300), min_size=1))
 def test_names_are_those_of_files(tmp_path_factory, paths):
-    folder = Folder(str(tmp_path_factory.getbasetemp()))
+    folder = OutputFolder(str(tmp_path_factory.getbasetemp()))
     names = [folder.path(path, ".png").name for path in paths]
     assert len(set(names)) == len(names)
     for name in names:
@@ -176,6 +176,14 @@ def test_the_contact_sheet_shows_the_highest_scores_first(tmp_path, images, colu
 def test_without_images_there_is_no_contact_sheet(tmp_path):
     ContactSheet(str(tmp_path / "sheet.png"), 4).save()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_image_is_not_replaced_by_the_contact_sheet(tmp_path):
+    Image.new("RGB", (50, 50)).save(tmp_path / "a.png")
+    (tmp_path / "link.png").symlink_to(tmp_path / "a.png")
+    for name in ("a.png", "link.png"):
+        with pytest.raises(UadtoolError, match=f"{name} is scored, too, and would be lost"):
+            ContactSheet(str(tmp_path / name), 4).add(record(tmp_path / "a.png"), np.zeros((4, 4)), THRESHOLD)
 
 
 @pytest.mark.parametrize("output", [

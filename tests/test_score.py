@@ -23,11 +23,13 @@ from PIL import Image
 
 import uadtool
 from uadtool.dataset import Sample, scoring_samples
+from uadtool.errors import UadtoolError
 from uadtool.evaluation import Evaluation
 from uadtool.images import read_image
 from uadtool.metrics import auroc
 from uadtool.runtimes import open_model
 from uadtool.scoring import Prediction, evaluate, score, upsample
+from uadtool.watch import Watch
 
 SCHEMA = json.loads((Path(uadtool.__file__).parent / "schemas" / "score.json").read_text())
 COMMAND = [sys.executable, "-m", "uadtool", "score", "-q"]
@@ -263,7 +265,8 @@ def following(detector, tmp_path):
         process.kill()
 
 
-def test_images_are_answered_as_they_appear(following, mvtec):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_images_are_answered_as_they_appear(following, mvtec, number):
     process, folder = following
     pixels = (mvtec / "red/test/spot/003.png").read_bytes()
     (folder / "inner").mkdir()
@@ -274,7 +277,7 @@ def test_images_are_answered_as_they_appear(following, mvtec):
         (folder / name).write_bytes(pixels)
         answer = json.loads(process.stdout.readline())
         assert (answer["path"], answer["anomalous"]) == (str(folder / name), True)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     summary = json.loads(process.stdout.readline())
     assert (summary["type"], summary["images"], summary["errors"]) == ("summary", 3, 0)
     assert process.wait(30) == 0
@@ -287,6 +290,28 @@ def test_a_folder_that_is_gone_ends_the_run(following, remove):
     folder.mkdir()
     assert process.wait(30) == 1
     assert f"error: {folder} was removed or replaced" in process.stderr.read().decode()
+
+
+def test_folders_that_vanish_at_once_do_no_harm(following, mvtec, tmp_path):
+    process, folder = following
+    for index in range(200):
+        (tmp_path / f"many/{index}/inner").mkdir(parents=True)
+    (tmp_path / "many").rename(folder / "many")
+    time.sleep(0.4)  # they are about to be looked through
+    shutil.rmtree(folder / "many")
+    (folder / "a.png").write_bytes((mvtec / "red/test/spot/003.png").read_bytes())
+    assert json.loads(process.stdout.readline())["path"] == str(folder / "a.png")
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 0
+    assert process.stderr.read() == b""
+
+
+def test_a_watch_that_died_ends_the_run(tmp_path):
+    pytest.importorskip("watchdog")
+    watch = Watch(str(tmp_path))
+    watch._observer.stop()
+    with pytest.raises(UadtoolError, match="can be followed no longer; start again"):
+        next(iter(watch))
 
 
 def test_what_is_moved_in_from_elsewhere_is_found(following, mvtec, tmp_path):
@@ -362,6 +387,7 @@ def test_what_cannot_be_followed(uadtool, detector, arguments, code, message):
     (["-0", "x.png"], "-0 is for paths on stdin"),
     (["x.png", "-"], "either PATHs or -"),
     (["--threshold", "nan", "x.png"], "not a finite number"),
+    (["--top", "3", "x.png"], "--top is of --contact-sheet"),
 ])
 def test_wrong_usage(uadtool, detector, arguments, message):
     done = uadtool("score", detector, *arguments)
@@ -411,6 +437,23 @@ def test_scores_that_are_not_numbers(make_detector, mvtec, tmp_path):
     _, image, summary = score(runtime, [Sample(str(mvtec / "red/test/good/000.png"), "red", "good")])
     assert "not a finite number" in image["error"]
     assert summary["errors"] == 1
+
+
+def test_a_raw_score_that_is_not_a_number(detector, mvtec, monkeypatch):
+    runtime = open_model(str(detector), 1)
+    run = runtime.run
+    monkeypatch.setattr(runtime, "run", lambda images: run(images)._replace(raw_score=np.array([np.inf], np.float32)))
+    _, image, summary = score(runtime, [Sample(str(mvtec / "red/test/good/000.png"))])
+    assert "not a finite number" in image["error"]
+    assert summary["errors"] == 1
+
+
+def test_the_model_is_not_replaced_by_the_contact_sheet(uadtool, detector, photos, tmp_path):
+    shutil.copy(detector, tmp_path / "model.onnx")
+    done = uadtool("score", tmp_path / "model.onnx", photos, "--contact-sheet", tmp_path / "model.onnx")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "model.onnx is an input of this command, and would be lost" in done.stderr
+    assert (tmp_path / "model.onnx").read_bytes() == detector.read_bytes()
 
 
 def test_imports_only_what_scoring_needs(detector, mvtec):

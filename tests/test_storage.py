@@ -145,6 +145,18 @@ def test_training_is_local(memory: str) -> None:
         training_samples(memory)
 
 
+@pytest.mark.parametrize("row", ["memory://bucket/a.png,good,", "a.png,bad,memory://bucket/mask.png"])
+def test_what_trains_is_local(tmp_path: Path, row: str) -> None:
+    Image.new("RGB", (40, 40)).save(tmp_path / "a.png")
+    (tmp_path / "parts.csv").write_text(f"path,label,mask\na.png,good,\n{row}\n")
+    with pytest.raises(UadtoolError, match=r"^memory://bucket/.*png is elsewhere, and training reads its images"):
+        training_samples(str(tmp_path / "parts.csv"))
+
+
+def test_a_file_url_names_what_is_here(mvtec: Path) -> None:
+    assert training_samples(f"file://{mvtec}") == training_samples(str(mvtec))
+
+
 @pytest.mark.parametrize(("url", "message"), [
     ("abc://bucket/a", "cannot read abc://bucket/a: Protocol not known: abc"),
     ("abc://bucket/a.csv", "cannot read abc://bucket/a.csv: Protocol not known: abc"),

@@ -23,6 +23,7 @@ from uadtool.errors import UadtoolError, require
 from uadtool.runtimes import Runtime, open_model
 from uadtool.scoring import Prediction, predict
 from uadtool.storage import is_url
+from uadtool.terminal import ending_signals
 
 log = logging.getLogger("uadtool")
 
@@ -65,7 +66,7 @@ def connected(address: str, runtime: Runtime) -> Iterator["Cluster"]:
             socket.create_connection((host, int(port)), SECONDS).close()  # Ray itself would try for a minute
         except (OSError, OverflowError, ValueError) as error:
             raise UadtoolError(f"no Ray cluster answers at {address}: {error}") from error
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, *ending_signals())}
     with contextlib.redirect_stdout(_ToLog()):  # Ray prints what happens to nodes
         try:
             ray.init(address, log_to_driver=False, logging_level="ERROR")

@@ -73,9 +73,8 @@ def training_samples(data: str, classes: Optional[Sequence[str]] = None) -> List
         UadtoolError: there are no images, or a class has none to train on, or is unknown; an image is empty or
             missing; a mask is missing or has another size than its image; an image is in train and in test.
     """
-    if storage.is_url(data):
-        raise UadtoolError(f"{data} is elsewhere, and training reads its images again and again: copy them to this "
-                           "machine first")
+    data = storage.local(data)
+    _require_here(data)
     if not storage.exists(data):
         raise UadtoolError(f"{data} does not exist")
     layout = _read_layout(data, _folder(data))
@@ -91,6 +90,9 @@ def training_samples(data: str, classes: Optional[Sequence[str]] = None) -> List
     if nameless and not classes:
         raise UadtoolError(f"{data} gives no class for {nameless[0]}, but for other images")
     rows = [(sample, split) for sample, split in layout.rows if sample.class_name in chosen]
+    for sample, _ in rows:
+        _require_here(sample.path)
+        _require_here(sample.mask or "")
     if any(sample.label == "anomalous" and not split for sample, split in rows):
         log.warning("%s names no split for some images: the good ones of these train, and score tests them, too; to "
                     "compare models fairly, give them the split train or test", data)
@@ -240,7 +242,7 @@ def _images(folder: Folder, without: Collection[str] = ()) -> List[PurePath]:
 
 def _read_manifest(name: str) -> Layout:
     rows = manifest.read_manifest(name)
-    one_class = Path(name).stem if not any(row["class"] for row in rows) else None
+    one_class = PurePath(storage.without_query(name)).stem if not any(row["class"] for row in rows) else None
     samples = []
     for row in rows:
         label = row["label"].lower()
@@ -251,6 +253,12 @@ def _read_manifest(name: str) -> Layout:
             mask=storage.beside(name, row["mask"]) if row["mask"] else None,
         ), row["split"]))
     return Layout({sample.class_name for sample, _ in samples if sample.class_name}, samples)
+
+
+def _require_here(name: str) -> None:
+    if storage.is_url(name):
+        raise UadtoolError(f"{name} is elsewhere, and training reads its images again and again: copy them to this "
+                           "machine first")
 
 
 def _check_masks(samples: Iterable[Sample]) -> None:

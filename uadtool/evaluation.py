@@ -56,8 +56,9 @@ class Evaluation:
     def figures(self) -> Dict[str, Any]:
         """The ``metrics`` object of the summary: what the labels and masks seen suffice for.
 
-        Each figure has its value over all images in one list (``pooled``), for each class that has both labels
-        (``per_class``), and their ``mean``, which is the pooled value when no class is known.
+        Each figure has its value over all images in one list, or all pixels of classes with masks (``pooled``), for
+        each class that has both labels (``per_class``), and their ``mean``, which is the pooled value when no class is
+        known.
         """
         if not self._labels:
             return {}
@@ -66,8 +67,8 @@ class Evaluation:
         labels, scores = np.array(self._labels, bool), np.array(self._scores)
         found: Dict[str, Any] = {}
         if labels.any() and not labels.all():
-            raw = self._images(metrics.auroc, np.array(self._raw_scores))
-            found["image_auroc"] = {**self._images(metrics.auroc, scores), "pooled_raw": raw["pooled"]}
+            found["image_auroc"] = {**self._images(metrics.auroc, scores),
+                                    "pooled_raw": rounded(metrics.auroc(self._labels, self._raw_scores))}
             found["average_precision"] = self._images(metrics.average_precision, scores)
             found["f1_max"] = self._images(lambda labels, scores: metrics.f1_max(labels, scores)[0], scores)
         for name, chosen in (("false_positive_rate", ~labels), ("recall", labels)):

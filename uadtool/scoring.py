@@ -185,7 +185,7 @@ def upsample(anomaly_map: np.ndarray, size: Tuple[int, int]) -> np.ndarray:
 
 def _prediction(metadata: Metadata, sample: Sample, score: np.float32, raw_score: np.float32, anomaly_map: np.ndarray,
                 nearest: np.int32, mask: Optional[np.ndarray], milliseconds: float) -> Union[Prediction, UadtoolError]:
-    if not (np.isfinite(score) and np.isfinite(anomaly_map).all()):
+    if not (np.isfinite([score, raw_score]).all() and np.isfinite(anomaly_map).all()):
         return UadtoolError(f"{sample.path}: the model gave a score that is not a finite number")
     if not 0 <= nearest < len(metadata.classes):
         return UadtoolError(f"{sample.path}: the model gave class {nearest} of {len(metadata.classes)}")

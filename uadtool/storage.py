@@ -1,7 +1,7 @@
 """Where files lie: on this machine, or at a URL of anything that fsspec knows (s3://, gs://, https://, memory://), but
 for its chained ones (zip://a.png::s3://...).
 
-The one module that knows the difference; the others have names of files.
+The one module that reads what lies elsewhere; the others have names of files.
 """
 
 import errno

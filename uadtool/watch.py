@@ -5,8 +5,9 @@ import queue
 import stat
 import sys
 import threading
+import time
 from pathlib import Path
-from typing import Any, Dict, Iterator, Optional, Tuple
+from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 from uadtool.dataset import SUFFIXES
 from uadtool.errors import UadtoolError, require
@@ -46,22 +47,22 @@ class Watch:
         events, observers = require("watchdog.events", "follow"), require("watchdog.observers.inotify", "follow")
         found: "queue.SimpleQueue[Optional[str]]" = queue.SimpleQueue()
 
-        def look_later(new_folder: str, before: Optional[Dict[str, Optional[State]]] = None) -> None:
-            timer = threading.Timer(LOOK, look_through, [new_folder, before])
-            timer.daemon = True
-            timer.start()
+        new_folders: "queue.SimpleQueue[Tuple[float, str, Dict[str, Optional[State]]]]" = queue.SimpleQueue()
 
-        def look_through(new_folder: str, before: Optional[Dict[str, Optional[State]]]) -> None:
-            now = {str(path): _state(str(path)) for path in sorted(Path(new_folder).rglob("*"))}
-            if before is None:
-                look_later(new_folder, now)
-            for path, state in (before or {}).items():
-                if state and state == now.get(path):
-                    found.put(path)
+        def look_through() -> None:
+            while True:
+                since, folder, before = new_folders.get()
+                time.sleep(max(0.0, since + LOOK - time.monotonic()))
+                now = {path: _state(path) for path in _files(folder)}
+                if not before and now:
+                    new_folders.put((time.monotonic(), folder, now))
+                for path, state in before.items():
+                    if state and state == now.get(path):
+                        found.put(path)
 
         def appeared(path: str, is_folder: bool) -> None:
             if is_folder:
-                look_later(path)
+                new_folders.put((time.monotonic(), path, {}))
             else:
                 found.put(path)
 
@@ -77,6 +78,7 @@ class Watch:
                 if event.is_directory:
                     appeared(event.src_path, True)
 
+        threading.Thread(target=look_through, daemon=True).start()
         self._found, self._folder = found, folder
         self._held = os.open(folder, os.O_RDONLY)  # so that no other folder can have its number
         self._observer = observers.InotifyObserver(generate_full_events=True)  # also of moves from elsewhere
@@ -107,7 +109,7 @@ class Watch:
             try:
                 return self._found.get(timeout=CHECK)
             except queue.Empty:
-                if not self._is_there():
+                if not (self._is_there() and self._observer.is_alive()):
                     raise UadtoolError(f"{self._folder} was removed or replaced, and can be followed no longer; start "
                                        "again") from None
 
@@ -121,6 +123,11 @@ class Watch:
         """End the iteration once what was found is yielded."""
         self._observer.stop()
         self._found.put(None)
+
+
+def _files(folder: str) -> List[str]:
+    """In it and the folders in it; of what is gone, none."""
+    return sorted(str(Path(place, name)) for place, _, names in os.walk(folder) for name in names)
 
 
 def _state(path: str) -> Optional[State]:

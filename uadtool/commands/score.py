@@ -14,7 +14,7 @@ import click
 
 from uadtool import options
 from uadtool.errors import GateFailed, UadtoolError
-from uadtool.terminal import printable
+from uadtool.terminal import ending_signals, printable
 
 COLUMNS = ("path", "class", "label", "score", "raw_score", "anomalous", "nearest_class", "milliseconds", "heatmap",
            "mask", "copy", "link", "error")
@@ -75,11 +75,12 @@ def _finite(ctx: click.Context, param: click.Parameter, value: Optional[float]) 
               help="Score on the Ray cluster there (HOST:PORT; auto: that of this machine; local: a new one).")
 @click.option("-0", "--null", is_flag=True, help="Paths on stdin end with NUL (find -print0).")
 @options.verbosity
-def score(model: str, paths: Tuple[str, ...], threshold: Optional[float], false_positive_rate: Optional[float],
-          fail_above: Optional[float], fail_anomalous: bool, batch_size: int, runtime: str, threads: Optional[int],
-          layout: str, heatmaps: Optional[str], masks: Optional[str], contact_sheet: Optional[str], top: int,
-          copy_anomalous: Optional[str], link_anomalous: Optional[str], follow: bool, shard: Optional[Tuple[int, int]],
-          ray: Optional[str], null: bool) -> None:
+@click.pass_context
+def score(ctx: click.Context, model: str, paths: Tuple[str, ...], threshold: Optional[float],
+          false_positive_rate: Optional[float], fail_above: Optional[float], fail_anomalous: bool, batch_size: int,
+          runtime: str, threads: Optional[int], layout: str, heatmaps: Optional[str], masks: Optional[str],
+          contact_sheet: Optional[str], top: int, copy_anomalous: Optional[str], link_anomalous: Optional[str],
+          follow: bool, shard: Optional[Tuple[int, int]], ray: Optional[str], null: bool) -> None:
     """Score images with an exported MODEL: one JSON line per image, as soon as it is known.
 
     PATH is an image, a folder, a dataset in MVTec layout or a manifest (CSV, JSONL), here or at a URL (s3://, gs://;
@@ -112,6 +113,8 @@ def score(model: str, paths: Tuple[str, ...], threshold: Optional[float], false_
     folders = [Path(one).resolve() for one in (heatmaps, masks, copy_anomalous, link_anomalous) if one]
     if len(set(folders)) < len(folders):
         raise click.UsageError("Give each of --heatmaps, --masks, --copy-anomalous, --link-anomalous its own folder.")
+    if not contact_sheet and options.given(ctx, "top"):
+        raise click.UsageError("--top is of --contact-sheet.")
     if follow and (shard or ray):
         raise click.UsageError("--follow is for one process: leave out --shard and --ray.")
     if ray and threads:
@@ -160,7 +163,7 @@ def score(model: str, paths: Tuple[str, ...], threshold: Optional[float], false_
     if contact_sheet:
         from uadtool.reports.heatmap import ContactSheet
 
-        check_writable(contact_sheet)
+        check_writable(contact_sheet, [model])
         sheet = ContactSheet(contact_sheet, top)
         outputs.append(sheet)
     stdout = sys.stdout  # a cluster's client prints to what has this name
@@ -218,7 +221,7 @@ def _watched(folder: str) -> Iterator[str]:
     from uadtool.watch import Watch
 
     watch = Watch(folder)
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, *ending_signals()):
         signal.signal(number, lambda *_: watch.stop())
     return iter(watch)
 

@@ -15,7 +15,7 @@ from uadtool.storage import is_url, open_file, without_query
 from uadtool.terminal import printable
 
 
-class Folder:
+class OutputFolder:
     """A folder that is made if need be, for one file per image; what a killed run left there is removed.
 
     No image that is scored may lie in it, for what is written there could take its place.
@@ -63,7 +63,7 @@ class Masks:
     """Writes where each image is anomalous, white on black, at the image's own size, as PNG into ``directory``."""
 
     def __init__(self, directory: str) -> None:
-        self._folder = Folder(directory)
+        self._folder = OutputFolder(directory)
 
     def add(self, record: Dict[str, Any], anomaly_map: np.ndarray, threshold: float) -> Dict[str, str]:
         """Write the mask of an ``image`` record and its map, float32 [h, w]; returns the record's ``mask``."""
@@ -78,7 +78,7 @@ class AnomalousImages:
     """Copies anomalous images into ``directory``, or puts links to them there."""
 
     def __init__(self, directory: str, link: bool = False) -> None:
-        self._folder, self._link = Folder(directory), link
+        self._folder, self._link = OutputFolder(directory), link
 
     def add(self, record: Dict[str, Any], anomaly_map: np.ndarray, threshold: float) -> Dict[str, str]:
         """Copy the image of a record if it is anomalous; returns the record's ``copy``, or ``link``."""

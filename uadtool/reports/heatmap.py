@@ -10,8 +10,9 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 from uadtool.artifacts import atomic_write
+from uadtool.errors import UadtoolError
 from uadtool.images import fitted, image_size, read_image
-from uadtool.reports.files import Folder
+from uadtool.reports.files import OutputFolder
 from uadtool.scoring import upsample
 from uadtool.terminal import printable
 
@@ -40,7 +41,7 @@ class Heatmaps:
     """
 
     def __init__(self, directory: str) -> None:
-        self._folder = Folder(directory)
+        self._folder = OutputFolder(directory)
 
     def add(self, record: Dict[str, Any], anomaly_map: np.ndarray, threshold: float) -> Dict[str, str]:
         """Write the picture for an ``image`` record and its map, float32 [h, w]; returns the record's ``heatmap``."""
@@ -60,7 +61,13 @@ class ContactSheet:
         self._order = itertools.count()
 
     def add(self, record: Dict[str, Any], anomaly_map: np.ndarray, threshold: float) -> Dict[str, str]:
-        """Take note of an ``image`` record and its map, float32 [h, w]; adds nothing to the record."""
+        """Take note of an ``image`` record and its map, float32 [h, w]; adds nothing to the record.
+
+        Raises:
+            UadtoolError: the image would be lost, for the picture has its name.
+        """
+        if Path(record["path"]).resolve() == Path(self._path).resolve():
+            raise UadtoolError(f"{self._path} is scored, too, and would be lost; give the contact sheet another name")
         place = record["score"], -next(self._order)
         if len(self._highest) < self._count or place > self._highest[0][:2]:
             tile = _tile(record, anomaly_map, threshold)
