@@ -114,6 +114,12 @@ def test_scoring_does_not_load_the_lab(detector, mvtec):
     (["train", "data", "-o", "m", "--held-out", "1"], "not in the range"),
     (["train", "data", "-o", "m", "--seed", "-1"], "not in the range"),
     (["train", "data", "-o", "m", "--teacher-weights", "missing.pth"], "'missing.pth' does not exist"),
+    (["train", "data", "-o", "m", "--target", "openvino"], "--target is of --teacher-int8"),
+    (["train", "data", "-o", "m.onnx"], "train writes a .safetensors file, which export makes an m.onnx of"),
+    (["quantize", __file__, "-o", "m.engine", "--precision", "fp16"], "quantize writes a .safetensors file"),
+    (["quantize", __file__, "d", "-o", "m", "--precision", "fp16", "--no-bias-correction"], "is for int8 with DATA"),
+    (["calibrate", __file__, "-o", "r", "--source", "random-normal", "--classes", "a"], "--classes is for --source"),
+    (["calibrate", __file__, "d", "-o", "r", "--percentile", "99.99"], "--percentile is for --method percentile"),
     (["calibrate", "missing.safetensors", "data", "-o", "r"], "'missing.safetensors' does not exist"),
     (["quantize", ".", "-o", "q"], "is a directory"),
     (["export", "missing.safetensors", "-o", "m"], "'missing.safetensors' does not exist"),
@@ -188,7 +194,8 @@ def test_without_the_lab(bare, tmp_path, name):
     model.write_text("")
     arguments = {"train": ["data"], "calibrate": [model, "data"], "quantize": [model, "--ranges", "r"],
                  "export": [model]}
-    done = python(["-S", "-m", "uadtool"], name, *arguments[name], "-o", tmp_path / "out.onnx", env=bare())
+    output = tmp_path / ("out.onnx" if name == "export" else "out")
+    done = python(["-S", "-m", "uadtool"], name, *arguments[name], "-o", output, env=bare())
     assert (done.returncode, done.stdout) == (3, "")
     assert done.stderr == ("uadtool: error: torch is not installed; pip install 'uadtool[lab]' "
                            "(Python 3.10 or newer)\n")

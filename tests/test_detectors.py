@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from uadtool.commands.train import train
 from uadtool.detectors import BUILT_IN, Detector, Output, build_detector, method_options
-from uadtool.detectors.base import describe
+from uadtool.detectors.base import pooled_descriptor
 from uadtool.detectors.complexity import count_macs, count_parameters
 from uadtool.detectors.stfpm import FUSIONS, STFPM, cosine_distance, distillation_loss
 from uadtool.errors import UadtoolError
@@ -24,7 +24,7 @@ def random_stfpm(teacher="mobilenetv2_035", fusion="sum"):
     torch.manual_seed(0)
     detector = STFPM(teacher, SIZE, 3, fusion).eval()
     with torch.inference_mode():
-        descriptors = describe(detector.teacher(detector.normalize(images(3))))
+        descriptors = pooled_descriptor(detector.teacher(detector.normalize(images(3))))
     detector.prototypes.copy_(descriptors)
     detector.descriptor_scale.uniform_(0.5, 2)
     detector.expected_maps.uniform_(0, 1)

@@ -155,7 +155,7 @@ def test_a_resumed_run_repeats_its_dropout(textures, transformer_weights, tmp_pa
     samples, checkpoint = training_samples(str(textures)), tmp_path / "checkpoint"
     options = TrainingOptions(
         method="dinomaly", method_options={"width": "32", "depth": "2"}, teacher=TEACHERS[1],
-        teacher_weights=str(transformer_weights), image_size=(64, 64), length=4, unit="steps")
+        teacher_weights=str(transformer_weights), image_size=(64, 64), steps=4)
     save = loop.save_checkpoint
 
     def save_and_keep(path, config, state, *rest):

@@ -178,7 +178,7 @@ def test_an_interrupted_run_goes_on_to_the_same_result(textures, tmp_path, monke
 
     def run(name, resume=False):
         options = TrainingOptions(method="duet", method_options={"small": "50", "large": "50"}, image_size=SIZE,
-                                  length=6, unit="steps")
+                                  steps=6)
         return train(samples, options, tmp_path / name, resume).detector.state_dict()
 
     whole, clock = run("whole"), iter(range(100))
@@ -197,7 +197,7 @@ def test_of_many_held_out_images_a_part_measures_the_head(textures, tmp_path, mo
     monkeypatch.setattr("uadtool.detectors.duet.HELD_OUT_BATCHES", most)
     monkeypatch.setattr("uadtool.detectors.duet.vary", lambda images, *rest: (
         seen.append(len(images)), vary(images, *rest))[1])
-    options = TrainingOptions(method="duet", method_options={"small": "9", "large": "9"}, image_size=SIZE, length=1,
-                              unit="steps", held_out=0.9)
+    options = TrainingOptions(method="duet", method_options={"small": "9", "large": "9"}, image_size=SIZE, steps=1,
+                              held_out=0.9)
     train(training_samples(str(textures)), options, tmp_path / "checkpoint")
     assert seen == sizes

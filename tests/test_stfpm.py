@@ -166,7 +166,7 @@ def run(textures, tmp_path_factory):
 
     def run(checkpoint="checkpoint", resume=False, **options):
         chosen = TrainingOptions(teacher="mobilenetv2_035", teacher_weights=str(folder / "teacher.pth"),
-                                 image_size=(64, 64), length=6, unit="steps", method_options=options)
+                                 image_size=(64, 64), steps=6, method_options=options)
         return train(training_samples(str(textures)), chosen, folder / checkpoint, resume)
 
     return run

@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from uadtool import training
 from uadtool.artifacts import file_digest
 from uadtool.dataset import Sample, split_held_out, training_samples
 from uadtool.detectors.backbones import build_backbone, fold_batch_norm, load_teacher_weights
-from uadtool.detectors.base import Detector, describe
+from uadtool.detectors.base import Detector, pooled_descriptor
 from uadtool.detectors.stfpm import distillation_loss
 from uadtool.errors import UadtoolError
 from uadtool.images import ImageError
@@ -30,7 +31,7 @@ from uadtool.training import TrainingOptions, data, loop, train
 from uadtool.training.data import TeacherFeatures
 from uadtool.training.loop import batch_indices, steps_per_epoch
 from uadtool.training.precision import choose_device, large_depthwise_float
-from uadtool.training.statistics import LEAST_UNIT, _units, class_statistics, fit_prototypes
+from uadtool.training.statistics import LEAST_UNIT, _units, class_statistics, fit_prototypes, fit_statistics
 
 TEACHER = "mobilenetv2_035"
 
@@ -48,7 +49,7 @@ def weights(tmp_path_factory):
 def run(weights, tmp_path):
     """Train for a few steps with the tiny teacher."""
     def run(samples, resume=False, **options):
-        chosen = {"teacher": TEACHER, "teacher_weights": weights, "image_size": (64, 64), "length": 3, "unit": "steps"}
+        chosen = {"teacher": TEACHER, "teacher_weights": weights, "image_size": (64, 64), "steps": 3}
         return train(samples, TrainingOptions(**{**chosen, **options}), tmp_path / "checkpoint", resume)
 
     return run
@@ -71,7 +72,7 @@ def same(one, other):
 
 def test_the_student_learns(trained, samples, run):
     default = {"teacher": "tf_efficientnet_lite0", "teacher_weights": None}
-    untrained = run(samples, length=1, **default)
+    untrained = run(samples, steps=1, **default)
     assert trained.record["held_out_loss"] < 0.8 * untrained.report["held_out_loss"]
 
 
@@ -160,15 +161,15 @@ def test_prototypes_are_the_mean_descriptors_of_the_training_images(run, samples
     for prototype, name in zip(detector.prototypes, ("dots", "stripes")):
         images = data.read_images([sample for sample in rest if sample.class_name == name], (64, 64), 1)
         with torch.inference_mode():
-            descriptors = describe(detector.teacher(detector.normalize(images)))
+            descriptors = pooled_descriptor(detector.teacher(detector.normalize(images)))
         torch.testing.assert_close(prototype, descriptors.mean(0), rtol=1e-3, atol=1e-3)
 
 
 class Described(Detector):
     """One whose descriptors, of the images in order, are known."""
 
-    def __init__(self, descriptors):
-        super().__init__(2, descriptors.shape[1], (8, 8), [0.5] * 3, [0.5] * 3)
+    def __init__(self, descriptors, classes=2, map_size=(8, 8)):
+        super().__init__(classes, descriptors.shape[1], map_size, [0.5] * 3, [0.5] * 3)
         self.descriptors = iter(descriptors.split(32))
 
     def fit(self, run):
@@ -184,7 +185,7 @@ def test_a_channel_that_is_dead_on_training_images_does_not_drown_the_others(sam
     descriptors[:, 3] = 0
     descriptors[20:, 0] += 10
     detector = Described(descriptors)
-    fit_prototypes(detector, ["dots", "stripes"], TeacherFeatures(samples, (64, 64), lambda images: [], 1))
+    fit_prototypes(detector, ["dots", "stripes"], TeacherFeatures(samples, (64, 64), lambda images: [], 1, 40))
     awake = torch.cat([descriptors[:, :3], torch.full((40, 1), 0.2)], dim=1)
     assert torch.equal(detector.nearest_class(awake), torch.tensor([0] * 20 + [1] * 20))
 
@@ -192,7 +193,7 @@ def test_a_channel_that_is_dead_on_training_images_does_not_drown_the_others(sam
 def test_the_weights_of_the_lowest_held_out_loss_are_kept(run, samples, monkeypatch):
     monkeypatch.setattr(training, "autocast_dtype", lambda device: torch.float32)
     monkeypatch.setattr(loop, "_schedule", lambda step, steps: 0.1 if step < 6 else -1)  # uphill
-    result = run(samples, length=8)
+    result = run(samples, steps=8)
     assert 0 < result.report["best_step"] <= 6
     images = result.detector.normalize(data.read_images(split_held_out(samples, 0.2, 0)[1], (64, 64), 1))
     with torch.inference_mode():
@@ -203,7 +204,7 @@ def test_the_weights_of_the_lowest_held_out_loss_are_kept(run, samples, monkeypa
 def test_a_training_that_diverges_ends(run, samples, monkeypatch):
     monkeypatch.setattr(loop, "_schedule", lambda step, steps: 1.0 if step < 2 else float("inf"))
     with pytest.raises(UadtoolError, match="the training diverged: at step 3 the loss is nan"):
-        run(samples, length=8)
+        run(samples, steps=8)
 
 
 def test_held_out_images_choose_the_checkpoint_only(run, textures, tmp_path, monkeypatch):
@@ -211,15 +212,15 @@ def test_held_out_images_choose_the_checkpoint_only(run, textures, tmp_path, mon
     shutil.copytree(textures, tmp_path / "data")
     samples = training_samples(str(tmp_path / "data"))
     rest, held_out = split_held_out(samples, 0.2, 0)
-    before = run(samples, length=1, unit="epochs")
+    before = run(samples, epochs=1, steps=None)
     random = np.random.default_rng(1)
     for sample in held_out:
         Image.fromarray(random.integers(0, 256, (72, 72, 3), dtype=np.uint8)).save(sample.path)
-    after = run(samples, length=1, unit="epochs")
+    after = run(samples, epochs=1, steps=None)
     assert same(networks(before), networks(after))
     assert before.metadata.threshold != after.metadata.threshold
     Image.fromarray(random.integers(0, 256, (72, 72, 3), dtype=np.uint8)).save(rest[0].path)
-    assert not same(networks(before), networks(run(samples, length=1, unit="epochs")))
+    assert not same(networks(before), networks(run(samples, epochs=1, steps=None)))
 
 
 def test_the_networks_do_not_know_the_classes(run, samples, monkeypatch):
@@ -236,7 +237,7 @@ def test_the_networks_do_not_know_the_classes(run, samples, monkeypatch):
 @pytest.mark.parametrize("counts", [{"dots": 5}, {"dots": 1, "stripes": 6}, {"dots": 1, "stripes": 1}, {"dots": 1}])
 def test_few_images_are_enough(run, samples, counts, caplog):
     chosen = [s for name, count in counts.items() for s in [s for s in samples if s.class_name == name][:count]]
-    result = run(chosen, length=2)
+    result = run(chosen, steps=2)
     assert result.metadata.classes == sorted(counts)
     for name, count in counts.items():
         found = result.report["classes"][name]
@@ -307,13 +308,14 @@ def test_an_interrupted_run_goes_on_to_the_same_result(interrupted, uadtool, tex
 @pytest.mark.parametrize(("changes", "message"), [
     ({"seed": 1}, "is of a run with seed 0, this one has 1; use the same, or start anew without --resume"),
     ({"method_options": {"fusion": "product"}}, "is of a run with option fusion 'sum', this one has 'product'"),
-    ({"length": 61}, "is of a run with length 60, this one has 61"),
+    ({"steps": 61}, "is of a run with steps 60, this one has 61"),
+    ({"teacher_weights": __file__}, "is of a run with teacher_weights None, this one has 'sha256:"),
     ({"images": 39}, "is of a run with images 'sha256:.*', this one has 'sha256:"),
 ])
 def test_a_checkpoint_of_another_run_is_refused(interrupted, run, samples, tmp_path, changes, message):
     output, _ = interrupted
     shutil.copy(f"{output}.checkpoint", tmp_path / "checkpoint")
-    options = {"teacher": "tf_efficientnet_lite0", "teacher_weights": None, "length": 60, **changes}
+    options = {"teacher": "tf_efficientnet_lite0", "teacher_weights": None, "steps": 60, **changes}
     with pytest.raises(UadtoolError, match=message):
         run(samples[:options.pop("images", 40)], resume=True, **options)
     assert (tmp_path / "checkpoint").exists()
@@ -384,6 +386,19 @@ def test_a_map_that_is_constant_on_good_images_does_not_drown_the_others():
     assert constant == LEAST_UNIT
 
 
+@pytest.mark.parametrize("side", [16, 17])
+def test_the_last_row_of_a_map_is_expected_as_the_others_are(samples, side):
+    """A grid of patches that left it out would take what is usual at a rim for an anomaly."""
+    random = np.random.default_rng(0)
+    detector = Described(torch.zeros(1, 4), classes=1, map_size=(side, side))
+    maps = torch.from_numpy(random.normal(1, 0.05, (40, 1, side, side)).astype(np.float32))
+    maps[:, :, -1] += 1
+    held_out = [([replace(samples[0], class_name="a")] * 20, maps[:20])]
+    fit_statistics(detector, lambda images: (images, torch.zeros(len(images), dtype=torch.int64)), ["a"], held_out)
+    found = detector.normalize_maps(maps[20:], torch.zeros(20, dtype=torch.int64))
+    assert found[:, -1].mean() < found[:, :-1].mean() + 3
+
+
 def test_many_images_outweigh_what_is_usual():
     random = np.random.default_rng(0)
     narrow, wide = random.normal(1, 0.05, 2000), random.normal(1, 0.2, 2000)
@@ -421,10 +436,10 @@ def test_what_does_not_fit_into_memory_gives_the_same_batches(samples, monkeypat
     def teacher(images):
         return network(images.permute(0, 3, 1, 2).float() / 255)
 
-    cached = TeacherFeatures(samples, (64, 64), teacher, 1)
+    cached = TeacherFeatures(samples, (64, 64), teacher, 1, len(samples))
     monkeypatch.setattr(data, "MEMORY_SHARE", 0)
     monkeypatch.setattr(data, "read_images", counted := Counted(data.read_images))
-    streamed = TeacherFeatures(samples, (64, 64), teacher, 1)
+    streamed = TeacherFeatures(samples, (64, 64), teacher, 1, len(samples))
     assert len(cached) == len(streamed) == 40
     batches = [*zip(cached.batches(), streamed.batches()), (cached.batch([39, 0, 7]), streamed.batch([39, 0, 7]))]
     assert [len(one[0]) for one, _ in batches] == [32, 8, 3]

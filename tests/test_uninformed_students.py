@@ -135,8 +135,7 @@ def test_an_interrupted_run_goes_on_to_the_same_result(textures, tmp_path, monke
     samples = training_samples(str(textures))
 
     def run(name, resume=False):
-        options = TrainingOptions(method="us", method_options={"width": "0.06"}, image_size=(64, 64), length=6,
-                                  unit="steps")
+        options = TrainingOptions(method="us", method_options={"width": "0.06"}, image_size=(64, 64), steps=6)
         return train(samples, options, tmp_path / name, resume).detector.state_dict()
 
     whole, clock = run("whole"), iter(range(100))

@@ -28,7 +28,8 @@ class Quantization:
     """How a model was quantized.
 
     ``method`` is ``ptq`` or ``qat``, ``calibration`` and ``source`` are those of the ranges file, ``scope`` tells which
-    networks (``all`` or ``student``), and ``float_layers`` names the convolutions that are not in int8.
+    networks (``all`` or ``student``), and ``float_layers`` names the convolutions and linear layers that are not in
+    int8.
     """
 
     method: str
@@ -45,8 +46,9 @@ class Metadata:
     ``image_size`` and ``map_size`` are (height, width) in pixels. ``threshold`` is in units of the normalised score
     (standard deviations above the mean of good images); held-out good images exceed it at ``false_positive_rate``, and
     ``good_scores`` are theirs, sorted.
-    ``provenance`` lists the steps that made the file, oldest first, each with the digests of what went in.
-    ``parameters`` counts weights and biases of both networks and ``macs`` the multiply-accumulates for one image.
+    ``provenance`` lists the steps that made the file, oldest first, each with a digest of the model file that
+    went in, and of the names of images.
+    ``parameters`` counts weights and biases, memories too, and ``macs`` the multiply-accumulates for one image.
     ``precision`` is fp32, fp16, int8, or mixed: int8 with layers that stay float.
     """
 

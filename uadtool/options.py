@@ -1,6 +1,6 @@
 """Options that several commands share: one definition each, one spelling everywhere.
 
-``--device``      where torch computes: cpu, cuda, or auto (cuda when there is one)
+``--target``      the runtime whose integer kernels round
 ``--seed``        all randomness of the command comes from it
 ``--runtime``     what runs an exported model, or auto
 ``--threads``     how many cores to use
@@ -12,6 +12,7 @@ import logging
 from typing import Any, Callable, TypeVar
 
 import click
+from click.core import ParameterSource
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -38,8 +39,19 @@ def output(help: str, required: bool = True) -> Callable[[F], F]:
     return click.option("-o", "--output", required=required, metavar="FILE", type=click.Path(dir_okay=False), help=help)
 
 
-device = click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True,
-                      help="Where torch computes.")
+def no_exported(ctx: click.Context, output: str) -> None:
+    """Refuse an ``output`` for weights that is named as an exported file, which other commands would take it for."""
+    if output.endswith((".onnx", ".engine")):
+        raise click.UsageError(f"{ctx.command.name} writes a .safetensors file, which export makes an {output} of.")
+
+
+def given(ctx: click.Context, name: str) -> bool:
+    """Was this option given? For one with a default that is of use together with others alone."""
+    return ctx.get_parameter_source(name) is not ParameterSource.DEFAULT
+
+
+target = click.option("--target", type=click.Choice(["onnxruntime", "openvino", "tensorrt"]), default="onnxruntime",
+                      show_default=True, help="Runtime whose integer kernels the model is made for.")
 seed = click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True,
                     help="Source of all randomness.")
 runtime = click.option("--runtime", type=click.Choice(["auto", "onnxruntime", "openvino", "tensorrt", "torch"]),

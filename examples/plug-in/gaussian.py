@@ -5,7 +5,7 @@ from torch import Tensor
 
 from uadtool.detectors import Detector
 from uadtool.detectors.backbones import build_backbone, feature_shapes, fold_batch_norm, normalization
-from uadtool.detectors.base import describe
+from uadtool.detectors.base import pooled_descriptor
 from uadtool.training.loop import Outcome, Run
 
 
@@ -36,4 +36,4 @@ class Gaussian(Detector):
 
     def raw_maps_and_descriptor(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         features = self.teacher(pixels)
-        return ((features[1] - self.mean).square() * self.weight).mean(1, keepdim=True), describe(features)
+        return ((features[1] - self.mean).square() * self.weight).mean(1, keepdim=True), pooled_descriptor(features)

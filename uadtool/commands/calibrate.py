@@ -28,7 +28,7 @@ def _sources(ctx: click.Context, param: click.Parameter, value: Tuple[str, ...])
 @click.option("--method", type=click.Choice(["minmax", "moving-average", "percentile", "entropy", "mse"]),
               default="entropy", show_default=True, help="How a range comes from the activations.")
 @click.option("--percentile", type=click.FloatRange(0, 100, min_open=True), metavar="P",
-              help="For --method percentile: share of the activations to keep, in percent  [default: 99.99]")
+              default=99.99, show_default=True, help="Of --method percentile: share of the activations to keep.")
 @click.option("--source", "sources", metavar="KIND", multiple=True, default=["good"], show_default=True,
               callback=_sources, help="good, synthetic-anomalies, random-normal or images:PATH. Several --source "
                                       "share the count evenly.")
@@ -37,7 +37,8 @@ def _sources(ctx: click.Context, param: click.Parameter, value: Tuple[str, ...])
 @click.option("--classes", metavar="A,B,...", help="Of DATA, use these classes only.")
 @options.seed
 @options.verbosity
-def calibrate(model: str, data: Optional[str], output: str, method: str, percentile: Optional[float],
+@click.pass_context
+def calibrate(ctx: click.Context, model: str, data: Optional[str], output: str, method: str, percentile: float,
               sources: Tuple[str, ...], count: int, classes: Optional[str], seed: int) -> None:
     """Record the activation ranges of a float MODEL.
 
@@ -50,9 +51,12 @@ def calibrate(model: str, data: Optional[str], output: str, method: str, percent
       uadtool calibrate fp32.safetensors mvtec/ -o r.json --source good --source synthetic-anomalies
       uadtool calibrate fp32.safetensors -o r.json --source random-normal --method percentile
     """
-    if not data and set(FROM_DATA) & set(sources):
+    from_data = bool(set(FROM_DATA) & set(sources))
+    if from_data and not data:
         raise click.UsageError(f"Missing argument 'DATA': --source {' or '.join(FROM_DATA)} takes its images there.")
-    if percentile and method != "percentile":
+    if classes is not None and not from_data:
+        raise click.UsageError(f"--classes is for --source {' and '.join(FROM_DATA)}.")
+    if method != "percentile" and options.given(ctx, "percentile"):
         raise click.UsageError("--percentile is for --method percentile.")
     if count < len(sources):
         raise click.UsageError(f"--count {count} is too few for {len(sources)} sources.")
@@ -72,9 +76,10 @@ def calibrate(model: str, data: Optional[str], output: str, method: str, percent
         check_writable(output, [model, data, *(one[len("images:"):] for one in sources if one.startswith("images:"))])
     with unchanged(model) as digest:
         detector, metadata = load_float_model(model)
-    good = training_samples(data, metadata.classes if classes is None else classes.split(",")) if data else []
+    good = []
+    if data and from_data:
+        good = training_samples(data, metadata.classes if classes is None else classes.split(","))
     chosen, source = calibration_batches(sources, good, count, seed, detector, metadata.image_size)
-    percentile = percentile or 99.99
     with Progress("calibrate", source["count"]) as progress:
         def batches() -> "Iterator[Tensor]":
             for images in chosen:

@@ -3,7 +3,6 @@ from pathlib import Path
 from typing import Optional, Tuple
 
 import click
-from click.core import ParameterSource
 
 from uadtool import options
 from uadtool.errors import require_lab
@@ -17,8 +16,7 @@ from uadtool.errors import require_lab
 @options.output("The quantized model to write (.safetensors).")
 @click.option("--precision", type=click.Choice(["int8", "fp16"]), default="int8", show_default=True,
               help="Of the networks; fp16 needs no ranges.")
-@click.option("--target", type=click.Choice(["onnxruntime", "openvino", "tensorrt"]), default="onnxruntime",
-              show_default=True, help="Runtime whose integer kernels the model is made for.")
+@options.target
 @click.option("--scope", type=click.Choice(["all", "student"]), default="all", show_default=True,
               help="Networks to quantize.")
 @click.option("--keep-float", "kept", metavar="PATTERN", multiple=True,
@@ -31,9 +29,10 @@ from uadtool.errors import require_lab
 @click.option("--resume", is_flag=True, help="Of --qat: go on from OUTPUT.checkpoint, if an interrupted run left one.")
 @options.seed
 @options.verbosity
-def quantize(model: str, data: Optional[str], ranges_file: Optional[str], output: str, precision: str, target: str,
-             scope: str, kept: Tuple[str, ...], sensitivity: bool, bias_correction: bool, qat: bool, steps: int,
-             resume: bool, seed: int) -> None:
+@click.pass_context
+def quantize(ctx: click.Context, model: str, data: Optional[str], ranges_file: Optional[str], output: str,
+             precision: str, target: str, scope: str, kept: Tuple[str, ...], sensitivity: bool, bias_correction: bool,
+             qat: bool, steps: int, resume: bool, seed: int) -> None:
     """Quantize a float MODEL to int8: weights per channel, activations per tensor, the score head in float.
 
     With DATA, the data set that MODEL was trained on, its good images serve to correct the biases and, held-out ones
@@ -57,11 +56,11 @@ def quantize(model: str, data: Optional[str], ranges_file: Optional[str], output
         raise click.UsageError("--ranges, --scope, --keep-float, --sensitivity and --qat are for int8.")
     if not data and (numbers or sensitivity or qat):
         raise click.UsageError("Missing argument 'DATA': auto:N, --sensitivity and --qat take good images from there.")
-    steps_given = click.get_current_context().get_parameter_source("steps") is not ParameterSource.DEFAULT
-    if not qat and (steps_given or resume):
+    if not qat and (options.given(ctx, "steps") or resume):
         raise click.UsageError("--steps and --resume are for --qat.")
-    if not data and not bias_correction:
-        raise click.UsageError("--no-bias-correction goes with DATA: without, there is none.")
+    if not bias_correction and (not data or precision == "fp16"):
+        raise click.UsageError("--no-bias-correction is for int8 with DATA: else there is none.")
+    options.no_exported(ctx, output)
     require_lab()
     from uadtool.artifacts import check_writable, file_digest, unchanged, write_json
     from uadtool.host import keep_freed_memory

@@ -40,22 +40,24 @@ def _pairs(ctx: click.Context, param: click.Parameter, value: Tuple[str, ...]) -
 @click.option("--image-size", default="256", show_default=True, metavar="SIZE", callback=_size,
               help="Pixels that images are resized to: SIZE or HEIGHTxWIDTH.")
 @click.option("--classes", metavar="A,B,...", help="Train on these classes only.")
-@click.option("--epochs", type=click.IntRange(1), help="Passes over the images  [default: 40]")
+@click.option("--epochs", type=click.IntRange(1), default=40, show_default=True, help="Passes over the images.")
 @click.option("--steps", type=click.IntRange(1), help="Instead of epochs: batches of 16 images.")
 @click.option("--held-out", type=click.FloatRange(0.01, 0.9), default=0.2, show_default=True, metavar="SHARE",
               help="Share of the good images that chooses the checkpoint and sets the threshold.")
 @click.option("--false-positive-rate", type=click.FloatRange(0, 0.5), default=0.01, show_default=True, metavar="SHARE",
               help="Share of held-out good images above the threshold.")
 @click.option("--teacher-int8", "teacher_ranges", metavar="RANGES",
-              help="Quantize first: the student learns the teacher in int8, with ranges of a model that has it, too.")
-@click.option("--target", type=click.Choice(["onnxruntime", "openvino", "tensorrt"]), default="onnxruntime",
-              show_default=True, help="Of --teacher-int8: the runtime that rounds.")
-@options.device
+              help="Quantize first: the student learns the teacher in int8, with ranges of a model that has it, too; "
+                   "--target is of this.")
+@options.target
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True,
+              help="Where torch computes.")
 @options.seed
 @click.option("--resume", is_flag=True, help="Go on from OUTPUT.checkpoint, if an interrupted run left one.")
 @options.verbosity
-def train(data: str, output: str, method: str, method_options: Dict[str, str], teacher: str,
-          teacher_weights: Optional[str], image_size: Tuple[int, int], classes: Optional[str], epochs: Optional[int],
+@click.pass_context
+def train(ctx: click.Context, data: str, output: str, method: str, method_options: Dict[str, str], teacher: str,
+          teacher_weights: Optional[str], image_size: Tuple[int, int], classes: Optional[str], epochs: int,
           steps: Optional[int], held_out: float, false_positive_rate: float,
           teacher_ranges: Optional[str], target: str, device: str, seed: int, resume: bool) -> None:
     """Train one detector for all classes of DATA, from good images alone.
@@ -72,8 +74,11 @@ def train(data: str, output: str, method: str, method_options: Dict[str, str], t
       uadtool train mvtec/ -o first.safetensors --teacher-int8 ranges.json
       torchrun --nproc-per-node 4 -m uadtool train mvtec/ -o unified.safetensors
     """
-    if epochs and steps:
+    if steps and options.given(ctx, "epochs"):
         raise click.UsageError("--epochs and --steps exclude each other.")
+    if not teacher_ranges and options.given(ctx, "target"):
+        raise click.UsageError("--target is of --teacher-int8; a float model is for every runtime.")
+    options.no_exported(ctx, output)
     require_lab()
     from uadtool.artifacts import check_writable, file_digest, write_json
     from uadtool.dataset import training_samples
@@ -89,12 +94,11 @@ def train(data: str, output: str, method: str, method_options: Dict[str, str], t
         on_first(lambda: check_writable(output, [data, teacher_weights, teacher_ranges]))
         ranges = RangesFile.read(teacher_ranges).ranges if teacher_ranges else None
         samples = training_samples(data, classes.split(",") if classes is not None else None)
-        length = {"length": steps, "unit": "steps"} if steps else {"length": epochs} if epochs else {}
         checkpoint = Path(f"{output}.checkpoint")
         result = run(samples, TrainingOptions(
             method=method, method_options=method_options, teacher=teacher, teacher_weights=teacher_weights,
             image_size=image_size, held_out=held_out, false_positive_rate=false_positive_rate, device=device, seed=seed,
-            teacher_ranges=ranges, target=target, **length,
+            teacher_ranges=ranges, target=target, epochs=epochs, steps=steps,
         ), checkpoint, resume)
         if result is None:
             return

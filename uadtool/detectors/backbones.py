@@ -31,7 +31,7 @@ SIZE_STEP = 16
 POSITION_GRID = "position_grid"
 """Key in the ``meta`` of a vision transformer's graph: (height, width) of its position embedding."""
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("uadtool")
 
 
 class PaddedConv2d(nn.Conv2d):

@@ -1,5 +1,6 @@
 """The contract of every detector: uint8 images in, normalised scores and anomaly maps out, all of it in the graph."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
@@ -77,7 +78,7 @@ class Detector(nn.Module, ABC):
         self.register_buffer("pixel_scale", 1 / (255 * _per_channel(std)))
         self.register_buffer("prototypes", torch.zeros(classes, descriptor_size))
         self.register_buffer("descriptor_scale", torch.ones(descriptor_size))
-        grid = classes, maps, map_size[0] // PATCH, map_size[1] // PATCH
+        grid = classes, maps, *(math.ceil(side / PATCH) for side in map_size)
         self.register_buffer("expected_maps", torch.zeros(grid))
         self.register_buffer("map_spreads", torch.ones(grid))
         self.register_buffer("score_mean", torch.zeros(classes))
@@ -85,7 +86,7 @@ class Detector(nn.Module, ABC):
 
     @abstractmethod
     def fit(self, run: "Run") -> "Outcome":
-        """Train all that is not the teacher, in place."""
+        """Train all that is not ``pretrained()``, in place."""
 
     def fold_batch_norm(self: "Self") -> "Self":
         """Turn the trained networks into their deployed form, in place."""
@@ -170,7 +171,7 @@ def standardize(raw: Tensor, expected: Tensor, spread: Tensor) -> Tensor:
     return (raw - expected) / spread
 
 
-def describe(features: Sequence[Tensor]) -> Tensor:
+def pooled_descriptor(features: Sequence[Tensor]) -> Tensor:
     """Spatial mean of each channel of each feature map, concatenated: [N, D]."""
     return torch.cat([f.mean((2, 3)) for f in features], dim=1)
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from uadtool.detectors.backbones import LayerNorm, feature_shapes, fold_batch_norm, normalization
-from uadtool.detectors.base import Detector, Smoothing, describe
+from uadtool.detectors.base import Detector, Smoothing, pooled_descriptor
 from uadtool.detectors.encoders import build_encoder
 from uadtool.detectors.stfpm import cosine_distance, distance_maps, distillation_loss
 from uadtool.errors import UadtoolError
@@ -65,7 +65,7 @@ class Dinomaly(Detector):
 
     def raw_maps_and_descriptor(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         features = self.teacher(pixels)
-        return self.smooth(distance_maps(features, self.decoder(features), self.map_size)), describe(features)
+        return self.smooth(distance_maps(features, self.decoder(features), self.map_size)), pooled_descriptor(features)
 
     def fit(self, run: "Run") -> "Outcome":
         from uadtool.training.precision import autocast

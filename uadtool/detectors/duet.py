@@ -20,7 +20,7 @@ from uadtool.detectors.backbones import (
     normalization,
     remove_identities,
 )
-from uadtool.detectors.base import Detector, describe
+from uadtool.detectors.base import Detector, pooled_descriptor
 from uadtool.detectors.memory import PatchMemory
 from uadtool.errors import UadtoolError
 
@@ -76,7 +76,8 @@ class Duet(Detector):
         features = self.teacher(pixels)
         # Plus 1: the least spread of a map is a share of its level, and what the head says of good images is nearly 0.
         likely = 1 + self.head(features[0], features[1], features[2]).sigmoid()
-        return torch.cat([self.small(features[1]), _double(self.large(features[2])), likely], dim=1), describe(features)
+        maps = torch.cat([self.small(features[1]), _double(self.large(features[2])), likely], dim=1)
+        return maps, pooled_descriptor(features)
 
     def fit(self, run: "Run") -> "Outcome":
         from uadtool.training import distributed

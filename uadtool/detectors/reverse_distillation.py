@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from uadtool.detectors.backbones import build_backbone, check_size, feature_shapes, fold_batch_norm, normalization
-from uadtool.detectors.base import Detector, Smoothing, describe
+from uadtool.detectors.base import Detector, Smoothing, pooled_descriptor
 from uadtool.detectors.stfpm import distance_maps, distillation_loss
 from uadtool.errors import UadtoolError
 
@@ -53,7 +53,7 @@ class ReverseDistillation(Detector):
     def raw_maps_and_descriptor(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         features = self.teacher(pixels)
         maps = distance_maps(features, self.student(features[0], features[1], features[2]), self.map_size)
-        return self.smooth(maps), describe(features)
+        return self.smooth(maps), pooled_descriptor(features)
 
     def fit(self, run: "Run") -> "Outcome":
         optimizer = torch.optim.Adam(self.student.parameters(), LEARNING_RATE, BETAS, weight_decay=WEIGHT_DECAY)

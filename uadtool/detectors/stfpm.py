@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from uadtool.detectors.backbones import behind, build_backbone, feature_shapes, fold_batch_norm, normalization
-from uadtool.detectors.base import Detector, describe
+from uadtool.detectors.base import Detector, pooled_descriptor
 from uadtool.detectors.dcam import Attended, spatial_divergence
 from uadtool.errors import UadtoolError
 
@@ -82,7 +82,7 @@ class STFPM(Detector):
         features = self.teacher(pixels)
         student = self.student([pixels, *features][self.shared_stages])
         maps = distance_maps(features[self.shared_stages:], student, self.map_size)
-        return maps if self.fusion == "sum" else maps.prod(1, keepdim=True), describe(features)
+        return maps if self.fusion == "sum" else maps.prod(1, keepdim=True), pooled_descriptor(features)
 
 
 def cosine_distance(teacher: Tensor, student: Tensor) -> Tensor:

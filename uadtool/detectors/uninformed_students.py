@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from uadtool.detectors.backbones import build_backbone, feature_shapes, normalization
-from uadtool.detectors.base import Detector, describe
+from uadtool.detectors.base import Detector, pooled_descriptor
 from uadtool.detectors.memory import standardized_components
 from uadtool.errors import UadtoolError
 
@@ -67,7 +67,7 @@ class UninformedStudents(Detector):
         differences = torch.stack([student(pixels) for student in self.student]) - descriptors
         differences = differences.permute(0, 1, 3, 4, 2)  # every runtime sums fastest over the last axis
         error = differences.mean(0).square().mean(3)
-        return torch.stack([error, differences.square().mean((0, 4)) - error], dim=1), describe([descriptors])
+        return torch.stack([error, differences.square().mean((0, 4)) - error], dim=1), pooled_descriptor([descriptors])
 
     def fit(self, run: "Run") -> "Outcome":
         """Train the teacher and, towards what it says by then, the students."""

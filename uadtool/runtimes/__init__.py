@@ -161,11 +161,11 @@ def _installed(target: Optional[str]) -> List[str]:
     return list(filter(find_spec, names)) or ["onnxruntime"]
 
 
-Tensor = Tuple[str, str, Sequence[Any]]
+TensorSpec = Tuple[str, str, Sequence[Any]]
 """Name, NumPy's name of the type, and shape; a size that is not an int is free."""
 
 
-def check_signature(model: Runtime, inputs: Iterable[Tensor], outputs: Iterable[Tensor]) -> None:
+def check_signature(model: Runtime, inputs: Iterable[TensorSpec], outputs: Iterable[TensorSpec]) -> None:
     """Require that a graph takes and gives what a detector does.
 
     Raises:
@@ -184,7 +184,7 @@ def check_signature(model: Runtime, inputs: Iterable[Tensor], outputs: Iterable[
                            f"{', '.join(found_outputs)}; expected {', '.join(wanted_inputs + wanted_outputs)}")
 
 
-def _lines(tensors: Iterable[Tensor]) -> List[str]:
+def _lines(tensors: Iterable[TensorSpec]) -> List[str]:
     shapes = [(name, kind, [size if isinstance(size, int) else "N" for size in shape]) for name, kind, shape in tensors]
     return [f"{name}: {kind} [{', '.join(map(str, shape))}]" for name, kind, shape in shapes]
 

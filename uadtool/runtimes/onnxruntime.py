@@ -9,7 +9,7 @@ import numpy as np
 
 from uadtool.errors import require
 from uadtool.metadata import Metadata
-from uadtool.runtimes import LayerTime, Output, Tensor, check_signature
+from uadtool.runtimes import LayerTime, Output, TensorSpec, check_signature
 
 FATAL = 4
 """Log severity. ONNX Runtime raises what went wrong; what it prints besides, on stderr, is noise."""
@@ -68,5 +68,5 @@ class OnnxRuntime:
         return self._ort.InferenceSession(self.path, options, providers=["CPUExecutionProvider"])
 
 
-def _tensor(value: Any) -> Tensor:
+def _tensor(value: Any) -> TensorSpec:
     return value.name, TYPES.get(value.type, value.type), value.shape

@@ -10,7 +10,7 @@ import numpy as np
 
 from uadtool.errors import require
 from uadtool.metadata import Metadata
-from uadtool.runtimes import LayerTime, Output, Tensor, check_signature
+from uadtool.runtimes import LayerTime, Output, TensorSpec, check_signature
 
 SETTINGS = {
     "PERFORMANCE_HINT": "LATENCY",
@@ -92,7 +92,7 @@ def import_openvino() -> ModuleType:
         del sys.modules[converter]
 
 
-def _tensor(value: Any) -> Tensor:
+def _tensor(value: Any) -> TensorSpec:
     kind = value.element_type.get_type_name()
     shape = [size.get_length() if size.is_static else None for size in value.partial_shape]
     return value.any_name, TYPES.get(kind, kind), shape

@@ -9,7 +9,7 @@ import numpy as np
 
 from uadtool.errors import UadtoolError, require
 from uadtool.metadata import Metadata
-from uadtool.runtimes import LayerTime, Output, Tensor, check_signature
+from uadtool.runtimes import LayerTime, Output, TensorSpec, check_signature
 from uadtool.tensorrt.files import engine_package
 from uadtool.tensorrt.logger import make_logger
 from uadtool.tensorrt.versions import import_tensorrt
@@ -103,7 +103,7 @@ class TensorRt:
         finally:
             self._device.pop()
 
-    def _tensor(self, name: str) -> Tensor:
+    def _tensor(self, name: str) -> TensorSpec:
         kind = self._engine.get_tensor_dtype(name).name
         shape = [size if size >= 0 else None for size in self._engine.get_tensor_shape(name)]
         return name, TYPES.get(kind, kind), shape

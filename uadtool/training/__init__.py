@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from uadtool import __version__
-from uadtool.artifacts import list_digest
+from uadtool.artifacts import file_digest, list_digest
 from uadtool.dataset import LEAST_HELD_OUT, Sample, balanced
 from uadtool.detectors import Detector, find_method, method_options
 from uadtool.detectors.backbones import DEFAULT_TEACHER, load_teacher_weights
@@ -21,6 +21,7 @@ from uadtool.metadata import Metadata, bounded_scores, threshold_at
 from uadtool.progress import Progress
 from uadtool.quantization import TARGETS, Ranges
 from uadtool.quantization.bias_correction import CORRECTION_IMAGES
+from uadtool.quantization.ranges import ranges_digest
 from uadtool.quantization.teacher import quantized_teacher
 from uadtool.training import distributed
 from uadtool.training.data import (
@@ -36,17 +37,17 @@ from uadtool.training.loop import BATCH_SIZE, Run, steps_per_epoch
 from uadtool.training.precision import autocast, autocast_dtype, choose_device
 from uadtool.training.statistics import RawMaps, fit_prototypes, fit_statistics
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("uadtool")
 
 
 @dataclass(frozen=True)
 class TrainingOptions:
     """What decides the result of a training run, besides the images.
 
-    ``length`` counts ``unit``s, epochs or steps (batches of 16). ``held_out`` is the share of good images of each class
-    that is not trained on but chooses the checkpoint and sets the score statistics and the threshold, which held-out
-    images exceed at ``false_positive_rate``. ``image_size`` is (height, width). With ``teacher_ranges`` the student
-    learns the features of the teacher in int8, as ``target`` rounds it.
+    ``steps``, batches of 16, count instead of ``epochs`` where they are given. ``held_out`` is the share of good images
+    of each class that is not trained on but chooses the checkpoint and sets the score statistics and the threshold,
+    which held-out images exceed at ``false_positive_rate``. ``image_size`` is (height, width). With ``teacher_ranges``
+    the student learns the features of the teacher in int8, as ``target`` rounds it.
     """
 
     method: str = "stfpm"
@@ -54,8 +55,8 @@ class TrainingOptions:
     teacher_weights: Optional[str] = None
     image_size: tuple[int, int] = (256, 256)
     method_options: Mapping[str, str] = field(default_factory=dict)
-    length: int = 40
-    unit: str = "epochs"
+    epochs: int = 40
+    steps: Optional[int] = None
     held_out: float = 0.2
     false_positive_rate: float = 0.01
     device: str = "auto"
@@ -106,6 +107,8 @@ def train(samples: Sequence[Sample], options: TrainingOptions, checkpoint: Path,
                     "model, or none; give it %d or more", ", ".join(few), 2 * LEAST_HELD_OUT)
     images_digest = list_digest(sample.path for sample in samples)
     config = {**asdict(replace(options, method_options={})), **{f"option {k}": v for k, v in chosen.items()},
+              "teacher_weights": file_digest(options.teacher_weights) if options.teacher_weights else None,
+              "teacher_ranges": ranges_digest(options.teacher_ranges) if options.teacher_ranges else None,
               "image_size": list(options.image_size),
               "device": device.type, "dtype": str(dtype),
               "images": images_digest}
@@ -128,9 +131,9 @@ def train(samples: Sequence[Sample], options: TrainingOptions, checkpoint: Path,
             return features
 
     teacher = _int8_teacher(detector, options, rest, device) if options.teacher_ranges else float_teacher
-    training = TeacherFeatures(rest, options.image_size, teacher, distributed.own_cores())
-    held_out = TeacherFeatures(held_out_samples, options.image_size, teacher, distributed.own_cores())
-    steps = options.length * (steps_per_epoch(len(training)) if options.unit == "epochs" else 1)
+    training, held_out = (TeacherFeatures(part, options.image_size, teacher, distributed.own_cores(), len(samples))
+                          for part in (rest, held_out_samples))
+    steps = options.steps or options.epochs * steps_per_epoch(len(training))
     outcome = detector.fit(Run(training, held_out, steps, options.seed, device, dtype, checkpoint, config, resume))
     if distributed.rank() > 0:
         return None
@@ -155,7 +158,8 @@ def train(samples: Sequence[Sample], options: TrainingOptions, checkpoint: Path,
         options=chosen, tool_version=__version__,
         provenance=[{"command": "train", "tool_version": __version__, "images": images_digest,
                      "names": names_digest(samples),
-                     "teacher_weights": weights, "steps": steps, "seed": options.seed,
+                     "teacher_weights": weights, "teacher_weights_digest": config["teacher_weights"],
+                     "steps": steps, "seed": options.seed,
                      "held_out": options.held_out, "dtype": report["dtype"], "processes": processes,
                      "teacher_int8": options.target if options.teacher_ranges else None}],
     )

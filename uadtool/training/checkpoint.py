@@ -48,7 +48,7 @@ def read_checkpoint(path: Path, config: dict[str, Any]) -> tuple[dict[str, Any],
     if changed:
         name = changed[0]
         raise UadtoolError(f"{path} is of a run with {name} {before.get(name)!r:.200}, this one has "
-                           f"{config[name]!r}; use the same, or start anew without --resume")
+                           f"{config[name]!r:.200}; use the same, or start anew without --resume")
     return progress, tensors
 
 

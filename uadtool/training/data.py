@@ -22,7 +22,7 @@ Teacher = Callable[[Tensor], Sequence[Tensor]]
 MEMORY_SHARE = 0.5
 CHUNK = 32
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("uadtool")
 
 
 def read_images(samples: Sequence[Sample], image_size: tuple[int, int], threads: int) -> Tensor:
@@ -90,15 +90,19 @@ class TeacherFeatures:
 
     When both fit into half of the main memory they are computed once, at the start; else batch by batch. Processes
     that train together compute a share each, and then all of them have all.
+
+    Args:
+        most_images: how many images there are with those of other instances, which share the memory.
     """
 
-    def __init__(self, samples: Sequence[Sample], image_size: tuple[int, int], teacher: Teacher, threads: int) -> None:
+    def __init__(self, samples: Sequence[Sample], image_size: tuple[int, int], teacher: Teacher, threads: int,
+                 most_images: int) -> None:
         self.samples, self.image_size, self.teacher, self.threads = samples, image_size, teacher, threads
         self._cache: tuple[Tensor, list[Tensor]] | None = None
         first = self._compute([0])
         one = sum(t.nbytes for t in (first[0], *first[1]))
         most = MEMORY_SHARE * usable_memory() / distributed.processes_here()
-        if distributed.any_of_them(one * len(samples) >= most):
+        if distributed.any_of_them(one * most_images >= most):
             log.info("the images do not fit into memory; they are read again in every epoch")
         else:
             self._cache = self._fill(first)

@@ -147,8 +147,8 @@ def require_same(config: Mapping[str, Any]) -> None:
         if name == "images":
             raise UadtoolError(f"process {rank()} finds other images than process 0; every machine needs the same "
                                "files under the same path")
-        raise UadtoolError(f"process {rank()} has {name} {config[name]!r}, process 0 has {value!r}; start all of them "
-                           "with the same options")
+        raise UadtoolError(f"process {rank()} has {name} {config[name]!r:.200}, process 0 has {value!r:.200}; start "
+                           "all of them with the same options")
 
 
 def _started() -> bool:

@@ -29,7 +29,7 @@ EVALUATIONS = 20
 
 Loss = Callable[[Tensor, Sequence[Tensor]], Tensor]
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("uadtool")
 
 
 @dataclass(frozen=True)

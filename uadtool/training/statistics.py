@@ -82,7 +82,8 @@ def fit_statistics(detector: Detector, raw_maps: RawMaps, classes: Sequence[str]
         owners += [classes.index(str(sample.class_name)) for sample in samples]
         parts.append(raw_maps(images))
     maps, nearest = (torch.cat(part) for part in zip(*parts))
-    moments = torch.stack([F.avg_pool2d(values, PATCH) for values in (maps, maps.square())], dim=1).double()
+    patches = [F.avg_pool2d(values, PATCH, ceil_mode=True) for values in (maps, maps.square())]
+    moments = torch.stack(patches, dim=1).double()
     members = [[place for place, owner in enumerate(owners) if owner == index] for index in range(len(classes))]
     sums = [moments[places].sum(0) for places in members]
     for index, places in enumerate(members):
