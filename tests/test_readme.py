@@ -1,4 +1,4 @@
-"""Every command line of the README runs, in its order, on a data set small enough for a test.
+"""Every command line of the READMEs runs, in its order, on a data set small enough for a test.
 
 What cannot run as it stands is replaced by its dry run, which still fails on a wrong name: `make` by `make -n` in the
 repository (CI runs `make test` and `make demo` themselves) and `pip install` by `pip install --dry-run`. Engines are
@@ -22,6 +22,7 @@ from PIL import Image
 
 REPOSITORY = Path(__file__).parent.parent
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+RESULTS = REPOSITORY / "examples/results/README.md"
 
 
 def command_lines(text: str) -> List[str]:
@@ -75,7 +76,7 @@ def test_the_readme_has_its_two_commands_and_a_tour() -> None:
 
 def test_every_command_line_of_the_readme_runs(newcomer: Path) -> None:
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    for line in command_lines(README):
+    for line in command_lines(README) + command_lines(RESULTS.read_text(encoding="utf-8")):
         done = subprocess.run(["bash", "-o", "pipefail", "-c", in_test(line)], cwd=newcomer, env=environment,
                               capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
         assert done.returncode == 0, f"$ {line}\n{done.stderr}"
@@ -89,5 +90,7 @@ def test_every_command_line_of_the_readme_runs(newcomer: Path) -> None:
 
 
 def test_links_to_files_are_not_broken() -> None:
-    for target in re.findall(r"\]\((?!https?:|#)([^)]+)\)", README) + re.findall(r"src(?:set)?=\"([^\"]+)\"", README):
-        assert (REPOSITORY / target).exists(), target
+    for path in (REPOSITORY / "README.md", RESULTS):
+        text = path.read_text(encoding="utf-8")
+        for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", text) + re.findall(r"src(?:set)?=\"([^\"]+)\"", text):
+            assert (path.parent / target).exists(), target

@@ -216,4 +216,4 @@ def refuse_newer(found: Any, known: str, name: str) -> None:
     kind, _, number = known.rpartition("/")
     match = re.fullmatch(re.escape(kind) + "/([0-9]{1,9})", found) if isinstance(found, str) else None
     if match and int(match[1]) > int(number):
-        raise UadtoolError(f"{name} was written by a newer uadtool ({found}); upgrade this one: pip install -U uadtool")
+        raise UadtoolError(f"{name} was written by a newer uadtool ({found}); upgrade this one")

