@@ -22,7 +22,8 @@ CLASSES = {"builder": "Builder", "network": "INetworkDefinition", "parser": "Onn
 """Class of what the variables and attributes of these names hold, in the sources."""
 BY_NAME = {"IProfiler.report_layer_time", "ILogger.log", "BuilderFlag.FP16", "BuilderFlag.INT8",
            "NetworkDefinitionCreationFlag.STRONGLY_TYPED", "NetworkDefinitionCreationFlag.EXPLICIT_BATCH",
-           *(f"LayerType.{name}" for name in ("ELEMENTWISE", "UNARY", "REDUCE", "TOPK")),
+           *(f"LayerType.{name}" for name in (
+               "ELEMENTWISE", "UNARY", "REDUCE", "TOPK", "MATRIX_MULTIPLY", "DEQUANTIZE")),
            *(f"DataType.{name}" for name in ("UINT8", "INT32", "FLOAT"))}
 """Used, too, but as strings, or overridden."""
 ONLY_IN = {

@@ -1,6 +1,7 @@
 """`export MODEL.onnx -o MODEL.engine`: the files, the options, and what is refused."""
 
 import json
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
@@ -139,35 +140,41 @@ class Dla:
         return layer.name == "conv1"
 
 
-class Typed:
-    """A network and the configuration of its engine, of TensorRT 8.5, where every precision is a flag."""
-
-    def __init__(self, version):
-        names = ("FP16", "INT8", "TF32", "OBEY_PRECISION_CONSTRAINTS")
-        self.trt = SimpleNamespace(
-            __name__="tensorrt", __version__=version, BuilderFlag=SimpleNamespace(**{name: name for name in names}),
-            LayerType=SimpleNamespace(ELEMENTWISE="elementwise", UNARY="unary", REDUCE="reduce", TOPK="topk"),
-            DataType=SimpleNamespace(FLOAT="float", HALF="half"), IElementWiseLayer=Layer,
-            ElementWiseOperation=SimpleNamespace(SUM="sum", PROD="prod"))
-        self.flags, self.set_flag, self.clear_flag = {"TF32"}, lambda one: self.flags.add(one), lambda one: \
-            self.flags.discard(one)
-        self.layers = [Layer("convolution", "float"), Layer("elementwise", "float", "sum"), Layer("reduce", "half"),
-                       Layer("elementwise", "float", "prod"), Layer("unary", "float"), Layer("topk", "float")]
-        self.num_layers, self.get_layer = len(self.layers), self.layers.__getitem__
-
-
 class Layer:
+    """One of a network of TensorRT 8.5: its type, that of what it gives, and the names of its inputs and its output."""
+
     precision = None
 
-    def __init__(self, type, dtype, op=None):
-        self.type, self.op, self.get_output = type, op, lambda index: SimpleNamespace(dtype=dtype)
+    def __init__(self, type, dtype="float", inputs=("x",), output="y", op=None):
+        self.type, self.op, self.num_inputs = type, op, len(inputs)
+        self.get_input = [SimpleNamespace(name=name) for name in inputs].__getitem__
+        self.get_output = lambda index: SimpleNamespace(name=output, dtype=dtype)
+
+
+class Typed:
+    """A network and the configuration of its engine, where every precision is a flag."""
+
+    def __init__(self, version):
+        kinds = ("ELEMENTWISE", "UNARY", "REDUCE", "TOPK", "MATRIX_MULTIPLY", "DEQUANTIZE", "CONVOLUTION")
+        flags = ("FP16", "INT8", "TF32", "OBEY_PRECISION_CONSTRAINTS")
+        self.trt = SimpleNamespace(
+            __name__="tensorrt", __version__=version, BuilderFlag=SimpleNamespace(**{name: name for name in flags}),
+            LayerType=SimpleNamespace(**{name: name for name in kinds}), IElementWiseLayer=Layer,
+            DataType=SimpleNamespace(FLOAT="float", HALF="half"), ElementWiseOperation=SimpleNamespace(SUM="sum"))
+        self.flags = {"TF32"}
+        self.set_flag, self.clear_flag = self.flags.add, self.flags.discard
+        self.layers = [
+            Layer("DEQUANTIZE", output="codes"), Layer("CONVOLUTION", inputs=("codes",)),
+            Layer("MATRIX_MULTIPLY", inputs=("codes", "w")), Layer("ELEMENTWISE", op="sum"), Layer("REDUCE", "half"),
+            Layer("ELEMENTWISE", op="prod"), Layer("UNARY"), Layer("TOPK"), Layer("MATRIX_MULTIPLY")]
+        self.num_layers, self.get_layer = len(self.layers), self.layers.__getitem__
 
 
 @pytest.mark.parametrize(("version", "precision", "flags", "float_layers"), [
     ("8.5.2.2", "fp32", set(), []),
     ("8.5.2.2", "int8", {"INT8"}, []),
-    ("8.5.2.2", "mixed", {"INT8", "FP16", "OBEY_PRECISION_CONSTRAINTS"}, [3, 4, 5]),
-    ("8.5.2.2", "fp16", {"FP16", "OBEY_PRECISION_CONSTRAINTS"}, [3, 4, 5]),
+    ("8.5.2.2", "mixed", {"INT8", "FP16", "OBEY_PRECISION_CONSTRAINTS"}, [5, 6, 7, 8]),
+    ("8.5.2.2", "fp16", {"FP16", "OBEY_PRECISION_CONSTRAINTS"}, [5, 6, 7, 8]),
     ("10.3.0", "mixed", set(), []), ("11.0.0", "fp16", set(), []),
 ])
 def test_the_score_head_stays_fp32(version, precision, flags, float_layers):
@@ -175,6 +182,18 @@ def test_the_score_head_stays_fp32(version, precision, flags, float_layers):
     versions.use_types_of_graph(network.trt, network, network, precision)
     assert network.flags == flags
     assert [index for index, layer in enumerate(network.layers) if layer.precision == "float"] == float_layers
+
+
+@pytest.mark.parametrize("detector", ["tf_efficientnet_lite0", "duet"])
+def test_the_score_head_is_found_in_any_precision(detector):
+    """In networks as a real importer makes them."""
+    log, found = trt.Logger(trt.Logger.ERROR), []
+    for precision in ("fp16", "mixed"):
+        network = trt.Builder(log).create_network(0)
+        assert trt.OnnxParser(network, log).parse(flavour(detector, "tensorrt", precision).proto.SerializeToString())
+        found.append(Counter(layer.type for layer in versions.fp32_layers(trt, network)))
+    assert found[0] == found[1]  # so none of it is of the networks
+    assert set(found[0]) >= {trt.LayerType.ELEMENTWISE, trt.LayerType.UNARY, trt.LayerType.REDUCE, trt.LayerType.TOPK}
 
 
 @pytest.mark.parametrize(("name", "version", "flags"), [

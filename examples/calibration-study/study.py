@@ -80,8 +80,8 @@ def cells(grid: str, with_first: bool) -> Iterator[Cell]:
         yield Cell("ptq", source, method, scope, "before")
     for source in SOURCES:
         yield Cell("ptq", source, "mse", "student", "before, per tensor")
-    for source in ("good", "random-normal"):
-        yield Cell("qat", source, "entropy")
+    for source, method in (("good", "mse"), ("good", "entropy"), ("random-normal", "entropy")):
+        yield Cell("qat", source, method)
 
 
 class Study:

@@ -2,7 +2,7 @@
 
 import importlib
 import platform
-from typing import Any, Optional, Tuple
+from typing import Any, List, Optional, Tuple
 
 from uadtool.errors import MissingPackage
 
@@ -51,7 +51,7 @@ def use_types_of_graph(trt: Any, network: Any, config: Any, precision: str) -> N
 
     Before version 10 networks have no types, but flags say what the builder may take for any layer. It would take fp16
     for the score head, too, whose squares and small differences that cannot hold: so it is told to obey, and which
-    layers are fp32. Additions may be fused with an integer convolution before them, and are left alone.
+    layers are fp32.
 
     Args:
         precision: of the graph, as in its metadata: fp32, fp16, int8 or mixed.
@@ -64,18 +64,31 @@ def use_types_of_graph(trt: Any, network: Any, config: Any, precision: str) -> N
     if precision not in ("fp16", "mixed"):
         return
     config.set_flag(trt.BuilderFlag.OBEY_PRECISION_CONSTRAINTS)
-    kinds = trt.LayerType
-    for layer in map(network.get_layer, range(network.num_layers)):
-        if layer.type not in (kinds.ELEMENTWISE, kinds.UNARY, kinds.REDUCE, kinds.TOPK):
-            continue
-        if layer.get_output(0).dtype != trt.DataType.FLOAT:
-            continue
-        if layer.type == kinds.ELEMENTWISE:
-            elementwise = layer
-            elementwise.__class__ = trt.IElementWiseLayer  # get_layer gives every layer the type of their base
-            if elementwise.op == trt.ElementWiseOperation.SUM:
-                continue
+    for layer in fp32_layers(trt, network):
         layer.precision = trt.DataType.FLOAT
+
+
+def fp32_layers(trt: Any, network: Any) -> List[Any]:
+    """The layers, of kinds that count in the score head, that the graph has in fp32.
+
+    Left out is what integer kernels compute: what reads quantized values, and additions, which may be fused with a
+    convolution before them.
+    """
+    kinds = trt.LayerType
+    layers = [network.get_layer(index) for index in range(network.num_layers)]
+    dequantized = {layer.get_output(0).name for layer in layers if layer.type == kinds.DEQUANTIZE}
+    return [layer for layer in layers
+            if layer.type in (kinds.ELEMENTWISE, kinds.UNARY, kinds.REDUCE, kinds.TOPK, kinds.MATRIX_MULTIPLY)
+            and layer.get_output(0).dtype == trt.DataType.FLOAT and not _is_addition(trt, layer)
+            and dequantized.isdisjoint(tensor.name for tensor in map(layer.get_input, range(layer.num_inputs)))]
+
+
+def _is_addition(trt: Any, layer: Any) -> bool:
+    if layer.type != trt.LayerType.ELEMENTWISE:
+        return False
+    elementwise = layer
+    elementwise.__class__ = trt.IElementWiseLayer  # networks give every layer the type of their base
+    return bool(elementwise.op == trt.ElementWiseOperation.SUM)
 
 
 def describe_error(error: Any) -> str:
