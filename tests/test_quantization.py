@@ -636,7 +636,7 @@ def test_the_quantized_file_tells_where_its_ranges_come_from(trained, calibrated
     assert earlier == float_metadata.provenance
     assert (step["command"], step["model_digest"]) == ("quantize", trained.record["digest"])
     source = json.loads(calibrated.path.read_text())["source"]
-    assert {"method": "entropy", "source": source}.items() <= step["calibration"].items()
+    assert {"method": "mse", "source": source}.items() <= step["calibration"].items()
     assert metadata.threshold == float_metadata.threshold
 
 
@@ -718,7 +718,7 @@ def test_the_most_sensitive_layers_stay_float(trained, calibrated, textures, tmp
     assert worst < set(record["float_layers"])
     assert {name for name in record["float_layers"] if name.startswith("student.")} == worst
     quantization = load_model(tmp_path / "mixed.safetensors")[1].quantization
-    assert (quantization.scope, quantization.method, quantization.calibration) == ("student", "ptq", "entropy")
+    assert (quantization.scope, quantization.method, quantization.calibration) == ("student", "ptq", "mse")
 
 
 def test_the_float_model_keeps_its_statistics(trained, calibrated, textures, tmp_path):

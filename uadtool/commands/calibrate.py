@@ -26,7 +26,7 @@ def _sources(ctx: click.Context, param: click.Parameter, value: Tuple[str, ...])
 @click.argument("data", metavar="[DATA]", required=False)
 @options.output("The ranges to write (.json; - is stdout, in place of the result).")
 @click.option("--method", type=click.Choice(["minmax", "moving-average", "percentile", "entropy", "mse"]),
-              default="entropy", show_default=True, help="How a range comes from the activations.")
+              default="mse", show_default=True, help="How a range comes from the activations.")
 @click.option("--percentile", type=click.FloatRange(0, 100, min_open=True), metavar="P",
               default=99.99, show_default=True, help="Of --method percentile: share of the activations to keep.")
 @click.option("--source", "sources", metavar="KIND", multiple=True, default=["good"], show_default=True,

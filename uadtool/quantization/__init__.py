@@ -20,7 +20,7 @@ __all__ = ["METHODS", "TARGETS", "Ranges", "RangesFile", "Target", "calibrate", 
            "layers_outside", "matching_layers", "quantize", "quantized_graph"]
 
 
-def calibrate(detector: Detector, batches: Iterable[Tensor], method: str = "entropy",
+def calibrate(detector: Detector, batches: Iterable[Tensor], method: str = "mse",
               percentile: float = 99.99) -> Ranges:
     """Observe the activations at every point while the detector sees batches of images [N, H, W, 3].
 
