@@ -258,8 +258,9 @@ def following(detector, tmp_path):
     pytest.importorskip("watchdog")
     folder = tmp_path / "incoming"
     folder.mkdir()
-    with subprocess.Popen([*COMMAND, str(detector), "--follow", str(folder)], stdout=subprocess.PIPE,
-                          stderr=subprocess.PIPE) as process:
+    with subprocess.Popen(
+            [*COMMAND, str(detector), "--follow", str(folder)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL)) as process:  # which nohup ignores
         assert json.loads(process.stdout.readline())["type"] == "run"
         yield process, folder
         process.kill()
