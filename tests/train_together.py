@@ -30,7 +30,8 @@ def main(folder: str, output: str) -> None:
         return images.permute(0, 3, 1, 2) / 255
 
     # 14 images to train on, which 4 processes cannot share evenly, and 8 held out
-    training, held_out = (data.TeacherFeatures(part, (64, 64), lambda images: [teacher(pixels(images))], 1)
+    training, held_out = (data.TeacherFeatures(part, (64, 64), lambda images: [teacher(pixels(images))], 1,
+                                               len(samples))
                           for part in (samples[:14], samples[-8:]))
     drawn = []
 
