@@ -238,7 +238,7 @@ def test_json_holds_no_nan(tmp_path):
     (b"[]", "is not a uadtool.test/1 file"), (b"{}", "is not a uadtool.test/1 file"),
     (b'{"schema": "uadtool.tests/2"}', "is not a uadtool.test/1 file"),
     (b'{"schema": "uadtool.test/0"}', "is not a uadtool.test/1 file"),
-    (b'{"schema": "uadtool.test/2"}', r"was written by a newer uadtool \(uadtool.test/2\); upgrade this one"),
+    (b'{"schema": "uadtool.test/2"}', r"was written by a newer uadtool \(uadtool.test/2\); upgrade this one$"),
 ])
 def test_other_files_are_refused(tmp_path, data, message):
     path = tmp_path / "record.json"

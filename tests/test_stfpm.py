@@ -7,6 +7,7 @@ import pytest
 import timm
 import torch
 from conftest import METADATA, validate
+from PIL import Image
 from safetensors.torch import load_file
 from scipy.special import expit, rel_entr, softmax
 from torch import nn
@@ -90,8 +91,10 @@ def test_shared_stages_are_computed_once(teacher, stages):
 @pytest.mark.parametrize(("teacher", "stages"), [("tf_efficientnet_lite0", 2), ("resnet18", 1)])
 def test_a_deployed_int8_detector_with_shared_stages_computes_what_torch_does(teacher, stages):
     detector = random_stfpm(teacher, stages).fold_batch_norm()
-    images = torch.randint(0, 256, (16, *SIZE, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    model = quantize(detector, calibrate(detector, [images]), images=images)
+    coarse = np.random.default_rng(0).integers(0, 256, (16, 8, 8, 3), dtype=np.uint8)
+    images = torch.from_numpy(np.stack([np.asarray(Image.fromarray(one).resize(SIZE[::-1], Image.Resampling.BICUBIC))
+                                        for one in coarse]))
+    model = quantize(detector, calibrate(detector, [images], "entropy"), images=images)
     layers = [module for module in model.modules() if isinstance(module, QuantizedConv2d)]
     assert len(layers) == len(convolutions(detector))
     proto = to_onnx(model, METADATA.replace(image_size=SIZE, map_size=detector.map_size))
@@ -100,7 +103,7 @@ def test_a_deployed_int8_detector_with_shared_stages_computes_what_torch_does(te
         exact, rounded = detector(images).anomaly_map, model(images).anomaly_map
     error = (rounded - exact).abs().mean()
     assert 0 < error < 0.1 * exact.mean()
-    assert (found - rounded).abs().mean() < 0.5 * error
+    assert (found - rounded).abs().mean() < 0.2 * error
 
 
 def test_scope_student_leaves_the_shared_stages_in_float():

@@ -56,7 +56,7 @@ class ContactSheet:
     """One picture of the most suspicious images of a run, the highest score first, each under its anomaly map."""
 
     def __init__(self, path: str, count: int) -> None:
-        self._path, self._count = path, count
+        self._path, self._place, self._count = path, Path(path).resolve(), count
         self._highest: List[Tuple[float, int, Image.Image]] = []
         self._order = itertools.count()
 
@@ -66,7 +66,7 @@ class ContactSheet:
         Raises:
             UadtoolError: the image would be lost, for the picture has its name.
         """
-        if Path(record["path"]).resolve() == Path(self._path).resolve():
+        if Path(record["path"]).resolve() == self._place:
             raise UadtoolError(f"{self._path} is scored, too, and would be lost; give the contact sheet another name")
         place = record["score"], -next(self._order)
         if len(self._highest) < self._count or place > self._highest[0][:2]:
