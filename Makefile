@@ -27,7 +27,7 @@ test-slow: $(VENV)/.dev ## run the tests that take minutes each: kills, full dis
 
 test-gpu: $(VENV)/.dev ## build and run engines on this machine's NVIDIA GPU (needs driver and CUDA toolkit)
 	$(BIN)/python -m pip install --quiet tensorrt pycuda
-	$(BIN)/python -m pytest -m gpu -rs -s tests/test_gpu.py
+	$(BIN)/python -m pytest -m gpu -rs -s tests/runtimes/test_gpu.py
 
 fuzz: $(VENV)/.dev ## feed broken input to every parser: FUZZ_RUNS of the cheapest ones (x86-64 Linux, Python 3.11 or newer)
 	$(BIN)/python -m pip install --quiet -e '.[fuzz]'
@@ -35,9 +35,9 @@ fuzz: $(VENV)/.dev ## feed broken input to every parser: FUZZ_RUNS of the cheape
 
 check-tensorrt-api: $(VENV)/.dev build/tensorrt-8.5/done build/tensorrt-stubs/done ## look up the names of TensorRT's API in 8.5, 10 and RTX (half a gigabyte)
 	LD_LIBRARY_PATH=$$(find build/tensorrt-8.5 -type d \( -path '*nvidia/*/lib' -o -name tensorrt \) | paste -sd:) \
-		build/tensorrt-8.5/bin/python tests/check_tensorrt_api.py tensorrt
-	$(BIN)/python tests/check_tensorrt_api.py build/tensorrt-stubs/*/*.pyi
-	$(BIN)/python tests/check_tensorrt_api.py tensorrt_rtx
+		build/tensorrt-8.5/bin/python tests/tensorrt/check_tensorrt_api.py tensorrt
+	$(BIN)/python tests/tensorrt/check_tensorrt_api.py build/tensorrt-stubs/*/*.pyi
+	$(BIN)/python tests/tensorrt/check_tensorrt_api.py tensorrt_rtx
 
 build/tensorrt-8.5/done: # the version of JetPack 5; it has wheels for Python 3.8
 	$(PYTHON3_8) -m venv $(@D)
@@ -48,9 +48,10 @@ build/tensorrt-stubs/done: | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --no-deps --target $(@D) tensorrt-stubs
 	touch $@
 
-lint: $(VENV)/.dev ## ruff and mypy
+lint: $(VENV)/.dev ## ruff, mypy and the layers of the package
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 clean: ## remove what the other targets made
 	rm -rf $(VENV) demo build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

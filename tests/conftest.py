@@ -17,7 +17,7 @@ from hypothesis import settings
 from PIL import Image, ImageDraw
 
 import uadtool as uadtool_package
-from uadtool.cli import cli
+from uadtool.cli.main import cli
 from uadtool.host import keep_freed_memory
 from uadtool.metadata import KEY, Metadata
 

@@ -9,15 +9,18 @@ import onnx
 import onnxruntime
 import torch
 
-from uadtool.detectors import Detector
-from uadtool.detectors.dinomaly import Dinomaly
-from uadtool.detectors.duet import Duet
-from uadtool.detectors.reverse_distillation import ReverseDistillation
-from uadtool.detectors.stfpm import STFPM
-from uadtool.detectors.uninformed_students import UninformedStudents
+from uadtool.lab.detectors.contract import Detector
+from uadtool.lab.detectors.dinomaly import Dinomaly
+from uadtool.lab.detectors.duet import Duet
+from uadtool.lab.detectors.reverse_distillation import ReverseDistillation
+from uadtool.lab.detectors.stfpm import STFPM
+from uadtool.lab.detectors.uninformed_students import UninformedStudents
+from uadtool.lab.onnx_export.parity import parity_images
+from uadtool.lab.onnx_export.writer import to_onnx
+from uadtool.lab.quantization.calibration import calibrate
+from uadtool.lab.quantization.ptq import half, matching_layers, quantize
+from uadtool.lab.quantization.targets import TARGETS
 from uadtool.metadata import Metadata, Quantization
-from uadtool.onnx_export import parity_images, to_onnx
-from uadtool.quantization import TARGETS, calibrate, half, matching_layers, quantize
 
 SIZE = (64, 64)
 DETECTORS = ("tf_efficientnet_lite0", "resnet18", "stfpm-shared", "rd", "us", "dinomaly", "dinomaly-vit", "duet")

@@ -65,10 +65,10 @@ def serve() -> None:
     import onnx  # noqa: F401
     import timm  # noqa: F401
 
-    import uadtool.onnx_export
-    import uadtool.quantization.recipe
-    import uadtool.runtimes.onnxruntime
-    import uadtool.training  # noqa: F401
+    import uadtool.lab.export
+    import uadtool.lab.quantize
+    import uadtool.lab.train  # noqa: F401
+
 
     for line in iter(sys.stdin.readline, ""):
         request = json.loads(line)
@@ -96,7 +96,7 @@ def become(request: Any, stderr: int) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (request["limit"], request["limit"]))
     if request["at"]:
         signal_at(*request["at"], request["number"])
-    from uadtool.cli import main
+    from uadtool.cli.main import main
 
     sys.argv = ["uadtool", *request["arguments"]]
     main()

@@ -5,7 +5,7 @@ from typing import Any, Dict, List, Optional, Sequence
 
 import numpy as np
 
-from uadtool.metrics import auroc
+from uadtool.scoring.metrics import auroc
 
 HOST = {"system": "Linux", "machine": "aarch64", "cpu": "some", "cores": 4, "python": "3.8.10"}
 RUNTIME = {"name": "onnxruntime", "version": "1.23.0", "threads": 2, "streams": 2}

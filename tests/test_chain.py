@@ -10,12 +10,13 @@ import pytest
 import torch
 from conftest import SCHEMAS, validate
 
-from uadtool.artifacts import file_digest
-from uadtool.dataset import split_held_out, training_samples
-from uadtool.models import load_model
-from uadtool.onnx_export import to_onnx
-from uadtool.onnx_export.deployed import open_proto
-from uadtool.training.data import read_images
+from uadtool.data.dataset import training_samples
+from uadtool.data.splits import split_held_out
+from uadtool.files import file_digest
+from uadtool.lab.models import load_model
+from uadtool.lab.onnx_export.deployed import open_proto
+from uadtool.lab.onnx_export.writer import to_onnx
+from uadtool.lab.training.data import read_images
 
 
 @pytest.fixture(scope="module")

@@ -11,14 +11,14 @@ from fuzz import fuzz
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from uadtool.artifacts import MOST_JSON, read_json
-from uadtool.cli import cli
-from uadtool.dataset import scoring_samples
+from uadtool.cli.main import cli
+from uadtool.data.dataset import scoring_samples
 from uadtool.errors import UadtoolError
+from uadtool.files import MOST_JSON, read_json
+from uadtool.lab.models import load_model
 from uadtool.metadata import LONGEST_SIDE, MOST_CHARACTERS, MOST_CLASSES, Metadata
-from uadtool.models import load_model
-from uadtool.runtimes.onnx_metadata import INSIDE, has_external_data, read_metadata
-from uadtool.tensorrt.files import read_engine_metadata
+from uadtool.runtimes.onnx_file import INSIDE, has_external_data, read_metadata
+from uadtool.tensorrt.engine_file import read_engine_metadata
 from uadtool.terminal import printable
 
 QUICK = sorted(set(fuzz.TARGETS) - {"model", "image"})

@@ -1,5 +1,5 @@
 """``python -m uadtool``."""
 
-from uadtool.cli import main
+from uadtool.cli.main import main
 
 main()

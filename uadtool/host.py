@@ -4,10 +4,11 @@ import contextlib
 import ctypes
 import os
 import platform
+import signal
 import sys
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, Dict
+from typing import Any, Dict, List
 
 from uadtool import __version__
 
@@ -84,3 +85,9 @@ def _cpu() -> str:
         if names.get(key):
             return names[key]
     return platform.processor() or platform.machine() or "unknown"
+
+
+def ending_signals() -> List[signal.Signals]:
+    """Those that ask a process to end: SIGTERM, and SIGHUP when the terminal closes, unless nohup has it ignored."""
+    hangs_up = hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN
+    return [signal.SIGTERM, signal.SIGHUP] if hangs_up else [signal.SIGTERM]

@@ -4,10 +4,10 @@ import dataclasses
 import json
 import sys
 from dataclasses import dataclass, field
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Optional, Tuple
 
-from uadtool.artifacts import refuse_newer
 from uadtool.errors import UadtoolError
+from uadtool.files import refuse_newer
 
 KEY = "uadtool"
 """Under this key the JSON lies in a safetensors header and in an ONNX file's ``metadata_props``."""
@@ -16,8 +16,6 @@ SCHEMA = "uadtool.model/1"
 
 PRECISIONS = ("fp32", "fp16", "int8", "mixed")
 """mixed: int8, with layers that stay float."""
-
-MOST_SCORES = 1001
 
 MOST_CHARACTERS, MOST_CLASSES, LONGEST_SIDE, MOST_OF_AN_OPTION = 16 << 20, 10_000, 4096, 1_000_000
 """Bounds of what is read: of the JSON, classes, pixels, and options of a method. Far more than any model has."""
@@ -181,19 +179,3 @@ def _is_size(value: Any) -> bool:
 def _is_quantization(value: Any) -> bool:
     return (isinstance(value, Quantization) and _is_list(value.float_layers, _is_text)
             and all(_is_text(text) for text in (value.method, value.calibration, value.source, value.scope)))
-
-
-def threshold_at(scores: Sequence[float], false_positive_rate: float) -> float:
-    """The lowest of the scores that no more than this share of them exceeds.
-
-    A rate below 1 / (number of scores) gives the highest one.
-    """
-    allowed = int(false_positive_rate * len(scores) + 1e-9)
-    return sorted(scores)[len(scores) - 1 - allowed]
-
-
-def bounded_scores(scores: Sequence[float]) -> List[float]:
-    """The scores, sorted; of very many, as many quantiles as a file should hold."""
-    count, ordered = min(len(scores), MOST_SCORES), sorted(scores)
-    quantiles = (ordered[round(place * (len(ordered) - 1) / max(1, count - 1))] for place in range(count))
-    return [float(f"{score:.6g}") for score in quantiles]

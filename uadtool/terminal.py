@@ -1,8 +1,6 @@
 """What may be written to a terminal: names in files and of files hold any character, and terminals obey some."""
 
 import logging
-import signal
-from typing import List
 
 
 def printable(text: str) -> str:
@@ -16,9 +14,3 @@ class OneLine(logging.Formatter):
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         return printable(super().formatMessage(record))
-
-
-def ending_signals() -> List[signal.Signals]:
-    """Those that ask a process to end: SIGTERM, and SIGHUP when the terminal closes, unless nohup has it ignored."""
-    hangs_up = hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN
-    return [signal.SIGTERM, signal.SIGHUP] if hangs_up else [signal.SIGTERM]

@@ -19,10 +19,10 @@ def peak_memory(model: str, data: str, method: str, count: int) -> float:
     # here alone: a process starts with the peak of the one that it was forked from
     import resource
 
-    from uadtool.dataset import training_samples
-    from uadtool.models import load_float_model
-    from uadtool.quantization import calibrate
-    from uadtool.training.data import image_batches
+    from uadtool.data.dataset import training_samples
+    from uadtool.lab.models import load_float_model
+    from uadtool.lab.quantization.calibration import calibrate
+    from uadtool.lab.training.data import image_batches
 
     detector, metadata = load_float_model(model)
     samples = cycle(training_samples(data))

@@ -17,10 +17,11 @@ from collections import defaultdict
 
 import numpy as np
 
-from uadtool.dataset import scoring_samples
+from uadtool.data.dataset import scoring_samples
+from uadtool.data.images import read_image
+from uadtool.data.read_ahead import read_ahead
 from uadtool.host import available_cores
-from uadtool.images import read_ahead, read_image
-from uadtool.runtimes import open_model
+from uadtool.runtimes.opening import open_model
 
 
 def main(model: str, folder: str, rounds: int = 5) -> None:

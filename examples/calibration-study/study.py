@@ -22,21 +22,25 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from uadtool.dataset import Sample, balanced, scoring_samples, training_samples
-from uadtool.detectors import Detector
+from uadtool.data.dataset import Sample, scoring_samples, training_samples
+from uadtool.data.images import read_mask
+from uadtool.data.splits import balanced
 from uadtool.host import available_cores
-from uadtool.images import read_mask
+from uadtool.lab.detectors.contract import Detector
+from uadtool.lab.detectors.statistics import RawMaps, fit_statistics
+from uadtool.lab.models import load_float_model
+from uadtool.lab.onnx_export.deployed import deployed_maps
+from uadtool.lab.quantization.bias_correction import CORRECTION_IMAGES
+from uadtool.lab.quantization.calibration import calibrate
+from uadtool.lab.quantization.ptq import layers_outside, quantize
+from uadtool.lab.quantization.qat import fine_tune
+from uadtool.lab.quantization.ranges import Ranges
+from uadtool.lab.quantization.sources import calibration_batches
+from uadtool.lab.quantization.targets import TARGETS
+from uadtool.lab.training.data import read_images, split_again
+from uadtool.lab.training.synthetic import synthetic_anomalies
 from uadtool.metadata import Metadata
-from uadtool.metrics import PixelMetrics
-from uadtool.models import load_float_model
-from uadtool.onnx_export.deployed import deployed_maps
-from uadtool.quantization import TARGETS, Ranges, calibrate, layers_outside, quantize
-from uadtool.quantization.bias_correction import CORRECTION_IMAGES
-from uadtool.quantization.qat import fine_tune
-from uadtool.quantization.sources import calibration_batches
-from uadtool.training.data import read_images, split_again
-from uadtool.training.statistics import RawMaps, fit_statistics
-from uadtool.training.synthetic import synthetic_anomalies
+from uadtool.scoring.pixel_metrics import PixelMetrics
 
 CALIBRATION_IMAGES = 64
 QAT_STEPS = 60

@@ -9,11 +9,13 @@ from collections.abc import Collection, Iterable
 import torch
 from torch import Tensor, fx, nn
 
-from uadtool.detectors import Detector
-from uadtool.quantization import Ranges, Target, quantized_graph
-from uadtool.quantization.graph import QuantizableGraph
-from uadtool.quantization.modules import WEIGHT_LIMIT, ActivationQuantizer, QuantizedConv2d
-from uadtool.quantization.observers import Observer, make_observer
+from uadtool.lab.detectors.contract import Detector
+from uadtool.lab.quantization.graph import QuantizableGraph
+from uadtool.lab.quantization.modules import WEIGHT_LIMIT, ActivationQuantizer, QuantizedConv2d
+from uadtool.lab.quantization.observers import Observer, make_observer
+from uadtool.lab.quantization.ptq import quantized_graph
+from uadtool.lab.quantization.ranges import Ranges
+from uadtool.lab.quantization.targets import Target
 
 
 class UnfusedGraph(QuantizableGraph):
@@ -65,7 +67,7 @@ class PerTensorConv2d(QuantizedConv2d):
 
 @torch.inference_mode()
 def calibrate(detector: Detector, batches: Iterable[Tensor], method: str) -> Ranges:
-    """``uadtool.quantization.calibrate`` for the unfused graph."""
+    """``uadtool.lab.quantization.calibration.calibrate`` for the unfused graph."""
     observers: dict[str, Observer] = {}
 
     def observer(name: str) -> Observer:
@@ -80,7 +82,7 @@ def calibrate(detector: Detector, batches: Iterable[Tensor], method: str) -> Ran
 
 def quantize(detector: Detector, ranges: Ranges, target: Target, float_layers: Collection[str],
              per_tensor: bool) -> fx.GraphModule:
-    """``uadtool.quantization.quantize`` for the unfused graph; biases stay float."""
+    """``uadtool.lab.quantization.ptq.quantize`` for the unfused graph; biases stay float."""
     return quantized_graph(
         UnfusedGraph(detector), lambda name: ActivationQuantizer.from_range(*ranges[name], target.signed), target,
         float_layers, lambda _, conv: PerTensorConv2d(conv) if per_tensor else QuantizedConv2d(conv))

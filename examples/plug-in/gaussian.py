@@ -3,10 +3,9 @@
 import torch
 from torch import Tensor
 
-from uadtool.detectors import Detector
-from uadtool.detectors.backbones import build_backbone, feature_shapes, fold_batch_norm, normalization
-from uadtool.detectors.base import pooled_descriptor
-from uadtool.training.loop import Outcome, Run
+from uadtool.lab.detectors.backbones import build_backbone, feature_shapes, fold_batch_norm, normalization
+from uadtool.lab.detectors.contract import Detector, pooled_descriptor
+from uadtool.lab.training.loop import Outcome, Run
 
 
 class Gaussian(Detector):

@@ -14,13 +14,13 @@ from tabulate import tabulate
 from torch import Tensor
 from torch.nn import functional as F
 
-from uadtool.dataset import Sample, scoring_samples, training_samples
+from uadtool.data.dataset import Sample, scoring_samples, training_samples
+from uadtool.data.images import read_mask
 from uadtool.host import available_cores, keep_freed_memory
-from uadtool.images import read_mask
-from uadtool.metrics import PixelMetrics
-from uadtool.models import load_float_model
-from uadtool.training.data import image_batches, split_again
-from uadtool.training.statistics import fit_statistics
+from uadtool.lab.detectors.statistics import fit_statistics
+from uadtool.lab.models import load_float_model
+from uadtool.lab.training.data import image_batches, split_again
+from uadtool.scoring.pixel_metrics import PixelMetrics
 
 NAMES: dict[str, Sequence[str]] = {
     "duet": ("small patches", "large patches", "head"), "stfpm": ("stride 4", "stride 8", "stride 16"),

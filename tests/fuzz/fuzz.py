@@ -59,7 +59,7 @@ def file_parser(parse: Callable[[str], object], name: str) -> Callable[[Path], P
 
 def _manifest(name: str) -> Callable[[Path], Parse]:
     def prepare(folder: Path) -> Parse:
-        from uadtool.dataset import scoring_samples, training_samples
+        from uadtool.data.dataset import scoring_samples, training_samples
         from uadtool.errors import UadtoolError
 
         def parse(path: str) -> None:
@@ -108,7 +108,7 @@ def _metadata_seeds(folder: Path) -> Iterable[bytes]:
 
 
 def _onnx(folder: Path) -> Parse:
-    from uadtool.runtimes.onnx_metadata import read_metadata
+    from uadtool.runtimes.onnx_file import read_metadata
 
     return file_parser(read_metadata, "model.onnx")(folder)
 
@@ -139,7 +139,7 @@ def _onnx_seeds(folder: Path) -> Iterable[bytes]:
 
 
 def _safetensors(folder: Path) -> Parse:
-    from uadtool.models import read_metadata
+    from uadtool.lab.models import read_metadata
 
     return file_parser(read_metadata, "model.safetensors")(folder)
 
@@ -156,7 +156,7 @@ def _safetensors_seeds(folder: Path) -> Iterable[bytes]:
 def _checkpoint(folder: Path) -> Parse:
     import torch
 
-    from uadtool.training.checkpoint import read_checkpoint, restore
+    from uadtool.lab.training.checkpoint import read_checkpoint, restore
 
     model = torch.nn.Linear(2, 1)
 
@@ -170,7 +170,7 @@ def _checkpoint(folder: Path) -> Parse:
 def _checkpoint_seeds(folder: Path) -> Iterable[bytes]:
     import torch
 
-    from uadtool.training.checkpoint import save_checkpoint
+    from uadtool.lab.training.checkpoint import save_checkpoint
 
     model = torch.nn.Linear(2, 1)
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
@@ -186,8 +186,8 @@ def _model(folder: Path) -> Parse:
     """The metadata of a model whose tensors are good."""
     from safetensors.torch import load_file, save_file
 
+    from uadtool.lab.models import load_model
     from uadtool.metadata import KEY
-    from uadtool.models import load_model
 
     _model_seeds(folder)
     tensors, path = load_file(folder / "seed.safetensors"), folder / "model.safetensors"
@@ -200,8 +200,8 @@ def _model(folder: Path) -> Parse:
 
 
 def _model_seeds(folder: Path) -> Iterable[bytes]:
-    from uadtool.detectors import build_detector
-    from uadtool.models import save_model
+    from uadtool.lab.detectors.registry import build_detector
+    from uadtool.lab.models import save_model
 
     metadata = example_metadata().replace(quantization=None)
     save_model(build_detector(metadata), metadata, folder / "seed.safetensors")
@@ -209,13 +209,13 @@ def _model_seeds(folder: Path) -> Iterable[bytes]:
 
 
 def _ranges(folder: Path) -> Parse:
-    from uadtool.quantization.ranges import RangesFile
+    from uadtool.lab.quantization.ranges import RangesFile
 
     return file_parser(RangesFile.read, "ranges.json")(folder)
 
 
 def _ranges_seeds(folder: Path) -> Iterable[bytes]:
-    from uadtool.quantization.ranges import RangesFile
+    from uadtool.lab.quantization.ranges import RangesFile
 
     ranges = {"a": (0.0, 1.5), "b": (-1.0, 1.0)}
     file = RangesFile("sha256:0", "entropy", {"kind": "good", "count": 2}, ranges, "uadtool")
@@ -224,7 +224,7 @@ def _ranges_seeds(folder: Path) -> Iterable[bytes]:
 
 
 def _engine(folder: Path) -> Parse:
-    from uadtool.tensorrt.files import read_engine_metadata
+    from uadtool.tensorrt.engine_file import read_engine_metadata
 
     _engine_seeds(folder)
     return file_parser(lambda path: read_engine_metadata(path[:-len(".json")]), "model.engine.json")(folder)
@@ -232,7 +232,7 @@ def _engine(folder: Path) -> Parse:
 
 def _engine_seeds(folder: Path) -> Iterable[bytes]:
     from uadtool.tensorrt.builder import Engine
-    from uadtool.tensorrt.files import save_engine
+    from uadtool.tensorrt.engine_file import save_engine
 
     build = {"package": "tensorrt_rtx", "version": "1.4", "gpu": None, "compute_capability": "8.6", "precision": "int8"}
     save_engine(Engine(b"plan", build), example_metadata(), f"sha256:{64 * '0'}", str(folder / "model.engine"))
@@ -243,12 +243,12 @@ def _engine_seeds(folder: Path) -> Iterable[bytes]:
 
 
 def _results(folder: Path) -> Parse:
-    from uadtool import comparison
+    from uadtool.comparing import comparison
+    from uadtool.comparing.gates import Gate, decide
+    from uadtool.comparing.junit import as_junit
+    from uadtool.comparing.page.page import as_html
+    from uadtool.comparing.table import as_csv, as_table
     from uadtool.errors import UadtoolError
-    from uadtool.gates import Gate, decide
-    from uadtool.reports.html import as_html
-    from uadtool.reports.junit import as_junit
-    from uadtool.reports.table import as_csv, as_table
 
     comparison.RESAMPLES = 10
     gates = [Gate.parse("image_auroc>=-0.01"), Gate.parse("file_size<=0.3x")]
@@ -290,7 +290,7 @@ def _bins(lists: List[List[int]]) -> str:
 def _pixels(folder: Path) -> Parse:
     """The text within the base64 within a summary."""
     from uadtool.errors import UadtoolError
-    from uadtool.evaluation import Evaluation
+    from uadtool.scoring.evaluation import Evaluation
 
     def parse(data: bytes) -> None:
         evaluation = Evaluation(0.0)
@@ -311,9 +311,9 @@ def _pixels_seeds(folder: Path) -> Iterable[bytes]:
 
 
 def _gates(folder: Path) -> Parse:
+    from uadtool.comparing.gates import Gate, decide
+    from uadtool.comparing.junit import as_junit
     from uadtool.errors import UadtoolError
-    from uadtool.gates import Gate, decide
-    from uadtool.reports.junit import as_junit
 
     record = {"models": [{"label": "a"}, {"label": "b"}],
               "rows": [{"metric": "image_auroc", "values": [0.9, 0.8]}, {"metric": "recall", "values": [None, 0.0]}]}
@@ -336,7 +336,7 @@ def _gates_seeds(folder: Path) -> Iterable[bytes]:
 
 
 def _image(folder: Path) -> Parse:
-    from uadtool.images import image_size, read_image, read_mask
+    from uadtool.data.images import image_size, read_image, read_mask
 
     def parse(path: str) -> None:
         image_size(path)

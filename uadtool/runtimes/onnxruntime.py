@@ -9,7 +9,7 @@ import numpy as np
 
 from uadtool.errors import require
 from uadtool.metadata import Metadata
-from uadtool.runtimes import LayerTime, Output, TensorSpec, check_signature
+from uadtool.runtimes.contract import LayerTime, Output, TensorSpec, check_signature
 
 FATAL = 4
 """Log severity. ONNX Runtime raises what went wrong; what it prints besides, on stderr, is noise."""

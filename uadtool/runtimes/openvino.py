@@ -10,7 +10,7 @@ import numpy as np
 
 from uadtool.errors import require
 from uadtool.metadata import Metadata
-from uadtool.runtimes import LayerTime, Output, TensorSpec, check_signature
+from uadtool.runtimes.contract import LayerTime, Output, TensorSpec, check_signature
 
 SETTINGS = {
     "PERFORMANCE_HINT": "LATENCY",

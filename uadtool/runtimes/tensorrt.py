@@ -9,8 +9,8 @@ import numpy as np
 
 from uadtool.errors import UadtoolError, require
 from uadtool.metadata import Metadata
-from uadtool.runtimes import LayerTime, Output, TensorSpec, check_signature
-from uadtool.tensorrt.files import engine_package
+from uadtool.runtimes.contract import LayerTime, Output, TensorSpec, check_signature
+from uadtool.tensorrt.engine_file import engine_package
 from uadtool.tensorrt.logger import make_logger
 from uadtool.tensorrt.versions import import_tensorrt
 

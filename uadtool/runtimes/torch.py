@@ -6,7 +6,7 @@ from typing import Any, Dict, List, Optional, Tuple
 import numpy as np
 
 from uadtool.metadata import Metadata
-from uadtool.runtimes import LayerTime, Output
+from uadtool.runtimes.contract import LayerTime, Output
 
 
 class Torch:
@@ -19,7 +19,7 @@ class Torch:
     def __init__(self, path: str, metadata: Metadata, threads: int, streams: int = 1) -> None:
         import torch
 
-        from uadtool.models import load_model
+        from uadtool.lab.models import load_model  # only this runtime needs torch
 
         self.path = path
         self.version = torch.__version__
@@ -50,6 +50,17 @@ class Torch:
         for hook in hooks:
             hook.remove()
         return [LayerTime(name, kinds[name], 1000 * total / runs) for name, total in seconds.items()]
+
+
+def read_metadata(path: str) -> Metadata:
+    """The metadata of a .safetensors file.
+
+    Raises:
+        UadtoolError: as ``lab.models.read_metadata``.
+    """
+    from uadtool.lab.models import read_metadata as read
+
+    return read(path)
 
 
 def _timing(module: Any, name: str, seconds: Dict[str, float]) -> Tuple[Any, Any]:

@@ -1,1 +1,1 @@
-"""Engines: building them from exported graphs, on any TensorRT."""
+"""Building TensorRT engines, and what differs between versions of TensorRT."""

@@ -6,8 +6,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional
 
-from uadtool.artifacts import atomic_write
 from uadtool.errors import UadtoolError
+from uadtool.files import atomic_write
 from uadtool.metadata import Metadata
 from uadtool.tensorrt.gpu import current_gpu
 from uadtool.tensorrt.logger import make_logger

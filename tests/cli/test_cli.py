@@ -1,0 +1,283 @@
+import importlib.util
+import itertools
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import pytest
+
+import uadtool as package
+from uadtool.cli.main import COMMANDS, cli
+
+PROGRAM = [sys.executable, "-m", "uadtool"]
+HEAVY = ("torch", "timm", "onnx", "onnxruntime", "numpy", "PIL", "scipy")
+
+
+def python(program, *arguments, **options):
+    """Run a program of Python in a process of its own."""
+    return subprocess.run([sys.executable, *program, *map(str, arguments)], capture_output=True, text=True, timeout=60,
+                          check=False, **options)
+
+
+# Help
+
+
+def test_version(uadtool):
+    done = uadtool("--version")
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"uadtool {package.__version__}\n", "")
+
+
+def test_help_lists_the_commands_in_the_order_of_the_chain(uadtool):
+    done = uadtool("--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    listed = done.stdout.partition("Commands:\n")[2].partition("\n\n")[0]
+    assert re.findall(r"^  (\w+) ", listed, re.MULTILINE) == COMMANDS
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_shows_an_example(uadtool, name):
+    done = uadtool(name, "--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert re.search(rf"^  Examples?:\n    uadtool {name} ", done.stdout, re.MULTILINE)
+    assert all(len(line) <= 100 for line in done.stdout.splitlines())
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_option_has_help(name):
+    command = cli.get_command(click.Context(cli), name)
+    assert [option for option in command.params if isinstance(option, click.Option) and not option.help] == []
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_examples_are_commands_that_can_be_parsed(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    command = cli.get_command(click.Context(cli), name)
+    examples = command.help.partition("Example")[2].replace("\\\n", " ")
+    lines = re.findall(rf"uadtool {name} (.*)", examples)
+    assert lines
+    for line in lines:
+        words = list(shlex.shlex(line, posix=True, punctuation_chars=True))
+        words = list(itertools.takewhile(lambda word: word not in ("|", ">"), words))
+        for word in words:
+            if Path(word).suffix in (".safetensors", ".onnx", ".pth"):
+                Path(word).touch()
+        command.make_context(name, words)
+
+
+def loaded(done):
+    """Modules that the process of ``IMPORTS`` had loaded in the end."""
+    return set(done.stderr.splitlines()[-1].split()[1:])
+
+
+IMPORTS = ["-c", f"""
+import sys
+from uadtool.cli import main
+try:
+    main()
+finally:
+    print("loaded", *set({HEAVY}) & set(sys.modules), file=sys.stderr)
+"""]
+
+
+@pytest.mark.parametrize("arguments", [
+    ["--help"], ["--version"], [], ["invent"], *([name, "--help"] for name in COMMANDS),
+    *([name, "--invent"] for name in COMMANDS), *([name] for name in COMMANDS if name != "score"),
+])
+def test_help_and_wrong_usage_load_nothing_heavy(arguments):
+    done = python(IMPORTS, *arguments)
+    assert done.returncode == (0 if arguments[-1:] in (["--help"], ["--version"]) else 2)
+    assert loaded(done) == set()
+
+
+def test_scoring_does_not_load_the_lab(detector, mvtec):
+    done = python(IMPORTS, "score", detector, mvtec / "red/test/good")
+    assert done.returncode == 0
+    assert loaded(done) == {"numpy", "PIL", "onnxruntime"}
+
+
+# How it ends
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["invent"], "No such command 'invent'"),
+    (["train"], "Missing argument 'DATA'"),
+    (["train", "data"], "Missing option '-o'"),
+    (["train", "data", "-o", "m", "--epochs", "1", "--steps", "1"], "--epochs and --steps exclude each other"),
+    (["train", "data", "-o", "m", "--image-size", "100"], "multiples of 16"),
+    (["train", "data", "-o", "m", "--image-size", "64x64x64"], "is not a size such as"),
+    (["train", "data", "-o", "m", "--image-size", "big"], "is not a size such as"),
+    (["train", "data", "-o", "m", "--held-out", "1"], "not in the range"),
+    (["train", "data", "-o", "m", "--seed", "-1"], "not in the range"),
+    (["train", "data", "-o", "m", "--teacher-weights", "missing.pth"], "'missing.pth' does not exist"),
+    (["train", "data", "-o", "m", "--target", "openvino"], "--target is of --teacher-int8"),
+    (["train", "data", "-o", "m.onnx"], "train writes a .safetensors file, which export makes an m.onnx of"),
+    (["quantize", __file__, "-o", "m.engine", "--precision", "fp16"], "quantize writes a .safetensors file"),
+    (["quantize", __file__, "d", "-o", "m", "--precision", "fp16", "--no-bias-correction"], "is for int8 with DATA"),
+    (["calibrate", __file__, "-o", "r", "--source", "random-normal", "--classes", "a"], "--classes is for --source"),
+    (["calibrate", __file__, "d", "-o", "r", "--percentile", "99.99"], "--percentile is for --method percentile"),
+    (["calibrate", "missing.safetensors", "data", "-o", "r"], "'missing.safetensors' does not exist"),
+    (["quantize", ".", "-o", "q"], "is a directory"),
+    (["export", "missing.safetensors", "-o", "m"], "'missing.safetensors' does not exist"),
+])
+def test_wrong_usage(uadtool, arguments, message):
+    done = uadtool(*arguments)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["train", "missing", "-o", "m.safetensors"], "missing does not exist"),
+    (["train", ".", "-o", "missing/m.safetensors"], "cannot write missing/m.safetensors: there is no folder missing"),
+    (["export", __file__, "-o", "m.onnx"], "is not a safetensors file"),
+    (["score", "missing.onnx", "."], "missing.onnx: no such model file"),
+    (["compare", "missing.jsonl"], "missing.jsonl"),
+])
+def test_bad_input_is_told_in_one_line(uadtool, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    done = uadtool(*arguments)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert re.fullmatch(r"uadtool: error: .*\n", done.stderr)
+    assert message in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_verbose_shows_where(uadtool):
+    done = uadtool("compare", "-v", "missing.jsonl")
+    assert done.returncode == 1
+    assert done.stderr.startswith("uadtool: error: ")
+    assert "Traceback (most recent call last)" in done.stderr
+    assert 'uadtool/cli/compare.py", line' in done.stderr
+
+
+BUG = ["-c", """
+from uadtool import comparison
+def join(files):
+    raise RuntimeError("first line\\nsecond line")
+comparison.join = join
+from uadtool.cli import main
+main()
+"""]
+
+
+def test_a_bug_is_told_in_one_line_too():
+    done = python(BUG, "compare", "x")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "uadtool: error: RuntimeError: first line second line (-v shows where)\n"
+    assert "Traceback" in python(BUG, "compare", "x", "-v").stderr
+
+
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory):
+    """Environments for a Python without the site-packages: with these modules only, linked into a folder."""
+    def make(*modules):
+        folder = tmp_path_factory.mktemp("site")
+        for name in ("click", *modules):
+            origin = Path(importlib.util.find_spec(name).origin).parent
+            for path in (origin, origin.parent / f"{origin.name}.libs"):
+                if path.exists():
+                    (folder / path.name).symlink_to(path)
+        (folder / "uadtool").symlink_to(Path(package.__file__).parent)
+        return {**os.environ, "PYTHONPATH": str(folder)}
+
+    return make
+
+
+@pytest.mark.parametrize("name", ["train", "calibrate", "quantize", "export"])
+def test_without_the_lab(bare, tmp_path, name):
+    model = tmp_path / "model"
+    model.write_text("")
+    arguments = {"train": ["data"], "calibrate": [model, "data"], "quantize": [model, "--ranges", "r"],
+                 "export": [model]}
+    output = tmp_path / ("out.onnx" if name == "export" else "out")
+    done = python(["-S", "-m", "uadtool"], name, *arguments[name], "-o", output, env=bare())
+    assert (done.returncode, done.stdout) == (3, "")
+    assert done.stderr == ("uadtool: error: torch is not installed; pip install 'uadtool[lab]' "
+                           "(Python 3.10 or newer)\n")
+
+
+def test_without_a_runtime(bare, detector):
+    done = python(["-S", "-m", "uadtool"], "score", detector, "x.png", env=bare("numpy", "PIL"))
+    assert (done.returncode, done.stdout) == (3, "")
+    assert done.stderr == "uadtool: error: onnxruntime is not installed; pip install 'uadtool[onnxruntime]'\n"
+
+
+def test_help_needs_click_alone(bare):
+    for arguments in (["--help"], ["--version"], *([name, "--help"] for name in COMMANDS)):
+        done = python(["-S", "-m", "uadtool"], *arguments, env=bare())
+        assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_stopped_while_waiting(detector, number):
+    with subprocess.Popen([*PROGRAM, "score", str(detector)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE, preexec_fn=lambda: signal.signal(number, signal.SIG_DFL)) as process:
+        process.stdout.readline()
+        process.send_signal(number)
+        assert process.wait(30) == 128 + number
+
+
+def test_nohup(detector, mvtec):
+    with subprocess.Popen(["nohup", *PROGRAM, "score", str(detector)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE) as process:
+        process.stdout.readline()
+        process.send_signal(signal.SIGHUP)
+        answers, _ = process.communicate(os.fsencode(f"{mvtec}/red/test/good/000.png\n"), timeout=60)
+        assert answers.count(b"\n") == 2
+        assert process.returncode == 0
+
+
+@pytest.mark.parametrize(("line", "code"), [
+    ("score -q {detector} <&-", 1), ("score -q {detector} <&- 2>&-", 1), ("--version >&-", 0), ("train 2>&-", 2),
+    ("compare {scores} -o out <&- >&- 2>&-", 0),
+])
+def test_streams_that_are_closed(uadtool, detector, mvtec, tmp_path, line, code):
+    scores = tmp_path / "scores"
+    scores.write_text(uadtool("score", detector, mvtec).stdout)
+    words = line.format(detector=detector, scores=scores)
+    done = subprocess.run(f"{shlex.join(PROGRAM)} {words}", shell=True, capture_output=True, text=True, cwd=tmp_path,
+                          timeout=60)
+    assert done.returncode == code
+    assert "Traceback" not in done.stderr
+    if code == 1 and done.stderr:
+        assert done.stderr == "uadtool: error: there was no image to score\n"
+    if "-o out" in line:
+        assert (tmp_path / "out").read_text() == uadtool("compare", scores).stdout
+
+
+@pytest.mark.parametrize("options", [["--help"], ["--version"], ["score", "--help"]])
+def test_the_reader_of_help_went_away(options):
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        done = subprocess.run([*PROGRAM, *options], stdout=writer, stderr=subprocess.PIPE, timeout=60,
+                              check=False)
+    finally:
+        os.close(writer)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+# Completion
+
+
+def test_completion_script(uadtool, monkeypatch):
+    monkeypatch.setenv("_UADTOOL_COMPLETE", "bash_source")
+    done = uadtool()
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "complete -o nosort -F _uadtool_completion uadtool" in done.stdout
+
+
+@pytest.mark.parametrize(("words", "completed"), [
+    ("uadtool ca", ["calibrate"]), ("uadtool train --hel", ["--held-out", "--help"]),
+    ("uadtool train --target op", ["openvino"]),
+])
+def test_completion(uadtool, monkeypatch, words, completed):
+    monkeypatch.setenv("_UADTOOL_COMPLETE", "bash_complete")
+    monkeypatch.setenv("COMP_WORDS", words)
+    monkeypatch.setenv("COMP_CWORD", str(len(words.split()) - 1))
+    assert [line.partition(",")[2] for line in uadtool().stdout.splitlines()] == completed

@@ -1,0 +1,426 @@
+import json
+import os
+import random
+from collections import Counter
+from pathlib import Path
+from typing import Dict, Optional, Sequence
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from uadtool.data.dataset import Sample, scoring_samples, training_samples
+from uadtool.data.splits import balanced, split_held_out
+from uadtool.errors import UadtoolError
+
+
+def draw(path: Path, size: Sequence[int] = (8, 6), **options: object) -> Path:
+    """A small image that no other test image equals: its pixels come from its path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = random.Random(os.fsencode(path)).choices(range(256), k=3 * size[0] * size[1])
+    Image.frombytes("RGB", (size[0], size[1]), bytes(pixels)).save(path, **options)
+    return path
+
+
+@pytest.fixture
+def mvtec(tmp_path: Path) -> Path:
+    """Classes bolt and nut, three good training images each, a test split, masks for bolt only."""
+    root = tmp_path / "mvtec"
+    for name in ("bolt", "nut"):
+        for stem in ("000", "001", "002"):
+            draw(root / name / "train" / "good" / f"{stem}.png")
+        draw(root / name / "test" / "good" / "000.png")
+        draw(root / name / "test" / "crack" / "000.png")
+    draw(root / "bolt" / "test" / "rust" / "000.png")
+    draw(root / "bolt" / "ground_truth" / "crack" / "000_mask.png")
+    draw(root / "bolt" / "ground_truth" / "rust" / "000.png")
+    (root / "license.txt").write_text("free")
+    draw(root / ".trash" / "train" / "good" / "000.png")
+    return root
+
+
+def fails(*args: object) -> str:
+    with pytest.raises(UadtoolError) as caught:
+        training_samples(*args)  # type: ignore[arg-type]
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_training_images_of_all_classes(mvtec: Path) -> None:
+    assert training_samples(str(mvtec)) == [
+        Sample(str(mvtec / name / "train" / "good" / f"{stem}.png"), name, "good")
+        for name in ("bolt", "nut") for stem in ("000", "001", "002")
+    ]
+
+
+def test_chosen_classes_only(mvtec: Path) -> None:
+    assert {sample.class_name for sample in training_samples(str(mvtec), ["nut"])} == {"nut"}
+    (mvtec / "empty").mkdir()
+    assert len(training_samples(str(mvtec), ["nut", "bolt", "nut"])) == 6
+
+
+def test_unknown_class_is_refused_with_the_known(mvtec: Path) -> None:
+    assert "no class screw; it has bolt, nut" in fails(str(mvtec), ["bolt", "screw"])
+
+
+def test_test_split_of_all_classes(mvtec: Path) -> None:
+    found = [
+        (os.path.relpath(s.path, mvtec), s.class_name, s.label, s.mask and os.path.relpath(s.mask, mvtec))
+        for s in scoring_samples([str(mvtec)])
+    ]
+    assert found == [
+        ("bolt/test/crack/000.png", "bolt", "anomalous", "bolt/ground_truth/crack/000_mask.png"),
+        ("bolt/test/good/000.png", "bolt", "good", None),
+        ("bolt/test/rust/000.png", "bolt", "anomalous", "bolt/ground_truth/rust/000.png"),
+        ("nut/test/crack/000.png", "nut", "anomalous", None),
+        ("nut/test/good/000.png", "nut", "good", None),
+    ]
+
+
+def test_class_folder(mvtec: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = [sample for sample in training_samples(str(mvtec)) if sample.class_name == "bolt"]
+    assert training_samples(str(mvtec / "bolt")) == whole
+    assert len(list(scoring_samples([f"{mvtec}/bolt/"]))) == 3
+    monkeypatch.chdir(mvtec / "bolt")
+    assert training_samples(".")[0] == Sample("train/good/000.png", "bolt", "good")
+
+
+def test_class_folder_is_named_as_it_was_given(mvtec: Path) -> None:
+    (mvtec.parent / "latest").symlink_to(mvtec / "nut")
+    assert {sample.class_name for sample in training_samples(str(mvtec.parent / "latest"))} == {"latest"}
+
+
+def test_loose_test_images_have_no_label(mvtec: Path) -> None:
+    loose = draw(mvtec / "nut" / "test" / "new.png")
+    assert Sample(str(loose), "nut") in scoring_samples([str(mvtec)])
+
+
+def test_nested_defects_have_nested_masks(mvtec: Path) -> None:
+    draw(mvtec / "bolt" / "test" / "crack" / "line2" / "a.JPG")
+    mask = draw(mvtec / "bolt" / "ground_truth" / "crack" / "line2" / "a_mask.png")
+    assert [s.mask for s in scoring_samples([str(mvtec)]) if s.path.endswith("a.JPG")] == [str(mask)]
+
+
+def test_images_outside_the_layout_are_left_out_with_a_warning(mvtec: Path, caplog: pytest.LogCaptureFixture) -> None:
+    before = list(scoring_samples([str(mvtec)]))
+    assert not caplog.text
+    for place in ("a.png", "bolt/b.png", "bolt/validation/good/c.png", "photos/d.png", "photos/2024/e.png"):
+        draw(mvtec / place)
+    assert list(scoring_samples([str(mvtec)])) == before
+    assert "5 images that lie outside of CLASS/train and CLASS/test are left out" in caplog.text
+    caplog.clear()
+    list(scoring_samples([str(mvtec / "bolt")]))
+    assert "2 images that lie outside" in caplog.text
+
+
+@pytest.mark.parametrize("data", ["missing", "missing.csv", "photos", "photo.png", "none", "none.csv"])
+def test_what_is_not_a_data_set(data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    draw(Path("photos/a.png"))
+    draw(Path("photo.png"))
+    Path("none").mkdir()
+    Path("none.csv").write_text("path,label\n")
+    message = fails(data)
+    assert data in message
+    assert ("does not exist" if "missing" in data else "CLASS/train/good/*") in message
+
+
+def test_empty_class(mvtec: Path) -> None:
+    (mvtec / "screw" / "train" / "good").mkdir(parents=True)
+    assert "class screw" in fails(str(mvtec))
+    assert "no images" in fails(str(mvtec))
+
+
+def test_class_with_defects_only(mvtec: Path) -> None:
+    draw(mvtec / "screw" / "test" / "bent" / "0.png")
+    assert "no good training images, only 1 others" in fails(str(mvtec))
+
+
+def test_train_folder_without_good(mvtec: Path) -> None:
+    draw(mvtec / "screw" / "train" / "0.png")
+    assert "train/good" in fails(str(mvtec))
+
+
+def test_mask_of_another_size_is_refused(mvtec: Path) -> None:
+    mask = draw(mvtec / "bolt" / "ground_truth" / "crack" / "000_mask.png", (6, 8))
+    message = fails(str(mvtec))
+    assert str(mask) in message
+    assert "6 x 8" in message
+    assert "8 x 6" in message
+
+
+def test_mask_size_is_that_of_the_upright_image(mvtec: Path) -> None:
+    exif = Image.Exif()
+    exif[274] = 6
+    draw(mvtec / "bolt" / "test" / "crack" / "1.jpg", (6, 8), exif=exif)
+    draw(mvtec / "bolt" / "ground_truth" / "crack" / "1_mask.png", (8, 6))
+    assert len(training_samples(str(mvtec))) == 6
+
+
+def test_missing_mask(mvtec: Path) -> None:
+    draw(mvtec / "bolt" / "test" / "crack" / "007.png")
+    assert "007_mask.png does not exist" in fails(str(mvtec))
+    missing = [sample.mask for sample in scoring_samples([str(mvtec)]) if sample.path.endswith("007.png")]
+    assert missing == [str(mvtec / "bolt" / "ground_truth" / "crack" / "007_mask.png")]
+    draw(mvtec / "bolt" / "test" / "unmasked" / "0.png")
+    assert [s.mask for s in scoring_samples([str(mvtec)]) if "unmasked" in s.path] == [None]
+
+
+def test_unreadable_image_is_found_before_training(mvtec: Path) -> None:
+    (mvtec / "nut" / "train" / "good" / "9.png").touch()
+    assert "9.png is empty" in fails(str(mvtec))
+
+
+@pytest.mark.parametrize("link", [False, True])
+def test_image_in_train_and_in_test_of_another_class(mvtec: Path, link: bool) -> None:
+    original, copy = mvtec / "bolt" / "train" / "good" / "001.png", mvtec / "nut" / "test" / "good" / "copy.png"
+    if link:
+        copy.symlink_to(original)
+    else:
+        copy.write_bytes(original.read_bytes())
+    message = fails(str(mvtec))
+    assert str(original) in message
+    assert str(copy) in message
+    assert len(training_samples(str(mvtec), ["bolt"])) == 3
+
+
+def test_same_size_is_not_the_same_image(mvtec: Path) -> None:
+    for path in ("train/good/000.bmp", "test/good/000.bmp"):
+        draw(mvtec / "bolt" / path)
+    sizes = {(mvtec / "bolt" / path).stat().st_size for path in ("train/good/000.bmp", "test/good/000.bmp")}
+    assert len(sizes) == 1
+    assert len(training_samples(str(mvtec))) == 7
+
+
+def test_folder_of_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for path in ("in/b.PNG", "in/a.jpeg", "in/deep/c.tif", "in/.hidden.png", "in/.cache/d.png"):
+        draw(Path(path))
+    Path("in/notes.txt").write_text("none")
+    expected = [Sample("in/a.jpeg"), Sample("in/b.PNG"), Sample("in/deep/c.tif")]
+    assert list(scoring_samples(["in"])) == list(scoring_samples(["./in/"])) == expected
+
+
+def test_linked_folders_are_followed_once(tmp_path: Path) -> None:
+    inside = draw(tmp_path / "in" / "a" / "0.png")
+    outside = draw(tmp_path / "out" / "1.png")
+    (tmp_path / "in" / "a" / "loop").symlink_to(tmp_path / "in")
+    (tmp_path / "in" / "linked").symlink_to(outside.parent)
+    (tmp_path / "in" / "linked again").symlink_to(outside.parent)
+    (tmp_path / "in" / "broken.png").symlink_to(tmp_path / "nowhere")
+    found = [sample.path for sample in scoring_samples([str(tmp_path / "in")])]
+    assert found == [str(inside), str(tmp_path / "in" / "broken.png"), str(tmp_path / "in" / "linked" / "1.png")]
+
+
+def test_folder_without_images(tmp_path: Path) -> None:
+    draw(tmp_path / "only_train" / "train" / "good" / "0.png")
+    (tmp_path / "empty").mkdir()
+    for name in ("empty", "only_train"):
+        with pytest.raises(UadtoolError, match=f"no images to score in .*{name}"):
+            list(scoring_samples([str(tmp_path / name)]))
+
+
+def test_paths_that_are_no_folders_are_images(tmp_path: Path) -> None:
+    paths = ["./a.png", "x" * 5000, f"{tmp_path}/no\nsuch", "b.unknown", os.fsdecode(b"\xff.png")]
+    assert [sample.path for sample in scoring_samples(paths)] == paths
+
+
+def test_scoring_samples_come_as_their_paths_do(mvtec: Path) -> None:
+    asked = []
+
+    def paths():
+        for path in ("one.png", str(mvtec / "nut"), "two.png"):
+            asked.append(path)
+            yield path
+
+    samples = scoring_samples(paths())
+    assert next(samples).path == "one.png"
+    assert asked == ["one.png"]
+    assert [next(samples).label, next(samples).label] == ["anomalous", "good"]
+    assert len(asked) == 2
+
+
+def test_names_that_are_not_utf8(tmp_path: Path) -> None:
+    for path in (b"train/good/\xff0.png", b"test/good/\xff1.png", b"test/good/\xff2.png"):
+        draw(tmp_path / "bolt" / os.fsdecode(path))
+    assert [os.fsencode(s.path)[-6:] for s in training_samples(str(tmp_path / "bolt"))] == [b"\xff0.png"]
+    assert [os.fsencode(s.path)[-6:] for s in scoring_samples([str(tmp_path)])] == [b"\xff1.png", b"\xff2.png"]
+
+
+ROWS = [
+    {"path": "a.png", "class": "bolt", "label": "good"},
+    {"path": "b.png", "class": "nut", "label": "normal"},
+    {"path": "c.png", "class": "bolt", "label": "crack", "mask": "masks/c.png"},
+    {"path": "d.png", "class": "nut"},
+]
+
+
+def write_manifest(path: Path, rows: Sequence[Dict[str, Optional[str]]]) -> str:
+    if path.suffix == ".csv":
+        keys = sorted({key for row in rows for key in row})
+        lines = [keys] + [[row.get(key) or "" for key in keys] for row in rows]
+        path.write_text("".join(",".join(line) + "\r\n" for line in lines), encoding="utf-8-sig")
+    else:
+        path.write_text("".join(json.dumps(row) + "\n\n" for row in rows))
+    for row in rows:
+        for name in filter(None, (row.get("path"), row.get("mask"))):
+            draw(path.parent / name)
+    return str(path)
+
+
+@pytest.fixture(params=["set.csv", "set.jsonl"])
+def manifest(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    return tmp_path / str(request.param)
+
+
+def test_manifest_without_split(manifest: Path) -> None:
+    data, folder = write_manifest(manifest, ROWS), manifest.parent
+    good = [Sample(f"{folder}/a.png", "bolt", "good"), Sample(f"{folder}/b.png", "nut", "good")]
+    assert training_samples(data) == good
+    assert list(scoring_samples([data])) == [
+        *good, Sample(f"{folder}/c.png", "bolt", "anomalous", f"{folder}/masks/c.png"), Sample(f"{folder}/d.png", "nut")
+    ]
+
+
+def test_manifest_with_split(manifest: Path) -> None:
+    rows = [{**row, "split": split} for row, split in zip(ROWS, ("train", "train", "test", "test"))]
+    rows.append({"path": f"{manifest.parent}/elsewhere/e.png", "class": "nut", "label": "ok", "split": "test"})
+    data = write_manifest(manifest, rows)
+    assert [Path(sample.path).name for sample in training_samples(data)] == ["a.png", "b.png"]
+    assert [Path(sample.path).name for sample in scoring_samples([data])] == ["c.png", "d.png", "e.png"]
+
+
+def test_manifest_whose_training_images_are_tests_too(manifest: Path, caplog: pytest.LogCaptureFixture) -> None:
+    training_samples(write_manifest(manifest, ROWS[:2]))
+    assert not caplog.text  # there is nothing to test
+    training_samples(write_manifest(manifest, ROWS))
+    assert "set.csv names no split" in caplog.text or "set.jsonl names no split" in caplog.text
+    caplog.clear()
+    splits = ("train", "train", "test", "test")
+    training_samples(write_manifest(manifest, [{**row, "split": split} for row, split in zip(ROWS, splits)]))
+    assert not caplog.text
+
+
+def test_manifest_with_an_image_in_both_splits(manifest: Path) -> None:
+    row = {"path": "a.png", "label": "good"}
+    data = write_manifest(manifest, [{**row, "split": "train"}, {**row, "split": "test"}])
+    assert "1 training images are test images too" in fails(data)
+
+
+def test_an_image_that_is_listed_twice_counts_once(manifest: Path) -> None:
+    row = {"path": "a.png", "label": "good"}
+    assert len(training_samples(write_manifest(manifest, [row, row, {**row, "path": "b.png"}]))) == 2
+
+
+def test_manifest_without_classes_is_one_class(manifest: Path) -> None:
+    data = write_manifest(manifest, [{"path": "a.png", "label": "good"}, {"path": "b.png", "label": "bad"}])
+    assert [sample.class_name for sample in training_samples(data)] == ["set"]
+    assert [sample.class_name for sample in scoring_samples([data])] == ["set", "set"]
+
+
+def test_manifest_with_a_row_without_class(manifest: Path) -> None:
+    data = write_manifest(manifest, [*ROWS, {"path": "e.png", "label": "good"}])
+    assert "gives no class for" in fails(data)
+    assert [sample.class_name for sample in scoring_samples([data])][-1] is None
+
+
+def test_manifest_with_missing_files(manifest: Path) -> None:
+    data = write_manifest(manifest, ROWS)
+    (manifest.parent / "masks" / "c.png").unlink()
+    assert "c.png does not exist" in fails(data)
+    write_manifest(manifest, ROWS)
+    (manifest.parent / "a.png").unlink()
+    assert "a.png: No such file" in fails(data)
+
+
+@pytest.mark.parametrize(("label", "expected"), [
+    ("good", "good"), ("Normal", "good"), ("0", "good"), (0, "good"), (0.0, "good"), (False, "good"), ("ok", "good"),
+    ("", None), (None, None), (1, "anomalous"), (True, "anomalous"), ("crack", "anomalous"),
+])
+def test_labels(label: object, expected: Optional[str], tmp_path: Path) -> None:
+    (tmp_path / "set.jsonl").write_text(json.dumps({"path": "a.png", "label": label}))
+    assert [sample.label for sample in scoring_samples([str(tmp_path / "set.jsonl")])] == [expected]
+
+
+@pytest.mark.parametrize(("name", "text", "problem"), [
+    ("a.csv", "path;label\na.png;good\n", "line 2, has no path; its fields are path;label"),
+    ("a.csv", "path,label\na,b.png,good\n", "line 2, has more fields"),
+    ("a.csv", "path,split\na.png,train\nb.png,val\n", "line 3, has the split 'val'"),
+    ("a.csv", "path\n" + 200_000 * "a", "line 2, is not CSV"),
+    ("a.jsonl", '{"path": "a.png"}\n{"path": "b', "line 2, is not JSON"),
+    ("a.jsonl", '["a.png"]', "line 1, is not a JSON object"),
+    ("a.jsonl", '{"path": ["a.png"]}', "line 1, has a path that is not plain text"),
+    ("a.jsonl", '{"path": "a\\u0000"}', "line 1, has a path that is not plain text"),
+    ("a.jsonl", '{"label": "good"}', "line 1, has no path"),
+])
+def test_broken_manifests(name: str, text: str, problem: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UadtoolError) as caught:
+        list(scoring_samples([str(tmp_path / name)]))
+    assert f"{name}, {problem}" in str(caught.value)
+
+
+def test_manifest_with_names_that_are_not_utf8(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_bytes(b"path, label\n\xff.png, good\n")
+    sample, = scoring_samples([str(tmp_path / "a.csv")])
+    assert os.fsencode(sample.path).endswith(b"/\xff.png")
+    assert sample.label == "good"
+
+
+@given(content=st.binary(max_size=80) | st.text(alphabet='path,label{}[]":\n\r\0 1"', max_size=80).map(str.encode),
+       suffix=st.sampled_from([".csv", ".jsonl"]))
+def test_any_bytes_are_a_manifest_or_refused(
+    content: bytes, suffix: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    path = tmp_path_factory.getbasetemp() / f"any{suffix}"
+    path.write_bytes(content)
+    try:
+        samples = list(scoring_samples([str(path)]))
+    except UadtoolError:
+        return
+    assert all(sample.path.startswith(str(path.parent)) or sample.path.startswith("/") for sample in samples)
+
+
+SETS = st.lists(st.integers(1, 9), min_size=1, max_size=5).map(
+    lambda counts: [Sample(f"{name}{i}", f"c{name}", "good") for name, count in enumerate(counts) for i in range(count)]
+)
+
+
+def count(samples: Sequence[Sample]) -> Dict[Optional[str], int]:
+    return Counter(sample.class_name for sample in samples)
+
+
+@given(samples=SETS, share=st.floats(0, 1), seed=st.integers(0, 2**32 - 1))
+def test_split_held_out(samples: Sequence[Sample], share: float, seed: int) -> None:
+    rest, held_out = split_held_out(samples, share, seed)
+    assert (rest, held_out) == split_held_out(samples, share, seed)
+    assert sorted(rest + held_out, key=samples.index) == samples
+    assert rest == sorted(rest, key=samples.index)
+    for name, number in count(samples).items():
+        held = count(held_out)[name]
+        assert (held == 0) if number == 1 else (min(3, number // 2) <= held < number)
+        assert abs(held - share * number) <= 1 or held == min(3, number // 2)
+        alone = [sample for sample in samples if sample.class_name == name]
+        assert split_held_out(alone, share, seed)[1] == [s for s in held_out if s.class_name == name]
+
+
+def test_split_held_out_depends_on_the_seed() -> None:
+    samples = [Sample(str(i), "bolt") for i in range(40)]
+    assert split_held_out(samples, 0.5, 0) != split_held_out(samples, 0.5, 1)
+
+
+@given(samples=SETS, wanted=st.integers(0, 50), seed=st.integers(0, 2**32 - 1))
+def test_balanced(samples: Sequence[Sample], wanted: int, seed: int) -> None:
+    chosen = balanced(samples, wanted, seed)
+    assert chosen == balanced(samples, wanted, seed)
+    assert len(chosen) == len(set(chosen)) == min(wanted, len(samples))
+    assert set(chosen) <= set(samples)
+    most = max(count(chosen).values(), default=0)
+    for name, number in count(samples).items():
+        assert count(chosen).get(name, 0) >= min(number, most - 1)
+
+
+def test_balanced_depends_on_the_seed() -> None:
+    samples = [Sample(str(i), "bolt") for i in range(40)]
+    assert balanced(samples, 5, 0) != balanced(samples, 5, 1)

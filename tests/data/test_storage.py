@@ -1,0 +1,229 @@
+"""Images at URLs: in memory, and in the buckets of a real S3 server."""
+
+import functools
+import json
+import subprocess
+import sys
+import threading
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any, Iterator, List
+
+import numpy as np
+import pytest
+from conftest import run_here
+from PIL import Image
+
+from uadtool.data import storage
+from uadtool.data.dataset import Sample, scoring_samples, training_samples
+from uadtool.data.images import ImageError, read_image
+from uadtool.errors import MissingPackage, UadtoolError
+
+fsspec = pytest.importorskip("fsspec")
+
+
+@pytest.fixture
+def memory(mvtec: Path) -> Iterator[str]:
+    """The data set in the memory of this process."""
+    system = fsspec.filesystem("memory")
+    system.put(f"{mvtec}/", "/bucket/mvtec/", recursive=True)
+    yield "memory://bucket/mvtec"
+    system.rm("/bucket", recursive=True)
+
+
+def elsewhere(samples: List[Sample], here: str, there: str) -> List[Sample]:
+    def moved(name: Any) -> Any:
+        return name and name.replace(here, there)
+
+    return [sample.__class__(moved(sample.path), sample.class_name, sample.label, moved(sample.mask))
+            for sample in samples]
+
+
+@pytest.mark.parametrize("inside", ["", "/red", "/red/test/spot", "/red/test/good/000.png"])
+def test_what_is_found_is_what_is_found_here(memory: str, mvtec: Path, inside: str) -> None:
+    found = list(scoring_samples([f"{memory}{inside}"]))
+    assert found == elsewhere(list(scoring_samples([f"{mvtec}{inside}"])), str(mvtec), memory)
+    assert np.array_equal(read_image(found[0].path, (32, 32)), read_image(
+        found[0].path.replace(memory, str(mvtec)), (32, 32)))
+
+
+def test_hidden_files_are_left_out(memory: str) -> None:
+    system = fsspec.filesystem("memory")
+    before = list(scoring_samples([memory]))
+    system.copy("/bucket/mvtec/red/test/good/000.png", "/bucket/mvtec/red/test/.trash/000.png")
+    system.copy("/bucket/mvtec/red/test/good/000.png", "/bucket/mvtec/red/test/good/.000.png")
+    assert list(scoring_samples([memory])) == before
+
+
+def test_a_manifest_names_what_lies_beside_it_or_elsewhere(memory: str, mvtec: Path, tmp_path: Path) -> None:
+    rows = [{"path": "red/test/spot/000.png", "mask": "red/ground_truth/spot/000_mask.png", "label": "spot"},
+            {"path": str(mvtec / "red/test/good/000.png"), "label": "good"},
+            {"path": f"{memory}/green/test/good/000.png"}]
+    text = "".join(f"{json.dumps(row)}\n" for row in rows)
+    fsspec.filesystem("memory").pipe("/bucket/mvtec/set.jsonl", text.encode())
+    (tmp_path / "set.jsonl").write_text(text)
+    assert [sample.path for sample in scoring_samples([f"{memory}/set.jsonl"])] == [
+        f"{memory}/red/test/spot/000.png", str(mvtec / "red/test/good/000.png"), f"{memory}/green/test/good/000.png"]
+    spot, *_ = scoring_samples([f"{memory}/set.jsonl"])
+    assert (spot.mask, spot.class_name) == (f"{memory}/red/ground_truth/spot/000_mask.png", "set")
+    *_, other = scoring_samples([str(tmp_path / "set.jsonl")])
+    assert other.path == f"{memory}/green/test/good/000.png"
+
+
+def test_pictures_and_copies_of_what_is_elsewhere(memory: str, detector: Path, tmp_path: Path,
+                                                     caplog: pytest.LogCaptureFixture) -> None:
+    run_here("score", detector, memory, "--heatmaps", tmp_path / "maps", "--masks", tmp_path / "masks",
+             "--copy-anomalous", tmp_path / "copies", "--contact-sheet", tmp_path / "sheet.png")
+    assert len(list((tmp_path / "maps").iterdir())) == len(list((tmp_path / "masks").iterdir())) == 16
+    for copy in (tmp_path / "copies").iterdir():
+        Image.open(copy).load()
+    run_here("score", detector, memory, "--link-anomalous", tmp_path / "links")
+    assert "is elsewhere, where no link leads; take --copy-anomalous" in caplog.text
+    assert list((tmp_path / "links").iterdir()) == []
+
+
+def test_file_urls_are_local_paths(mvtec: Path, tmp_path: Path) -> None:
+    (tmp_path / "a b").symlink_to(mvtec)
+    url = f"file://{tmp_path}/a%20b"
+    assert list(scoring_samples([url])) == list(scoring_samples([str(tmp_path / "a b")]))
+
+
+def test_a_root_is_a_folder(memory: str) -> None:
+    system = fsspec.filesystem("memory")
+    system.copy("/bucket/mvtec/red/test/good/000.png", "/a.png")
+    try:
+        found = [sample.path for sample in scoring_samples(["memory://"])]
+    finally:
+        system.rm("/a.png")
+    assert "memory://a.png" in found
+    assert "memory://bucket/mvtec/red/test/good/000.png" in found
+
+
+def test_signed_urls_are_read_as_what_they_end_with(mvtec: Path, detector: Path, tmp_path: Path) -> None:
+    pytest.importorskip("aiohttp")
+    asked: List[str] = []
+
+    class Handler(SimpleHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            super().do_GET()
+
+        def log_message(self, *arguments: Any) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=str(mvtec))) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/red/test/spot/003.png?X-Sig=a.b#c"
+        printed = run_here("score", detector, url, "--copy-anomalous", tmp_path / "copies", "--threshold", -100)
+        server.shutdown()
+    assert len(asked) == 2  # for the model and for the copy
+    copy = json.loads(printed.splitlines()[1])["copy"]
+    assert Path(copy).name.endswith("003.png")
+    assert Path(copy).read_bytes() == (mvtec / "red/test/spot/003.png").read_bytes()
+
+
+def test_what_is_no_url() -> None:
+    assert not any(map(storage.is_url, ("a", "/a", "C:\\a", "a:b", "1://a", "://", "a/b://c")))
+    assert all(map(storage.is_url, ("s3://a", "gs://", "https://a/b.png", "memory://a")))
+
+
+# What goes wrong
+
+
+def test_what_is_not_there(memory: str, detector: Path) -> None:
+    with pytest.raises(ImageError, match=r"^cannot read memory://bucket/none.png: No such file or directory$"):
+        read_image("memory://bucket/none.png", (32, 32))
+    with pytest.raises(ImageError, match=r"^cannot read memory://bucket/mvtec: "):
+        read_image(memory, (32, 32))
+    with pytest.raises(UadtoolError, match=r"^cannot read memory://bucket/none.csv: No such file or directory$"):
+        list(scoring_samples(["memory://bucket/none.csv"]))
+    assert list(scoring_samples(["memory://nowhere"])) == [Sample("memory://nowhere")]  # reading it will tell
+
+
+def test_training_is_local(memory: str) -> None:
+    with pytest.raises(UadtoolError, match="is elsewhere, and training reads its images again and again: copy them"):
+        training_samples(memory)
+
+
+@pytest.mark.parametrize("row", ["memory://bucket/a.png,good,", "a.png,bad,memory://bucket/mask.png"])
+def test_what_trains_is_local(tmp_path: Path, row: str) -> None:
+    Image.new("RGB", (40, 40)).save(tmp_path / "a.png")
+    (tmp_path / "parts.csv").write_text(f"path,label,mask\na.png,good,\n{row}\n")
+    with pytest.raises(UadtoolError, match=r"^memory://bucket/.*png is elsewhere, and training reads its images"):
+        training_samples(str(tmp_path / "parts.csv"))
+
+
+def test_a_file_url_names_what_is_here(mvtec: Path) -> None:
+    assert training_samples(f"file://{mvtec}") == training_samples(str(mvtec))
+
+
+@pytest.mark.parametrize(("url", "message"), [
+    ("abc://bucket/a", "cannot read abc://bucket/a: Protocol not known: abc"),
+    ("abc://bucket/a.csv", "cannot read abc://bucket/a.csv: Protocol not known: abc"),
+])
+def test_urls_of_unknown_kind(url: str, message: str) -> None:
+    with pytest.raises(UadtoolError, match=f"^{message}"):
+        list(scoring_samples([url]))
+    with pytest.raises(ImageError, match=f"^{message}"):
+        read_image(url, (32, 32))
+
+
+def test_a_package_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    for url in ("s3://bucket/photos", "s3://bucket/a.csv"):
+        with pytest.raises(MissingPackage, match="s3fs"):
+            list(scoring_samples([url]))
+    with pytest.raises(MissingPackage, match="s3fs"):
+        read_image("s3://bucket/a.png", (32, 32))
+
+
+def test_fsspec_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "fsspec", None)
+    with pytest.raises(MissingPackage, match=r"fsspec is not installed; pip install 'uadtool\[remote\]'"):
+        list(scoring_samples(["memory://bucket"]))
+
+
+# A real server
+
+
+@pytest.fixture(scope="module")
+def s3(mvtec: Path) -> Iterator[str]:
+    pytest.importorskip("s3fs")
+    server = pytest.importorskip("moto.server").ThreadedMotoServer(port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (("AWS_ENDPOINT_URL", f"http://{host}:{port}"), ("AWS_ACCESS_KEY_ID", "key"),
+                            ("AWS_SECRET_ACCESS_KEY", "secret"), ("AWS_DEFAULT_REGION", "us-east-1")):
+            patch.setenv(name, value)
+        system = fsspec.filesystem("s3", skip_instance_cache=True)
+        system.mkdir("bucket")
+        system.put(f"{mvtec}/", "bucket/mvtec/", recursive=True)
+        yield "s3://bucket/mvtec"
+    server.stop()
+
+
+def lines(printed: str) -> List[Any]:
+    def timeless(record: Any) -> Any:
+        return {key: value for key, value in record.items()
+                if key not in ("started", "milliseconds", "seconds", "images_per_second")}
+
+    return [timeless(json.loads(line)) for line in printed.splitlines()]
+
+
+def test_a_data_set_in_a_bucket_has_the_scores_that_it_has_here(s3: str, mvtec: Path, detector: Path) -> None:
+    found = lines(run_here("score", detector, s3))
+    assert found == lines(run_here("score", detector, mvtec).replace(str(mvtec), s3))
+    assert "aupro" in found[-1]["metrics"]
+
+
+def test_what_a_bucket_does_not_have(s3: str, detector: Path) -> None:
+    command = [sys.executable, "-m", "uadtool", "score", "-q", str(detector), "s3://bucket/none.png",
+               "s3://nowhere/photos", f"{s3}/red/test/good/000.png"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1
+    _, one, other, third, _ = map(json.loads, done.stdout.splitlines())
+    assert one["error"] == "cannot read s3://bucket/none.png: No such file or directory"
+    assert other["error"].startswith("cannot read s3://nowhere/photos: ")
+    assert "score" in third
+    assert done.stderr.count("\n") == 1

@@ -1,0 +1,148 @@
+"""Patch networks, their maps, and all of it through the whole chain."""
+
+import signal
+
+import numpy as np
+import pytest
+import torch
+from conftest import validate
+from sklearn.decomposition import PCA
+from torch import nn
+
+from uadtool.data.dataset import training_samples
+from uadtool.errors import UadtoolError
+from uadtool.lab.detectors.registry import build_detector
+from uadtool.lab.detectors.uninformed_students import PatchNetwork, UninformedStudents, _crop, whitened_components
+from uadtool.lab.models import load_model
+from uadtool.lab.quantization.calibration import calibrate
+from uadtool.lab.quantization.targets import TARGETS
+from uadtool.lab.quantization.teacher import quantized_teacher
+from uadtool.lab.train import TrainingOptions, train
+
+TEACHER = "mobilenetv2_035"
+SIZE = (64, 96)
+
+
+def pixels(count=2):
+    return torch.randn(count, 3, *SIZE, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def detector():
+    torch.manual_seed(0)
+    return UninformedStudents(TEACHER, SIZE, 2).eval()
+
+
+def test_a_descriptor_is_that_of_its_patch_alone():
+    """Of 32 x 32 pixels around its cell; without padding, the paper's layers give one descriptor of them."""
+    torch.manual_seed(0)
+    network = PatchNetwork(0.1).eval()
+    with torch.inference_mode():
+        dense = network(pixels())
+        for layer in network:
+            if isinstance(layer, nn.Conv2d):
+                layer.padding = (0, 0)
+        for row, column in ((4, 4), (7, 11), (11, 19)):
+            top, left = 4 * row - 14, 4 * column - 14
+            alone = network(pixels()[:, :, top:top + 32, left:left + 32])
+            assert alone.shape == (2, 13, 1, 1)
+            torch.testing.assert_close(dense[:, :, row, column], alone[:, :, 0, 0], rtol=1e-4, atol=1e-5)
+
+
+def test_width_1_is_the_papers_network():
+    convolutions = [layer for layer in PatchNetwork(1) if isinstance(layer, nn.Conv2d)]
+    assert [(layer.in_channels, layer.out_channels, *layer.kernel_size) for layer in convolutions] == [
+        (3, 128, 5, 5), (128, 256, 5, 5), (256, 256, 2, 2), (256, 128, 4, 4), (128, 128, 1, 1)]
+
+
+def test_the_raw_maps_are_error_and_variance(detector):
+    with torch.inference_mode():
+        raw, descriptor = detector.raw_maps_and_descriptor(pixels())
+        teacher = detector.teacher(pixels()).double().numpy()
+        students = np.stack([student(pixels()).double().numpy() for student in detector.student])
+    error = ((students.mean(0) - teacher) ** 2).mean(1)
+    variance = ((students ** 2).mean(0) - students.mean(0) ** 2).mean(1)
+    assert variance.min() > 0
+    assert raw.shape == (2, 2, *detector.map_size) == (2, 2, 16, 24)
+    np.testing.assert_allclose(raw, np.stack([error, variance], axis=1), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(descriptor, teacher.mean((2, 3)), rtol=1e-4, atol=1e-5)
+
+
+def test_components_are_the_whitened_ones_of_scikit_learn():
+    generator = torch.Generator().manual_seed(0)
+    features = [(torch.ones(6, 1, 48, 48), 2 + torch.randn(6, 4, 24, 24, generator=generator),
+                 5 * torch.randn(6, 3, 12, 12, generator=generator)) for _ in range(3)]
+    found = torch.cat([whitened_components(features, 3)(part) for part in features])
+    assert found.shape == (18, 3, 24, 24)
+    joined = [torch.cat([f[1], nn.functional.interpolate(f[2], scale_factor=2, mode="bilinear")], 1) for f in features]
+    points = torch.cat(joined).permute(0, 2, 3, 1)
+    seen = points[:, ::3, ::3].flatten(0, 2).numpy()
+    reference = PCA(3, whiten=True).fit(seen / seen.std(0, ddof=1))
+    expected = reference.transform(points.flatten(0, 2).numpy() / seen.std(0, ddof=1))
+    flat = found.permute(0, 2, 3, 1).flatten(0, 2).numpy()
+    signs = np.sign((flat * expected).sum(0))
+    np.testing.assert_allclose(flat, signs * expected, atol=2e-3)
+
+
+@pytest.mark.parametrize("size", [(64, 96), (208, 144)])
+def test_crops_of_images_and_features_show_the_same(size):
+    images = torch.randint(0, 256, (2, *size, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    features = [images.permute(0, 3, 1, 2)[:, :, ::stride, ::stride] for stride in (4, 8, 16)]
+    seen = set()
+    for seed in range(20):
+        part, maps = _crop(images, features, np.random.default_rng(seed))
+        assert part.shape[1:3] == (min(size[0], 128), min(size[1], 128))
+        for stride, one in zip((4, 8, 16), maps):
+            assert torch.equal(one, part.permute(0, 3, 1, 2)[:, :, ::stride, ::stride])
+        seen.add(part.numpy().tobytes())
+    assert len(seen) == 1 if max(size) <= 128 else len(seen) > 1
+
+
+@pytest.mark.parametrize("width", [0.001, 0.4])
+def test_a_width_without_descriptors_is_refused(width):
+    with pytest.raises(UadtoolError, match=r"at width 0\.\d+; with mobilenetv2_035 take 0\.01 to 0\.38"):
+        UninformedStudents(TEACHER, SIZE, 2, width)
+
+
+@pytest.fixture(scope="module")
+def trained_us(step, textures):
+    return step("train", textures, "--method", "us", "--option", "width=0.06", "--image-size", 64, "--steps", 60,
+                output="us.safetensors")
+
+
+def test_the_deployed_model_has_patch_networks_alone(trained_us):
+    validate(trained_us.record, "train")
+    model, metadata = load_model(trained_us.path)
+    assert (metadata.method, metadata.options, metadata.map_size) == ("us", {"width": 0.06}, (16, 16))
+    assert {name.split(".")[0] for name, _ in model.named_parameters()} == {"teacher", "student"}
+    assert set(build_detector(metadata).state_dict()) == set(model.state_dict())
+
+
+@pytest.mark.slow
+def test_the_chain(trained_us, chain):
+    found = chain(trained_us, "onnxruntime", "tensorrt", source="synthetic-anomalies")
+    assert found["float"] > 0.9
+    assert list(found.values()) == pytest.approx([found["float"]] * 3, abs=0.05)
+
+
+def test_ranges_of_a_patch_network_are_none_of_the_backbone(detector):
+    deployed = UninformedStudents(TEACHER, SIZE, 2).fold_batch_norm()
+    images = torch.zeros(1, *SIZE, 3, dtype=torch.uint8)
+    with pytest.raises(UadtoolError, match="run calibrate again"):
+        quantized_teacher(detector, calibrate(deployed, [images]), TARGETS["onnxruntime"], images)
+
+
+def test_an_interrupted_run_goes_on_to_the_same_result(textures, tmp_path, monkeypatch):
+    samples = training_samples(str(textures))
+
+    def run(name, resume=False):
+        options = TrainingOptions(method="us", method_options={"width": "0.06"}, image_size=(64, 64), steps=6)
+        return train(samples, options, tmp_path / name, resume).detector.state_dict()
+
+    whole, clock = run("whole"), iter(range(100))
+    monkeypatch.setattr("uadtool.lab.detectors.uninformed_students._crop", lambda *arguments: (
+        signal.raise_signal(signal.SIGINT) if next(clock) == 3 else None, _crop(*arguments))[1])
+    with pytest.raises(KeyboardInterrupt):
+        run("resumed")
+    resumed = run("resumed", resume=True)
+    assert all(torch.equal(value, resumed[name]) for name, value in whole.items())

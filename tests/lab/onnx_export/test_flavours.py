@@ -1,0 +1,165 @@
+"""What is exported of every method: parity, our own lint, and TensorRT's parser and builder.
+
+All in one file, for each worker exports a flavour anew. TensorRT-RTX builds ahead of time, without a GPU.
+"""
+
+from collections import Counter
+from importlib.util import find_spec
+
+import numpy as np
+import onnx
+import pytest
+from flavours import DETECTORS, FLAVOURS, TENSORRT, flavour, operators, optimized
+from onnx import numpy_helper
+
+from uadtool.errors import UadtoolError
+from uadtool.lab.onnx_export.lint import lint
+from uadtool.lab.onnx_export.parity import TOLERANCE, check_parity
+from uadtool.lab.onnx_export.writer import save_onnx
+from uadtool.lab.quantization.modules import QuantizedConv2d
+from uadtool.tensorrt.builder import BuildOptions, build_engine
+
+SM86 = "8.6"
+
+
+# TensorRT
+
+
+@pytest.fixture(scope="module")
+def trt():
+    return pytest.importorskip("tensorrt_rtx")
+
+
+@pytest.fixture(scope="module")
+def exported(trt, tmp_path_factory):
+    """The file of a flavour."""
+    folder = tmp_path_factory.mktemp("onnx")
+
+    def exported(detector, target, precision, batch=None):
+        path = folder / f"{detector}-{target}-{precision}-{batch}.onnx"
+        if not path.exists():
+            proto = onnx.ModelProto()
+            proto.CopyFrom(flavour(detector, target, precision).proto)
+            for value in (*proto.graph.input, *proto.graph.output) if batch else ():
+                value.type.tensor_type.shape.dim[0].dim_value = batch
+            save_onnx(proto, path)
+        return str(path)
+
+    return exported
+
+
+@pytest.mark.parametrize("precision", TENSORRT)
+@pytest.mark.parametrize("detector", DETECTORS)
+def test_our_lint_passes_it(detector, precision):
+    assert lint(flavour(detector, "tensorrt", precision).proto) == []
+
+
+@pytest.mark.parametrize("batch", [None, 1])
+@pytest.mark.parametrize("precision", TENSORRT)
+@pytest.mark.parametrize("detector", DETECTORS)
+def test_tensorrt_builds_an_engine(exported, detector, precision, batch):
+    engine = build_engine(exported(detector, "tensorrt", precision, batch),
+                          flavour(detector, "tensorrt", precision).metadata,
+                          BuildOptions(compute_capability=SM86, max_batch=batch or 8))
+    assert len(engine.plan) > 100_000
+    assert engine.build["precision"] == ("int8" if precision == "mixed" else precision)
+
+
+@pytest.mark.parametrize("precision", TENSORRT)
+def test_tensorrt_sees_the_inputs_and_outputs_of_a_detector(trt, exported, precision):
+    log = trt.Logger()
+    network = trt.Builder(log).create_network(0)
+    assert trt.OnnxParser(network, log).parse_from_file(exported("resnet18", "tensorrt", precision))
+    outputs = {network.get_output(i).name: network.get_output(i) for i in range(network.num_outputs)}
+    assert {name: tensor.dtype for name, tensor in outputs.items()} == {
+        "score": trt.float32, "raw_score": trt.float32, "anomaly_map": trt.float32, "nearest_class": trt.int32}
+    assert network.get_input(0).dtype == trt.uint8
+    assert network.get_input(0).shape[0] == -1
+
+
+@pytest.mark.parametrize(("precision", "share"), [("fp16", 0.6), ("int8", 0.45)])
+def test_engines_shrink_with_the_precision(exported, precision, share):
+    sizes = [len(build_engine(exported("resnet18", "tensorrt", one), flavour("resnet18", "tensorrt", one).metadata,
+                              BuildOptions(compute_capability=SM86)).plan) for one in ("fp32", precision)]
+    assert sizes[1] < share * sizes[0]
+
+
+@pytest.mark.parametrize("target", ["onnxruntime", "openvino"])
+def test_tensorrt_refuses_other_flavours(exported, target):
+    metadata = flavour("resnet18", target, "int8").metadata.replace(target="tensorrt")  # so that it comes to the parser
+    with pytest.raises(UadtoolError, match=r"does not take .*: \w+ .*: .*Non-zero zero point is not supported"):
+        build_engine(exported("resnet18", target, "int8"), metadata, BuildOptions(compute_capability=SM86))
+
+
+# The graph
+
+
+def constants(proto):
+    return {tensor.name: numpy_helper.to_array(tensor) for tensor in proto.graph.initializer}
+
+
+def convolution_weights(proto):
+    """The constant, or what dequantizes it, of each convolution."""
+    values, producers = constants(proto), {name: node for node in proto.graph.node for name in node.output}
+    return [values.get(node.input[1], producers.get(node.input[1])) for node in proto.graph.node
+            if node.op_type == "Conv"]
+
+
+@pytest.mark.parametrize(("teacher", "target", "precision"), [
+    *(("tf_efficientnet_lite0", *one) for one in FLAVOURS), ("resnet18", "tensorrt", "int8"),
+    ("resnet18", "openvino", "int8")])
+def test_every_flavour_keeps_parity(teacher, target, precision):
+    made = flavour(teacher, target, precision)
+    onnx.checker.check_model(made.proto, full_check=True)
+    assert [(o.domain, o.version) for o in made.proto.opset_import] == [("", 17)]
+    parity = check_parity(made.model, made.proto, made.metadata, made.images)
+    own = "openvino" if target == "openvino" and find_spec("openvino") else "onnxruntime"
+    assert parity["runtime"]["name"] == own
+    assert parity["score_difference"] <= parity["tolerance"] == TOLERANCE[precision]
+
+
+def test_half_precision_is_stored_and_computed_in_the_networks_alone():
+    proto = flavour("resnet18", "tensorrt", "fp16").proto
+    assert {weight.dtype for weight in convolution_weights(proto)} == {np.dtype(np.float16)}
+    assert operators(proto)["Cast"] == 1 + 1 + 6 + 1  # the pixels to fp32 and fp16, feature maps, nearest class
+    halves = {name for name, value in constants(proto).items() if value.dtype == np.float16}
+    heads = {"ReduceMean", "ReduceSum", "Resize", "Sub", "Mul", "Div"}
+    assert not [node for node in proto.graph.node if node.op_type in heads and halves.intersection(node.input)]
+    assert proto.ByteSize() < 0.51 * flavour("resnet18", "tensorrt", "fp32").proto.ByteSize()
+
+
+def test_float_layers_of_a_mixed_graph_are_in_half_precision():
+    made = flavour("resnet18", "tensorrt", "mixed")
+    kinds = Counter(weight.dtype.name if isinstance(weight, np.ndarray) else weight.op_type
+                    for weight in convolution_weights(made.proto))
+    floats = len(made.metadata.quantization.float_layers)
+    assert kinds == {"float16": floats, "DequantizeLinear": 2 * 15 - floats}
+    assert floats > 2
+
+
+@pytest.mark.parametrize("teacher", DETECTORS)
+def test_weight_quantizers_give_the_codes_of_the_model(teacher):
+    made = flavour(teacher, "tensorrt", "int8")
+    values, producers = constants(made.proto), {name: node for node in made.proto.graph.node for name in node.output}
+    found = []
+    for dequantize in convolution_weights(made.proto):
+        if isinstance(dequantize, np.ndarray):
+            assert dequantize.shape[1] == 1 < min(dequantize.shape[2:])  # the filter that smooths maps
+            continue
+        weight, scale, zero_point = (values[name] for name in producers[dequantize.input[0]].input)
+        assert (weight.dtype, zero_point.dtype, zero_point.any()) == (np.float32, np.int8, False)
+        found.append(np.rint(weight / scale.reshape(-1, 1, 1, 1)).astype(np.int8).tobytes())
+    stored = [module.weight.numpy().tobytes() for module in made.model.modules() if isinstance(module, QuantizedConv2d)]
+    assert sorted(found) == sorted(stored)
+
+
+def test_onnx_runtime_computes_the_networks_in_integers(tmp_path):
+    rest = []
+    for teacher, convolutions in (("tf_efficientnet_lite0", 33), ("resnet18", 15)):
+        count = optimized(flavour(teacher, "onnxruntime", "int8").proto, tmp_path / "optimized.onnx")
+        assert (count.pop("QLinearConv"), count.pop("QLinearAdd")) == (2 * convolutions, 2 * 6)
+        assert (count["Conv"], count["Relu"], count["Clip"]) == (0, 0, 3)  # the score clips three norms
+        assert count["QuantizeLinear"] == 1  # the image
+        count.pop("MaxPool", None)  # of u8
+        rest.append(count)
+    assert rest[0] == rest[1]  # the float score head, which is the same for all networks

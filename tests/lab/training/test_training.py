@@ -1,0 +1,499 @@
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from safetensors.torch import load_file
+from torch import nn
+
+from uadtool.data.dataset import Sample, training_samples
+from uadtool.data.images import ImageError
+from uadtool.data.splits import split_held_out
+from uadtool.errors import UadtoolError
+from uadtool.files import file_digest
+from uadtool.lab import train as training
+from uadtool.lab.detectors.backbones import build_backbone, fold_batch_norm
+from uadtool.lab.detectors.contract import Detector, pooled_descriptor
+from uadtool.lab.detectors.statistics import LEAST_UNIT, _units, class_statistics, fit_prototypes, fit_statistics
+from uadtool.lab.detectors.stfpm import distillation_loss
+from uadtool.lab.detectors.weights import load_teacher_weights
+from uadtool.lab.models import load_model, save_model
+from uadtool.lab.train import TrainingOptions, train
+from uadtool.lab.training import data, loop
+from uadtool.lab.training.data import TeacherFeatures
+from uadtool.lab.training.loop import batch_indices, steps_per_epoch
+from uadtool.lab.training.precision import choose_device, large_depthwise_float
+from uadtool.scoring.thresholds import bounded_scores, threshold_at
+
+TEACHER = "mobilenetv2_035"
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """Of a tiny teacher: random ones."""
+    torch.manual_seed(0)
+    file = tmp_path_factory.mktemp("weights") / "teacher.pth"
+    torch.save(timm.create_model(TEACHER).state_dict(), file)
+    return str(file)
+
+
+@pytest.fixture
+def run(weights, tmp_path):
+    """Train for a few steps with the tiny teacher."""
+    def run(samples, resume=False, **options):
+        chosen = {"teacher": TEACHER, "teacher_weights": weights, "image_size": (64, 64), "steps": 3}
+        return train(samples, TrainingOptions(**{**chosen, **options}), tmp_path / "checkpoint", resume)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def samples(textures):
+    return training_samples(str(textures))
+
+
+def networks(result):
+    """All weights, without class statistics."""
+    state = result.detector.state_dict()
+    return {name: state[name] for name in state if name.startswith(("teacher.", "student."))}
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_the_student_learns(trained, samples, run):
+    default = {"teacher": "tf_efficientnet_lite0", "teacher_weights": None}
+    untrained = run(samples, steps=1, **default)
+    assert trained.record["held_out_loss"] < 0.8 * untrained.report["held_out_loss"]
+
+
+def test_the_teacher_stays_as_it_was(run, samples, weights):
+    teacher = build_backbone(TEACHER, (64, 64)).eval()
+    load_teacher_weights(teacher, TEACHER, weights)
+    expected = fold_batch_norm(teacher).state_dict()
+    assert same(run(samples).detector.teacher.state_dict(), expected)
+
+
+def test_a_seed_decides_the_file(run, samples, tmp_path):
+    digests = []
+    for seed in (7, 7, 8):
+        result = run(samples, seed=seed)
+        save_model(result.detector, result.metadata, tmp_path / "model.safetensors")
+        digests.append(file_digest(tmp_path / "model.safetensors"))
+    assert digests[0] == digests[1] != digests[2]
+
+
+def test_the_file_tells_how_it_was_made(run, samples):
+    result = run(samples, held_out=0.5, seed=3, method_options={"fusion": "product"}, false_positive_rate=0.25)
+    metadata = result.metadata
+    assert (metadata.classes, metadata.image_size, metadata.map_size) == (["dots", "stripes"], (64, 64), (16, 16))
+    assert (metadata.precision, metadata.target) == ("fp32", None)
+    assert metadata.options == {"fusion": "product", "dcam": False, "shared_stages": 0}
+    assert result.report["classes"] == {name: {"training": 10, "held_out": 10} for name in metadata.classes}
+    (step,) = metadata.provenance
+    assert (step["command"], step["steps"], step["seed"], step["held_out"]) == ("train", 3, 3, 0.5)
+    assert step["teacher_weights"] == "teacher.pth"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_statistics_and_threshold_are_those_of_the_deployed_detector(run, samples, monkeypatch, tmp_path, dtype):
+    monkeypatch.setattr(training, "autocast_dtype", lambda device: dtype)
+    result = run(samples, held_out=0.5, false_positive_rate=0.1)
+    save_model(result.detector, result.metadata, tmp_path / "model.safetensors")
+    detector, metadata = load_model(tmp_path / "model.safetensors")
+    _, held_out = split_held_out(samples, 0.5, 0)
+    images = data.read_images(held_out, (64, 64), 1)
+    owners = [metadata.classes.index(sample.class_name) for sample in held_out]
+    with torch.inference_mode():
+        raw, nearest = detector.raw_maps_and_class(images)
+    assert 5 < (nearest == torch.tensor(owners)).sum() < 20  # some are taken for the other class's
+
+    def patches(index, but=None):
+        """Of the class's maps but one: [M, h, w, all values of a position]."""
+        chosen = raw[[place for place, owner in enumerate(owners) if owner == index and place != but]]
+        return chosen.unfold(2, 2, 2).unfold(3, 2, 2).permute(1, 2, 3, 0, 4, 5).flatten(3).double()
+
+    def statistics(values):
+        count, mean, variance = values.shape[3] / 4, values.mean(3), values.var(3, correction=0)
+        level = mean.mean((1, 2), keepdim=True)
+        return (count * mean + 4 * level) / (count + 4), ((variance + variance.mean((1, 2), keepdim=True)) / 2).sqrt()
+
+    def enlarge(grid):
+        return nn.functional.interpolate(grid[None], size=metadata.map_size, mode="bilinear")[0]
+
+    def standardised(place):
+        """By what the other images of the class that it is taken for show."""
+        expected, spread = statistics(patches(nearest[place], but=place))
+        return (raw[place] - enlarge(expected)) / enlarge(spread)
+
+    maps = torch.stack([standardised(place) for place in range(len(owners))]).numpy()
+    units = [np.quantile(maps[:, index].max((1, 2)), 0.9) - np.median(maps[:, index]) for index in range(3)]
+    for index in range(2):
+        expected, spread = statistics(patches(index))
+        torch.testing.assert_close(detector.expected_maps[index].double(), expected, rtol=1e-3, atol=1e-4)
+        found = (detector.map_spreads[index] / spread).numpy()
+        np.testing.assert_allclose(found, np.broadcast_to(np.reshape(units, (3, 1, 1)), found.shape), rtol=0.02)
+    weighed = (maps / np.reshape(units, (3, 1, 1))).sum(1)
+    count = round(0.01 * weighed[0].size)
+    scores = np.sort(weighed.reshape(len(weighed), -1))[:, -count:].mean(1)
+    expected = class_statistics([[score for score, owner, found in zip(scores, owners, nearest)
+                                  if owner == found == index] for index in range(2)])
+    for index, (mean, std) in enumerate(expected):
+        assert detector.score_mean[index].item() == pytest.approx(mean, rel=0.02)
+        assert detector.score_std[index].item() == pytest.approx(std, rel=0.05)
+    normalised = [(score - expected[found].mean) / expected[found].std for score, found in zip(scores, nearest)]
+    assert metadata.threshold == pytest.approx(threshold_at(normalised, 0.1), abs=0.05)
+
+
+def test_prototypes_are_the_mean_descriptors_of_the_training_images(run, samples, monkeypatch):
+    monkeypatch.setattr(training, "autocast_dtype", lambda device: torch.float32)
+    detector = run(samples).detector
+    rest, _ = split_held_out(samples, 0.2, 0)
+    for prototype, name in zip(detector.prototypes, ("dots", "stripes")):
+        images = data.read_images([sample for sample in rest if sample.class_name == name], (64, 64), 1)
+        with torch.inference_mode():
+            descriptors = pooled_descriptor(detector.teacher(detector.normalize(images)))
+        torch.testing.assert_close(prototype, descriptors.mean(0), rtol=1e-3, atol=1e-3)
+
+
+class Described(Detector):
+    """One whose descriptors, of the images in order, are known."""
+
+    def __init__(self, descriptors, classes=2, map_size=(8, 8)):
+        super().__init__(classes, descriptors.shape[1], map_size, [0.5] * 3, [0.5] * 3)
+        self.descriptors = iter(descriptors.split(32))
+
+    def fit(self, run):
+        raise NotImplementedError
+
+    def raw_maps_and_descriptor(self, pixels):
+        return pixels, next(self.descriptors)
+
+
+def test_a_channel_that_is_dead_on_training_images_does_not_drown_the_others(samples):
+    """As one behind a ReLU that some other image wakes."""
+    descriptors = torch.randn(40, 4, generator=torch.Generator().manual_seed(0))
+    descriptors[:, 3] = 0
+    descriptors[20:, 0] += 10
+    detector = Described(descriptors)
+    fit_prototypes(detector, ["dots", "stripes"], TeacherFeatures(samples, (64, 64), lambda images: [], 1, 40))
+    awake = torch.cat([descriptors[:, :3], torch.full((40, 1), 0.2)], dim=1)
+    assert torch.equal(detector.nearest_class(awake), torch.tensor([0] * 20 + [1] * 20))
+
+
+def test_the_weights_of_the_lowest_held_out_loss_are_kept(run, samples, monkeypatch):
+    monkeypatch.setattr(training, "autocast_dtype", lambda device: torch.float32)
+    monkeypatch.setattr(loop, "_schedule", lambda step, steps: 0.1 if step < 6 else -1)  # uphill
+    result = run(samples, steps=8)
+    assert 0 < result.report["best_step"] <= 6
+    images = result.detector.normalize(data.read_images(split_held_out(samples, 0.2, 0)[1], (64, 64), 1))
+    with torch.inference_mode():
+        loss = distillation_loss(result.detector.teacher(images), result.detector.student(images))
+    assert loss.item() == pytest.approx(result.report["held_out_loss"], rel=1e-3)
+
+
+def test_a_training_that_diverges_ends(run, samples, monkeypatch):
+    monkeypatch.setattr(loop, "_schedule", lambda step, steps: 1.0 if step < 2 else float("inf"))
+    with pytest.raises(UadtoolError, match="the training diverged: at step 3 the loss is nan"):
+        run(samples, steps=8)
+
+
+def test_held_out_images_choose_the_checkpoint_only(run, textures, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "EVALUATIONS", 1)  # at the end; so there is nothing to choose
+    shutil.copytree(textures, tmp_path / "data")
+    samples = training_samples(str(tmp_path / "data"))
+    rest, held_out = split_held_out(samples, 0.2, 0)
+    before = run(samples, epochs=1, steps=None)
+    random = np.random.default_rng(1)
+    for sample in held_out:
+        Image.fromarray(random.integers(0, 256, (72, 72, 3), dtype=np.uint8)).save(sample.path)
+    after = run(samples, epochs=1, steps=None)
+    assert same(networks(before), networks(after))
+    assert before.metadata.threshold != after.metadata.threshold
+    Image.fromarray(random.integers(0, 256, (72, 72, 3), dtype=np.uint8)).save(rest[0].path)
+    assert not same(networks(before), networks(run(samples, epochs=1, steps=None)))
+
+
+def test_the_networks_do_not_know_the_classes(run, samples, monkeypatch):
+    paths = {sample.path for sample in split_held_out(samples, 0.2, 0)[1]}
+    monkeypatch.setattr(training, "split_training", lambda samples, *_: (
+        [s for s in samples if s.path not in paths], [s for s in samples if s.path in paths]))
+    other = {"dots": "stripes", "stripes": "dots"}
+    renamed = [Sample(sample.path, other[sample.class_name], sample.label) for sample in samples]
+    one, two = run(samples), run(renamed)
+    assert same(networks(one), networks(two))
+    assert torch.equal(one.detector.score_mean, two.detector.score_mean.flip(0))
+
+
+@pytest.mark.parametrize("counts", [{"dots": 5}, {"dots": 1, "stripes": 6}, {"dots": 1, "stripes": 1}, {"dots": 1}])
+def test_few_images_are_enough(run, samples, counts, caplog):
+    chosen = [s for name, count in counts.items() for s in [s for s in samples if s.class_name == name][:count]]
+    result = run(chosen, steps=2)
+    assert result.metadata.classes == sorted(counts)
+    for name, count in counts.items():
+        found = result.report["classes"][name]
+        held_out = {1: 1, 5: 2, 6: 3}[count]
+        assert found == {"training": max(1, count - held_out), "held_out": held_out}
+    few = ", ".join(sorted(name for name, count in counts.items() if count < 6))
+    assert f"too few good images to tell what is usual: {few};" in caplog.text
+    assert all(tensor.isfinite().all() for tensor in result.detector.state_dict().values())
+    assert (result.detector.score_std > 0).all()
+    json.loads(result.metadata.to_json())
+
+
+def test_identical_images_leave_finite_scores(run, samples, tmp_path):
+    paths = [str(shutil.copy(samples[0].path, tmp_path / f"{index}.png")) for index in range(10)]
+    result = run([Sample(path, name, "good") for name, part in (("a", paths[:5]), ("b", paths[5:])) for path in part])
+    assert (result.detector.score_std > 0).all()
+    assert np.isfinite(result.metadata.threshold)
+
+
+def test_an_image_that_cannot_be_read_stops_training(run, samples, tmp_path):
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG broken")
+    with pytest.raises(ImageError, match=r"broken\.png"):
+        run([*samples[:10], Sample(str(tmp_path / "broken.png"), "dots", "good")])
+
+
+# Interruption
+
+
+def command(textures, output, *options):
+    return [sys.executable, "-m", "uadtool", "train", str(textures), "-o", str(output), "--image-size", "64",
+            "--steps", "60", *options]
+
+
+@pytest.fixture(scope="module")
+def interrupted(textures, tmp_path_factory):
+    """The output of a run that SIGINT ended after some steps, and what it said; its checkpoint is there."""
+    output = tmp_path_factory.mktemp("interrupted") / "model.safetensors"
+    checkpoint = Path(f"{output}.checkpoint")
+    with subprocess.Popen(command(textures, output), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                          text=True) as process:
+        while not checkpoint.exists() and process.poll() is None:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        printed, said = process.communicate(timeout=60)
+    assert process.returncode == 130, said
+    assert printed == ""
+    assert checkpoint.exists()
+    assert not output.exists()
+    return output, said
+
+
+def test_an_interrupted_run_goes_on_to_the_same_result(interrupted, uadtool, textures, tmp_path):
+    output, said = interrupted
+    assert f"--resume goes on from {output}.checkpoint" in said
+    assert said.endswith("uadtool: interrupted\n")
+    shutil.copy(f"{output}.checkpoint", tmp_path / "resumed.checkpoint")
+    resumed = uadtool(*command(textures, tmp_path / "resumed")[3:], "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+    assert "resuming at step" in resumed.stderr
+    assert not (tmp_path / "resumed.checkpoint").exists()
+    whole = uadtool(*command(textures, tmp_path / "whole")[3:])
+    assert whole.returncode == 0, whole.stderr
+    assert same(load_file(tmp_path / "resumed"), load_file(tmp_path / "whole"))
+    assert file_digest(tmp_path / "resumed") == file_digest(tmp_path / "whole")
+    assert json.loads(resumed.stdout)["held_out_loss"] == json.loads(whole.stdout)["held_out_loss"]
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"seed": 1}, "is of a run with seed 0, this one has 1; use the same, or start anew without --resume"),
+    ({"method_options": {"fusion": "product"}}, "is of a run with option fusion 'sum', this one has 'product'"),
+    ({"steps": 61}, "is of a run with steps 60, this one has 61"),
+    ({"images": 39}, "is of a run with images 'sha256:.*', this one has 'sha256:"),
+])
+def test_a_checkpoint_of_another_run_is_refused(interrupted, run, samples, tmp_path, changes, message):
+    output, _ = interrupted
+    shutil.copy(f"{output}.checkpoint", tmp_path / "checkpoint")
+    options = {"teacher": "tf_efficientnet_lite0", "teacher_weights": None, "steps": 60, **changes}
+    with pytest.raises(UadtoolError, match=message):
+        run(samples[:options.pop("images", 40)], resume=True, **options)
+    assert (tmp_path / "checkpoint").exists()
+
+
+def test_other_weights_of_the_teacher_make_another_run(run, samples, weights, tmp_path):
+    run(samples)
+    other = {name: value + 1 if name.endswith("bias") else value for name, value in torch.load(weights).items()}
+    torch.save(other, tmp_path / "teacher.pth")  # which has the same name
+    with pytest.raises(UadtoolError, match=r"is of a run with teacher_weights 'sha256:.*', this one has 'sha256:"):
+        run(samples, resume=True, teacher_weights=str(tmp_path / "teacher.pth"))
+
+
+def test_without_resume_a_run_starts_anew(run, samples, tmp_path):
+    (tmp_path / "checkpoint").write_text("of no use")
+    result = run(samples)
+    assert same(networks(result), networks(run(samples, resume=True)))  # from its end: the model was not saved
+    (tmp_path / "checkpoint").unlink()
+    assert same(networks(result), networks(run(samples, resume=True)))  # nothing to resume from
+    (tmp_path / "checkpoint").write_text("of no use")
+    with pytest.raises(UadtoolError, match=r"is not a checkpoint of uadtool: .*; remove it to start anew"):
+        run(samples, resume=True)
+
+
+# The parts
+
+
+@given(st.integers(1, 200), st.integers(0, 2**32 - 1), st.integers(0, 50))
+def test_an_epoch_shows_no_image_twice(total, seed, epoch):
+    per_epoch = steps_per_epoch(total)
+    batches = [batch_indices(total, epoch * per_epoch + place, seed) for place in range(per_epoch)]
+    assert {len(batch) for batch in batches} == {min(loop.BATCH_SIZE, total)}
+    seen = [index for batch in batches for index in batch]
+    assert len(seen) == len(set(seen)) > total - loop.BATCH_SIZE
+    assert set(seen) <= set(range(total))
+
+
+def test_every_epoch_and_every_seed_has_its_own_order():
+    orders = {tuple(batch_indices(16, epoch, seed)) for epoch in range(10) for seed in range(10)}
+    assert len(orders) == 100
+
+
+SCORES = st.lists(st.lists(st.floats(0.01, 10), min_size=1, max_size=8), min_size=1, max_size=5)
+
+
+@given(SCORES)
+def test_statistics_of_a_class(scores):
+    statistics = class_statistics(scores)
+    spreads = [np.std(values, ddof=1) for values in scores if len(values) > 1]
+    assert len(statistics) == len(scores)
+    for (mean, std), values in zip(statistics, scores):
+        assert mean == pytest.approx(np.mean(values))
+        assert std > 0
+        if len(values) > 1:  # drawn from its own towards what is usual, which lies between the extremes
+            own = np.std(values, ddof=1)
+            assert min(*spreads, own) - 1e-9 <= std <= max(*spreads, own, 0.01) + 1e-9
+    lone = [std for (_, std), values in zip(statistics, scores) if len(values) == 1]
+    assert np.allclose(lone, lone[:1] * len(lone))  # without a spread of their own, they have the usual one
+
+
+@given(SCORES, st.floats(0.1, 10))
+def test_statistics_scale_with_the_scores(scores, factor):
+    scaled = class_statistics([[factor * value for value in values] for values in scores])
+    for one, other in zip(class_statistics(scores), scaled):
+        assert other.mean == pytest.approx(factor * one.mean)
+        if one.std > 0.1 < other.std and any(len(values) > 1 for values in scores):
+            assert other.std == pytest.approx(factor * one.std, rel=1e-6)
+
+
+def test_a_map_that_is_constant_on_good_images_does_not_drown_the_others():
+    """As that of the head of duet in int8, where one code stands for all that is good."""
+    maps = torch.from_numpy(np.random.default_rng(0).normal(size=(20, 2, 8, 8)))
+    maps[:, 1] = 0
+    usual, constant = _units(maps).flatten().tolist()
+    assert 1 < usual < 4
+    assert constant == LEAST_UNIT
+
+
+@pytest.mark.parametrize("side", [16, 17])
+def test_the_last_row_of_a_map_is_expected_as_the_others_are(samples, side):
+    """A grid of patches that left it out would take what is usual at a rim for an anomaly."""
+    random = np.random.default_rng(0)
+    detector = Described(torch.zeros(1, 4), classes=1, map_size=(side, side))
+    maps = torch.from_numpy(random.normal(1, 0.05, (40, 1, side, side)).astype(np.float32))
+    maps[:, :, -1] += 1
+    held_out = [([replace(samples[0], class_name="a")] * 20, maps[:20])]
+    fit_statistics(detector, lambda images: (images, torch.zeros(len(images), dtype=torch.int64)), ["a"], held_out)
+    found = detector.standardize_maps(maps[20:], torch.zeros(20, dtype=torch.int64))[:, 0]
+    assert found[:, -1].mean() < 6 * found[:, :-2].std()
+
+
+def test_many_images_outweigh_what_is_usual():
+    random = np.random.default_rng(0)
+    narrow, wide = random.normal(1, 0.05, 2000), random.normal(1, 0.2, 2000)
+    found = [statistics.std for statistics in class_statistics([narrow, wide, narrow[:3]])]
+    assert found[0] == pytest.approx(narrow.std(), rel=0.05)
+    assert found[1] == pytest.approx(wide.std(), rel=0.05)
+    assert narrow[:3].std(ddof=1) < found[2] < 0.2
+
+
+@given(st.lists(st.floats(-100, 100), min_size=1, max_size=50), st.floats(0, 0.5))
+def test_the_threshold_is_exceeded_at_the_wanted_rate(scores, rate):
+    threshold = threshold_at(scores, rate)
+    assert threshold in scores
+    assert np.mean(np.array(scores) > threshold) <= rate + 1e-9
+    lower = [score for score in scores if score < threshold]
+    if lower:  # the next lower one would be exceeded too often
+        assert np.mean(np.array(scores) > max(lower)) > rate - 1e-9
+    assert threshold_at(scores, 0) == threshold_at(scores, 0.99 / len(scores)) == max(scores)
+
+
+def test_very_many_scores_are_kept_as_quantiles():
+    scores = np.random.default_rng(0).normal(size=20_000)
+    kept = bounded_scores(scores)
+    assert len(kept) == 1001
+    assert kept == sorted(kept)
+    for rate in (0, 0.001, 0.01, 0.1, 0.5):
+        assert threshold_at(kept, rate) == pytest.approx(threshold_at(scores, rate), abs=0.02)
+    assert bounded_scores([2.0, 1.0]) == [1.0, 2.0]
+
+
+def test_what_does_not_fit_into_memory_gives_the_same_batches(samples, monkeypatch):
+    network = build_backbone(TEACHER, (64, 64)).eval()
+
+    @torch.no_grad()
+    def teacher(images):
+        return network(images.permute(0, 3, 1, 2).float() / 255)
+
+    cached = TeacherFeatures(samples, (64, 64), teacher, 1, len(samples))
+    monkeypatch.setattr(data, "MEMORY_SHARE", 0)
+    monkeypatch.setattr(data, "read_images", counted := Counted(data.read_images))
+    streamed = TeacherFeatures(samples, (64, 64), teacher, 1, len(samples))
+    assert len(cached) == len(streamed) == 40
+    batches = [*zip(cached.batches(), streamed.batches()), (cached.batch([39, 0, 7]), streamed.batch([39, 0, 7]))]
+    assert [len(one[0]) for one, _ in batches] == [32, 8, 3]
+    for (images, features), (same_images, same_features) in batches:
+        assert torch.equal(images, same_images)
+        for one, other in zip(features, same_features):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+    assert counted.calls == 1 + len(batches)  # one to know the size, then batch by batch
+
+
+class Counted:
+    def __init__(self, function):
+        self.function, self.calls = function, 0
+
+    def __call__(self, *arguments):
+        self.calls += 1
+        return self.function(*arguments)
+
+
+def test_slow_layers_are_float_within_the_block_only():
+    slow, fast = nn.Conv2d(4, 4, 5, padding=2, groups=4), nn.Conv2d(4, 4, 3, padding=1, groups=4)
+    network = nn.Sequential(fast, slow)
+    values, seen = torch.randn(1, 4, 8, 8), []
+    original = type(slow)._conv_forward
+
+    def watch(self, values, *arguments):
+        seen.append((self, torch.is_autocast_enabled("cpu")))
+        return original(self, values, *arguments)
+
+    type(slow)._conv_forward = watch
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            with large_depthwise_float(network):
+                within = network(values)
+            network(values)
+    finally:
+        type(slow)._conv_forward = original
+    assert seen == [(fast, True), (slow, False), (fast, True), (slow, True)]
+    assert within.dtype == torch.bfloat16
+    assert "forward" not in vars(slow)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_cuda_where_there_is_none():
+    assert choose_device("auto") == choose_device("cpu") == torch.device("cpu")
+    with pytest.raises(UadtoolError, match="no CUDA device can be used here; take --device cpu"):
+        choose_device("cuda")

@@ -1,0 +1,549 @@
+import csv
+import fcntl
+import io
+import json
+import os
+import pty
+import shutil
+import signal
+import subprocess
+import sys
+import termios
+import time
+from pathlib import Path
+from typing import Any, Dict, List
+
+import jsonschema
+import numpy as np
+import pytest
+from conftest import METADATA, STATISTICS
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+import uadtool
+from uadtool.data.dataset import Sample, scoring_samples
+from uadtool.data.images import read_image, upsample
+from uadtool.data.watch import Watch
+from uadtool.errors import UadtoolError
+from uadtool.runtimes.opening import open_model
+from uadtool.scoring.evaluation import Evaluation
+from uadtool.scoring.metrics import auroc
+from uadtool.scoring.predict import Prediction
+from uadtool.scoring.records import evaluate, score
+
+SCHEMA = json.loads((Path(uadtool.__file__).parent / "schemas" / "score.json").read_text())
+COMMAND = [sys.executable, "-m", "uadtool", "score", "-q"]
+
+
+def records(text: str) -> List[Dict[str, Any]]:
+    """The lines of a run, each valid: one run, images, and one summary at the end."""
+    lines = [json.loads(line) for line in text.splitlines()]
+    for line in lines:
+        jsonschema.validate(line, SCHEMA, cls=jsonschema.Draft202012Validator)
+    assert [line["type"] for line in lines] == ["run", *["image"] * (len(lines) - 2), "summary"]
+    return lines
+
+
+@pytest.fixture
+def photos(mvtec, tmp_path):
+    """Three images in a plain folder: good, broken, anomalous."""
+    (tmp_path / "photos").mkdir()
+    good, broken, spot = (tmp_path / "photos" / name for name in ("a.png", "b.jpg", "c.png"))
+    good.write_bytes((mvtec / "red/test/good/000.png").read_bytes())
+    Image.open(good).save(broken)
+    broken.write_bytes(broken.read_bytes()[:200])
+    spot.write_bytes((mvtec / "red/test/spot/003.png").read_bytes())
+    return good.parent
+
+
+def test_every_line_is_valid_and_says_what_the_detector_computes(uadtool, detector, mvtec):
+    done = uadtool("score", "-q", detector, mvtec)
+    assert (done.returncode, done.stderr) == (0, "")
+    run, *images, summary = records(done.stdout)
+    assert run["threshold"] == METADATA.threshold
+    assert run["model"]["classes"] == METADATA.classes
+    assert len(images) == summary["images"] == 16
+    for image in images:
+        name, _, kind = Path(image["path"]).parts[-4:-1]
+        assert (image["class"], image["label"]) == (name, "good" if kind == "good" else "anomalous")
+        assert image["nearest_class"] == name
+        brightness = read_image(image["path"], (32, 32)).mean(-1).reshape(8, 4, 8, 4).mean((1, 3))
+        raw = np.sort(brightness.ravel())[-4:].mean()
+        assert image["raw_score"] == pytest.approx(raw, rel=1e-4)
+        mean, std = STATISTICS[name]
+        assert image["score"] == pytest.approx((raw - mean) / std, rel=1e-4, abs=1e-4)
+        assert image["anomalous"] == (image["score"] > METADATA.threshold)
+    assert summary["anomalous"] == sum(image["anomalous"] for image in images)
+    assert summary["metrics"]["image_auroc"]["per_class"] == {"green": 1.0, "red": 1.0}
+    assert list(summary["metrics"]["aupro"]["per_class"]) == ["red"]  # green has no masks
+    assert list(summary["pixels"]) == ["green", "red"]  # of its good images: another shard may have masks
+
+
+def test_a_broken_image_costs_one_line(uadtool, detector, photos):
+    done = uadtool("score", "-q", detector, photos)
+    assert done.returncode == 1
+    _, good, broken, spot, summary = records(done.stdout)
+    assert "score" in good
+    assert "score" in spot
+    assert "b.jpg" in broken["error"]
+    assert (summary["images"], summary["errors"], summary["anomalous"]) == (3, 1, 1)
+    assert "metrics" not in summary
+    assert "pixels" not in summary
+    assert done.stderr.startswith("uadtool: error: 1 of 3 images could not be scored; first: ")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("batch_size", [2, 3, 16])
+def test_batches_change_nothing(detector, mvtec, photos, batch_size):
+    def results(size):
+        lines = list(score(open_model(str(detector), 1), scoring_samples([str(photos), str(mvtec)]), batch_size=size))
+        return [[line["path"], line.get("error"), line.get("score")] for line in lines if line["type"] == "image"]
+
+    one_by_one = results(1)
+    assert len(one_by_one) == 19
+    assert results(batch_size) == one_by_one
+
+
+def test_answers_while_more_paths_are_to_come(detector, mvtec):
+    with subprocess.Popen([*COMMAND, str(detector), "-"], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        for path in sorted((mvtec / "red/test/good").iterdir()):
+            process.stdin.write(os.fsencode(f"{path}\n"))
+            process.stdin.flush()
+            assert json.loads(process.stdout.readline())["path"] == str(path)  # hangs here if it waits for more
+        process.stdin.close()
+        assert json.loads(process.stdout.readline())["images"] == 4
+    assert process.returncode == 0
+
+
+def test_ends_quietly_when_the_reader_goes(detector, mvtec):
+    path = os.fsencode(f"{mvtec}/red/test/good/000.png\n")
+    with subprocess.Popen([*COMMAND, str(detector)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE) as process:
+        process.stdout.readline()
+        process.stdout.close()
+        process.stdin.write(path)
+        process.stdin.flush()
+        assert process.wait(30) == 141  # although stdin is still open
+        assert process.stderr.read() == b""
+
+
+@pytest.mark.parametrize("number", [None, signal.SIGINT, signal.SIGTERM])
+def test_a_slow_reader_gets_whole_lines(detector, mvtec, tmp_path, number):
+    """More of them than a pipe holds; and when a signal comes while the pipe is full, those that were scored."""
+    paths = tmp_path / "paths"
+    paths.write_text(f"{mvtec}/red/test/good/000.png\n" * 500)
+    with paths.open() as stdin, subprocess.Popen(
+            [*COMMAND, str(detector), "-"], stdin=stdin, stdout=subprocess.PIPE, preexec_fn=lambda: [
+                signal.signal(one, signal.SIG_DFL) for one in (signal.SIGINT, signal.SIGTERM)]) as process:
+        fcntl.fcntl(process.stdout, fcntl.F_SETPIPE_SZ, 4096)
+        lines = [process.stdout.readline()]
+        waiting = bytes(4)
+        while int.from_bytes(waiting, sys.byteorder) < 3000:
+            time.sleep(0.01)
+            waiting = fcntl.ioctl(process.stdout, termios.FIONREAD, bytes(4))
+        if number:
+            process.send_signal(number)
+        lines += process.stdout.readlines()
+    assert process.returncode == (128 + number if number else 0)
+    found = [json.loads(line) for line in lines]
+    assert [one["type"] for one in found][:2] == ["run", "image"]
+    assert len(found) == 502 if number is None else len(found) < 502
+
+
+def test_interrupt_while_waiting_for_paths(detector):
+    def heed() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # tests that run in the background ignore it, and so would this
+
+    with subprocess.Popen([*COMMAND, str(detector)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE, preexec_fn=heed) as process:
+        process.stdout.readline()
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 130
+        assert process.stderr.read().strip() == b"uadtool: interrupted"
+
+
+def test_paths_of_any_bytes(detector, mvtec, tmp_path):
+    names = [b"line\nbreak.png", b"latin-\xe9.png", "grün.png".encode()]
+    for name in names:
+        Path(os.fsdecode(os.fsencode(tmp_path) + b"/" + name)).write_bytes(
+            (mvtec / "red/test/good/000.png").read_bytes())
+    paths = b"\0".join(os.fsencode(tmp_path) + b"/" + name for name in names)  # the last one has no NUL
+    done = subprocess.run([*COMMAND, str(detector), "-", "-0"], input=paths, capture_output=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, b"")
+    images = records(done.stdout.decode("ascii"))[1:-1]
+    assert [os.fsencode(image["path"]).split(b"/")[-1] for image in images] == names
+
+
+def test_threshold_and_heatmaps(uadtool, detector, photos, tmp_path):
+    (photos / "b.jpg").unlink()
+    done = uadtool("score", detector, photos, "--threshold", "-1", "--heatmaps", tmp_path / "pictures")
+    run, *images, _ = records(done.stdout)
+    assert run["threshold"] == -1
+    assert all(image["anomalous"] for image in images)
+    assert sorted((tmp_path / "pictures").iterdir()) == sorted(Path(image["heatmap"]) for image in images)
+
+
+def test_fail_above(uadtool, detector, photos):
+    done = uadtool("score", "-q", detector, photos, "--fail-above", "5")
+    assert done.returncode == 4
+    assert len(records(done.stdout)) == 5
+    unread, gate = done.stderr.splitlines()
+    assert "1 of 3 images could not be scored" in unread
+    assert f"1 of 3 images score above 5; worst: {photos}/c.png with 17.8" in gate
+    (photos / "b.jpg").unlink()
+    assert uadtool("score", detector, photos, "--fail-above", "50").returncode == 0
+
+
+def test_fail_anomalous(uadtool, detector, photos):
+    (photos / "b.jpg").unlink()
+    assert uadtool("score", detector, photos, "--fail-anomalous").returncode == 4
+    assert uadtool("score", detector, photos, "--fail-anomalous", "--threshold", "50").returncode == 0
+
+
+def test_a_false_positive_rate_is_looked_up_in_what_good_images_scored(uadtool, detector, photos, make_detector,
+                                                                       tmp_path):
+    (photos / "b.jpg").unlink()
+    for rate, threshold in ((0, 1.9), (0.05, 1.7), (0.5, -0.1)):  # of forty
+        run, *_ = records(uadtool("score", detector, photos, "--false-positive-rate", rate).stdout)
+        assert run["threshold"] == threshold
+    without = make_detector(tmp_path / "old.onnx", METADATA.replace(good_scores=[]))
+    done = uadtool("score", without, photos, "--false-positive-rate", 0.1)
+    assert done.returncode == 1
+    assert "does not hold the scores of good images" in done.stderr
+
+
+def test_csv(uadtool, detector, mvtec, photos):
+    done = uadtool("score", detector, mvtec, photos, "--format", "csv")
+    assert done.returncode == 1
+    rows = list(csv.DictReader(io.StringIO(done.stdout)))
+    _, *lines, _ = records(uadtool("score", detector, mvtec, photos).stdout)
+    assert [row["path"] for row in rows] == [line["path"] for line in lines]
+    for row, line in zip(rows, lines):
+        assert row["error"] == line.get("error", "")
+        assert row["score"] == str(line.get("score", ""))
+        assert row["anomalous"] == str(line.get("anomalous", ""))
+        assert row["class"] == line.get("class", "")
+
+
+def test_csv_of_names_that_are_not_utf8(detector, mvtec, tmp_path):
+    path = os.fsencode(tmp_path) + b"/latin-\xe9.png"
+    Path(os.fsdecode(path)).write_bytes((mvtec / "red/test/good/000.png").read_bytes())
+    done = subprocess.run([*COMMAND, str(detector), path, "--format", "csv"], capture_output=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert done.stdout.splitlines()[1].startswith(path)
+
+
+def test_what_is_made_of_the_images_is_in_their_records(uadtool, detector, mvtec, tmp_path):
+    done = uadtool("score", detector, mvtec, "--masks", tmp_path / "masks", "--link-anomalous", tmp_path / "links",
+                   "--copy-anomalous", tmp_path / "copies", "--contact-sheet", tmp_path / "sheet.png", "--top", 4)
+    assert done.returncode == 0, done.stderr
+    _, *images, _ = records(done.stdout)
+    assert {image["mask"] for image in images} == {str(path) for path in (tmp_path / "masks").iterdir()}
+    anomalous = [image for image in images if image["anomalous"]]
+    assert 0 < len(anomalous) < len(images)
+    for name, folder in (("link", "links"), ("copy", "copies")):
+        assert {image[name] for image in anomalous} == {str(path) for path in (tmp_path / folder).iterdir()}
+        assert all(Path(image[name]).read_bytes() == Path(image["path"]).read_bytes() for image in anomalous)
+    assert not any(path.is_symlink() for path in (tmp_path / "copies").iterdir())
+    assert (tmp_path / "sheet.png").stat().st_size > 0
+
+
+# Following a folder
+
+
+@pytest.fixture
+def following(detector, tmp_path):
+    """A process that follows ``folder``; it has told that it runs."""
+    pytest.importorskip("watchdog")
+    folder = tmp_path / "incoming"
+    folder.mkdir()
+    with subprocess.Popen(
+            [*COMMAND, str(detector), "--follow", str(folder)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL)) as process:  # which nohup ignores
+        assert json.loads(process.stdout.readline())["type"] == "run"
+        yield process, folder
+        process.kill()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_images_are_answered_as_they_appear(following, mvtec, number):
+    process, folder = following
+    pixels = (mvtec / "red/test/spot/003.png").read_bytes()
+    (folder / "inner").mkdir()
+    time.sleep(0.2)  # until it is watched, too
+    for name in ("a.png", "inner/b.png", "c.png"):
+        (folder / "notes.txt").write_text("no image")
+        (folder / ".hidden.png").write_bytes(pixels)
+        (folder / name).write_bytes(pixels)
+        answer = json.loads(process.stdout.readline())
+        assert (answer["path"], answer["anomalous"]) == (str(folder / name), True)
+    process.send_signal(number)
+    summary = json.loads(process.stdout.readline())
+    assert (summary["type"], summary["images"], summary["errors"]) == ("summary", 3, 0)
+    assert process.wait(30) == 0
+
+
+@pytest.mark.parametrize("remove", [shutil.rmtree, lambda folder: folder.rename(f"{folder}.old")])
+def test_a_folder_that_is_gone_ends_the_run(following, remove):
+    process, folder = following
+    remove(folder)
+    folder.mkdir()
+    assert process.wait(30) == 1
+    assert f"error: {folder} was removed or replaced" in process.stderr.read().decode()
+
+
+def test_folders_that_vanish_at_once_do_no_harm(following, mvtec, tmp_path):
+    process, folder = following
+    for index in range(200):
+        (tmp_path / f"many/{index}/inner").mkdir(parents=True)
+    (tmp_path / "many").rename(folder / "many")
+    time.sleep(0.4)  # they are about to be looked through
+    shutil.rmtree(folder / "many")
+    (folder / "a.png").write_bytes((mvtec / "red/test/spot/003.png").read_bytes())
+    assert json.loads(process.stdout.readline())["path"] == str(folder / "a.png")
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 0
+    assert process.stderr.read() == b""
+
+
+def test_a_watch_that_died_ends_the_run(tmp_path):
+    pytest.importorskip("watchdog")
+    watch = Watch(str(tmp_path))
+    watch._observer.stop()
+    with pytest.raises(UadtoolError, match="can be followed no longer; start again"):
+        next(iter(watch))
+
+
+def test_what_is_moved_in_from_elsewhere_is_found(following, mvtec, tmp_path):
+    process, folder = following
+    pixels = (mvtec / "red/test/spot/003.png").read_bytes()
+    (tmp_path / "elsewhere" / "inner").mkdir(parents=True)
+    for name in ("x.png", "inner/y.png"):
+        (tmp_path / "elsewhere" / name).write_bytes(pixels)
+    (tmp_path / "elsewhere/x.png").rename(folder / "x.png")
+    assert json.loads(process.stdout.readline())["path"] == str(folder / "x.png")
+    (tmp_path / "elsewhere/inner").rename(folder / "moved")  # a folder
+    assert json.loads(process.stdout.readline())["path"] == str(folder / "moved/y.png")
+    (folder / "new").mkdir()
+    (folder / "new/z.png").write_bytes(pixels)  # before it is watched
+    assert json.loads(process.stdout.readline())["path"] == str(folder / "new/z.png")
+
+
+def test_folders_that_are_copied_and_moved_give_each_image_once(following, mvtec, tmp_path):
+    process, folder = following
+    pixels = (mvtec / "red/test/spot/003.png").read_bytes()
+    (tmp_path / "batch/inner").mkdir(parents=True)
+    names = ["a.png", "b.png", "inner/c.png"]
+    for name in names:
+        (tmp_path / "batch" / name).write_bytes(pixels)
+    (folder / ".stage").mkdir()
+    shutil.copytree(tmp_path / "batch", folder / ".stage/batch")
+    shutil.copytree(tmp_path / "batch", folder / "copied")
+    answers = [json.loads(process.stdout.readline())["path"] for _ in names]
+    time.sleep(1.5)  # in which the new folder is looked through
+    (folder / "copied").rename(folder / "moved")
+    answers += [json.loads(process.stdout.readline())["path"] for _ in names]
+    time.sleep(1.5)
+    process.send_signal(signal.SIGTERM)
+    assert json.loads(process.stdout.readline())["type"] == "summary"
+    assert sorted(answers) == [str(folder / place / name) for place in ("copied", "moved") for name in names]
+
+
+@pytest.mark.parametrize("name", ["slow.png", "new/slow.png"])
+def test_a_half_written_image_is_waited_for(following, mvtec, name):
+    process, folder = following
+    pixels = (mvtec / "red/test/spot/003.png").read_bytes()
+    (folder / name).parent.mkdir(exist_ok=True)
+    with (folder / name).open("wb") as file:
+        for start in range(0, 1000, 100):
+            file.write(pixels[start:start + 100])
+            file.flush()
+            time.sleep(0.15)
+        file.write(pixels[1000:])
+    (folder / ".moved.part").write_bytes(pixels)
+    (folder / ".moved.part").rename(folder / "moved.png")
+    answers = [json.loads(process.stdout.readline()) for _ in range(2)]
+    assert [Path(answer["path"]).name for answer in answers] == ["slow.png", "moved.png"]
+    assert all("error" not in answer for answer in answers)
+
+
+@pytest.mark.parametrize(("arguments", "code", "message"), [
+    (["--follow", "a", "b"], 2, "--follow takes one folder"),
+    (["--follow", "missing"], 1, "missing is no folder to follow"),
+])
+def test_what_cannot_be_followed(uadtool, detector, arguments, code, message):
+    pytest.importorskip("watchdog")
+    done = uadtool("score", detector, *arguments)
+    assert done.returncode == code
+    assert message in done.stderr
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["--threshold", "1", "--false-positive-rate", "0.1", "x.png"], "exclude each other"),
+    (["--fail-above", "1", "--fail-anomalous", "x.png"], "exclude each other"),
+    (["--heatmaps", "a", "--masks", "./a", "x.png"], "its own folder"),
+    (["--follow", "a", "--batch-size", "2"], "one by one"),
+    (["--follow", "a", "--masks", "a/masks"], "would be scored again"),
+    (["-0", "x.png"], "-0 is for paths on stdin"),
+    (["x.png", "-"], "either PATHs or -"),
+    (["--threshold", "nan", "x.png"], "not a finite number"),
+    (["--top", "3", "x.png"], "--top is of --contact-sheet"),
+])
+def test_wrong_usage(uadtool, detector, arguments, message):
+    done = uadtool("score", detector, *arguments)
+    assert done.returncode == 2
+    assert message in done.stderr
+
+
+def test_no_paths(uadtool, detector, tmp_path):
+    done = uadtool("score", "-q", detector)
+    assert (done.returncode, done.stderr) == (1, "uadtool: error: there was no image to score\n")
+    assert records(done.stdout)[-1]["images"] == 0
+    terminal, other_end = pty.openpty()
+    try:
+        done = subprocess.run([*COMMAND, str(detector)], stdin=other_end, capture_output=True, timeout=60)
+    finally:
+        os.close(terminal)
+        os.close(other_end)
+    assert done.returncode == 2
+    assert b"Give a PATH" in done.stderr
+
+
+def test_a_path_on_stdin_that_gives_no_images_does_not_end_the_run(uadtool, detector, mvtec, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "broken.csv").write_text("no column of paths\n")
+    image = mvtec / "red/test/good/000.png"
+    paths = [image, tmp_path / "empty", tmp_path / "broken.csv", image]
+    done = uadtool("score", "-q", detector, "-", input="".join(f"{path}\n" for path in paths))
+    _, *images, summary = records(done.stdout)
+    assert [image["path"] for image in images] == list(map(str, paths))
+    assert images[1]["error"] == f"no images to score in {tmp_path / 'empty'}"
+    assert "broken.csv" in images[2]["error"]
+    assert (done.returncode, summary["images"], summary["errors"]) == (1, 4, 2)
+    assert done.stderr == f"uadtool: error: 2 of 4 images could not be scored; first: {images[1]['error']}\n"
+
+
+def test_a_class_that_the_model_does_not_have(detector, mvtec, monkeypatch):
+    runtime = open_model(str(detector), 1)
+    run = runtime.run
+    monkeypatch.setattr(runtime, "run", lambda images: run(images)._replace(nearest_class=np.array([-1], np.int32)))
+    _, image, summary = score(runtime, [Sample(str(mvtec / "red/test/good/000.png"))])
+    assert "the model gave class -1 of" in image["error"]
+    assert summary["errors"] == 1
+
+
+def test_scores_that_are_not_numbers(make_detector, mvtec, tmp_path):
+    runtime = open_model(str(make_detector(tmp_path / "model.onnx", divisor=0.0)), 1)
+    _, image, summary = score(runtime, [Sample(str(mvtec / "red/test/good/000.png"), "red", "good")])
+    assert "not a finite number" in image["error"]
+    assert summary["errors"] == 1
+
+
+def test_a_raw_score_that_is_not_a_number(detector, mvtec, monkeypatch):
+    runtime = open_model(str(detector), 1)
+    run = runtime.run
+    monkeypatch.setattr(runtime, "run", lambda images: run(images)._replace(raw_score=np.array([np.inf], np.float32)))
+    _, image, summary = score(runtime, [Sample(str(mvtec / "red/test/good/000.png"))])
+    assert "not a finite number" in image["error"]
+    assert summary["errors"] == 1
+
+
+def test_the_model_is_not_replaced_by_the_contact_sheet(uadtool, detector, photos, tmp_path):
+    shutil.copy(detector, tmp_path / "model.onnx")
+    done = uadtool("score", tmp_path / "model.onnx", photos, "--contact-sheet", tmp_path / "model.onnx")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "model.onnx is an input of this command, and would be lost" in done.stderr
+    assert (tmp_path / "model.onnx").read_bytes() == detector.read_bytes()
+
+
+def test_imports_only_what_scoring_needs(detector, mvtec):
+    program = """
+import sys
+import uadtool.cli.score, uadtool.cli.bench
+assert not {"numpy", "PIL", "onnxruntime"} & set(sys.modules), "a command module imports too much"
+from uadtool.cli import main
+try:
+    main()
+except SystemExit as end:
+    assert not end.code
+print(*{"torch", "onnx", "openvino", "scipy", "sklearn", "uadtool.scoring.heatmaps"}
+      & set(sys.modules), file=sys.stderr, end="")
+"""
+    path = mvtec / "red/train/good/000.png"  # given by itself, it has no label
+    done = subprocess.run([sys.executable, "-c", program, "score", "-q", str(detector), str(path)], capture_output=True,
+                          timeout=60)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_a_corrupt_model_is_one_line(uadtool, detector, tmp_path):
+    content = bytearray(detector.read_bytes())
+    content[: len(content) // 2] = bytes(len(content) // 2)
+    (tmp_path / "model.onnx").write_bytes(content)
+    done = uadtool("score", tmp_path / "model.onnx", "x.png")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.count("\n") == 1
+
+
+# Evaluation
+
+
+SIZE = (4, 4)
+
+
+def predicted(value: float, raw: float = 0.0, mask: Any = None) -> Prediction:
+    return Prediction(value, raw, "a", np.full((2, 2), value, np.float32), mask, 1.0)
+
+
+labelled = st.lists(st.tuples(st.sampled_from(["a", "b", None]), st.booleans(), st.integers(-3, 3)), max_size=30)
+
+
+@settings(max_examples=50, deadline=None)
+@given(labelled)
+def test_image_figures(images):
+    evaluation = Evaluation(threshold=1.0)
+    for name, anomalous, value in images:
+        sample = Sample("x.png", name, "anomalous" if anomalous else "good")
+        evaluate(evaluation, sample, predicted(value, -value), SIZE)
+    found = evaluation.figures()
+    labels, scores = [i[1] for i in images], [i[2] for i in images]
+    good, bad = [s for _, label, s in images if not label], [s for _, label, s in images if label]
+    assert found.get("false_positive_rate") == (pytest.approx(np.mean(np.array(good) > 1), rel=1e-5) if good else None)
+    assert found.get("recall") == (pytest.approx(np.mean(np.array(bad) > 1), rel=1e-5) if bad else None)
+    assert "aupro" not in found  # no anomalous image has a mask
+    if not (good and bad):
+        assert "image_auroc" not in found
+        return
+    figure = found["image_auroc"]
+    assert figure["pooled"] == pytest.approx(auroc(labels, scores), rel=1e-5)
+    assert figure["pooled_raw"] == pytest.approx(1 - figure["pooled"], abs=1e-5)
+    both = {name for name in "ab" if {label for n, label, _ in images if n == name} == {True, False}}
+    assert set(figure["per_class"]) == both
+    if both:
+        assert figure["mean"] == pytest.approx(np.mean(list(figure["per_class"].values())), rel=1e-5)
+    else:  # an AUROC between classes is the mean of none
+        assert figure.get("mean") == (None if any(name for name, *_ in images) else figure["pooled"])
+
+
+def test_good_images_of_a_class_with_masks_count_for_its_pixels():
+    mask = np.zeros((4, 4), bool)
+    mask[:2] = True
+    evaluation = Evaluation(threshold=1.0)
+    evaluate(evaluation, Sample("1", "a", "good"), predicted(9.0), SIZE)
+    evaluate(evaluation, Sample("2", "a", "anomalous", "mask"), predicted(5.0, mask=mask), SIZE)
+    evaluate(evaluation, Sample("3", "b", "good"), predicted(1.0), SIZE)  # its pixels do not count: b has no masks
+    found = evaluation.figures()
+    # 8 anomalous pixels, against 16 good ones above and 8 equal to them.
+    assert found["pixel_auroc"] == {"mean": approx(1 / 6), "pooled": approx(1 / 6), "per_class": {"a": approx(1 / 6)}}
+    assert set(found["aupro"]["per_class"]) == {"a"}
+
+
+def approx(value: float) -> Any:
+    return pytest.approx(value, rel=1e-5)
+
+
+def test_upsampling_aligns_pixel_centres():
+    values = np.array([[0, 1, 2, 3]], np.float32)
+    assert upsample(values, (1, 8)).tolist() == [[0, 0.25, 0.75, 1.25, 1.75, 2.25, 2.75, 3]]
+    assert upsample(values.T, (8, 2)).shape == (8, 2)

@@ -1,0 +1,256 @@
+import errno
+import hashlib
+import io
+import json
+import os
+import stat
+import subprocess
+import sys
+import tempfile
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from uadtool.errors import UadtoolError
+from uadtool.files import (
+    atomic_write,
+    check_writable,
+    file_digest,
+    list_digest,
+    read_json,
+    remove_leftovers,
+    write_json,
+)
+
+not_root = pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+
+
+def test_a_file_appears_when_the_block_ends(tmp_path):
+    path = tmp_path / "file.json"
+    with atomic_write(path) as temporary:
+        temporary.write_text("new")
+        assert temporary.parent == tmp_path  # os.replace is atomic within a file system
+        assert not path.exists()
+    assert path.read_text() == "new"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("error", [UadtoolError("refused"), ValueError("bug"), KeyboardInterrupt(), SystemExit(143)])
+def test_the_old_file_stays_when_the_block_fails(tmp_path, error):
+    path = tmp_path / "file.json"
+    path.write_text("old")
+
+    def write():
+        with atomic_write(path) as temporary:
+            temporary.write_text("half of the n")
+            raise error
+
+    with pytest.raises(type(error)) as raised:
+        write()
+    assert raised.value is error
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_full_disk_is_told_in_one_line(tmp_path):
+    def write():
+        with atomic_write(tmp_path / "file.json"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.raises(UadtoolError, match=r"^cannot write .*file.json: No space left on device$"):
+        write()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o027, 0o077])
+def test_permissions_follow_the_umask(tmp_path, mask):
+    before = os.umask(mask)
+    try:
+        with atomic_write(tmp_path / "file") as temporary:
+            temporary.write_text("")
+    finally:
+        after = os.umask(before)
+    assert after == mask
+    assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == 0o666 & ~mask
+
+
+def test_where_nothing_can_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder").mkdir()
+    for path in (tmp_path / "missing" / "x", tmp_path / "file" / "x", tmp_path / "folder"):
+        with pytest.raises(UadtoolError, match=f"^cannot write {path}: "):
+            write_json({}, path)
+    for path in (tmp_path / "missing" / "x", tmp_path / "file" / "x"):
+        with pytest.raises(UadtoolError, match=f"^cannot write {path}: there is no folder {path.parent}$"):
+            check_writable(path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
+
+
+@not_root
+def test_a_read_only_folder(tmp_path):
+    tmp_path.chmod(0o555)
+    for write in (check_writable, lambda path: write_json({}, path)):
+        with pytest.raises(UadtoolError, match="cannot write"):
+            write(tmp_path / "file")
+
+
+@pytest.mark.parametrize("target", ["here.json", "elsewhere/there.json"])
+@pytest.mark.parametrize("exists", [False, True])
+def test_a_link_stays_and_what_it_leads_to_is_written(tmp_path, target, exists):
+    (tmp_path / "elsewhere").mkdir()
+    if exists:
+        (tmp_path / target).write_text("old")
+    link = tmp_path / "link"
+    link.symlink_to(target)
+    check_writable(link)
+    write_json({"new": 1}, link)
+    assert link.is_symlink()
+    assert content(tmp_path / target) == {"new": 1}
+
+
+def test_redirected_stdout_is_written_and_its_name_stays(tmp_path):
+    (tmp_path / "stdout").symlink_to("/proc/self/fd/1")  # as /dev/stdout is
+    program = f"from uadtool.files import write_json; write_json({{}}, '{tmp_path}/stdout')"
+    with (tmp_path / "file").open("w") as out:
+        subprocess.run([sys.executable, "-c", program], stdout=out, check=True)
+    assert (tmp_path / "file").read_text() == "{}\n"
+    assert (tmp_path / "stdout").is_symlink()
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=False)  # a pipe
+    assert done.returncode == 1
+    assert b"is not a regular file" in done.stderr
+
+
+def test_what_is_read_is_not_written(tmp_path):
+    (tmp_path / "model").write_text("weeks of work")
+    (tmp_path / "link").symlink_to("model")
+    for one, other in (("model", "model"), ("link", "model"), ("model", "link")):
+        with pytest.raises(UadtoolError, match=f"{one} is an input of this command, and would be lost"):
+            check_writable(tmp_path / one, [None, str(tmp_path / other)])
+    check_writable(tmp_path / "other", [str(tmp_path / "model")])
+
+
+def test_what_others_left_stays(tmp_path):
+    for name in (".download.part", ".file.abc.part", ".file.uadtool-part-of-mine", "file.uadtool-part"):
+        (tmp_path / name).write_text("mine")
+    (tmp_path / ".file.abc.uadtool-part").write_text("left by a run that was killed")
+    check_writable(tmp_path / "file")
+    remove_leftovers(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        ".download.part", ".file.abc.part", ".file.uadtool-part-of-mine", "file.uadtool-part"]
+
+
+def test_a_file_that_is_taken_for_a_leftover_is_made_again(tmp_path, monkeypatch):
+    real, removed = tempfile.mkstemp, []
+
+    def removing(**options):
+        handle, name = real(**options)
+        if len(removed) < 3:  # between its creation and its lock
+            remove_leftovers(tmp_path)
+            removed.append(name)
+        return handle, name
+
+    monkeypatch.setattr(tempfile, "mkstemp", removing)
+    write_json({"new": 1}, tmp_path / "file")
+    assert content(tmp_path / "file") == {"new": 1}
+    assert len(removed) == 3
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def content(path):
+    return json.loads(path.read_text())
+
+
+def test_checking_leaves_no_trace(tmp_path, monkeypatch):
+    check_writable(tmp_path / "file")
+    monkeypatch.chdir(tmp_path)
+    check_writable("file")
+    assert list(tmp_path.iterdir()) == []
+
+
+@given(data=st.binary(max_size=100), repeat=st.sampled_from([1, 30_000]))
+def test_file_digest_is_that_of_sha256sum(tmp_path_factory, data, repeat):
+    path = tmp_path_factory.getbasetemp() / "digest"
+    path.write_bytes(data * repeat)
+    assert file_digest(path) == "sha256:" + hashlib.sha256(data * repeat).hexdigest()
+
+
+def test_digest_of_what_cannot_be_read(tmp_path):
+    for path in (tmp_path / "missing", tmp_path):
+        with pytest.raises(UadtoolError, match=f"^cannot read {path}: "):
+            file_digest(path)
+
+
+PATHS = st.lists(st.text(st.characters(exclude_characters="\0")))  # with surrogates: names that are not UTF-8
+
+
+@given(PATHS, PATHS)
+def test_lists_have_one_digest_exactly_if_they_are_equal(one, other):
+    one, other = ([line for line in lines if encodable(line)] for lines in (one, other))
+    assert (list_digest(one) == list_digest(other)) == (one == other)
+    assert list_digest(iter(one)) == list_digest(one)
+
+
+def encodable(line):
+    try:
+        line.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:  # a surrogate that no file name decodes to
+        return False
+    return True
+
+
+def test_digests_of_lists_know_the_order_and_the_borders():
+    digests = {list_digest(lines) for lines in ([], [""], ["a", "b"], ["b", "a"], ["ab"], ["a", "b", ""])}
+    assert len(digests) == 6
+
+
+VALUES = st.recursive(st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False)
+                      | st.text(), lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=5)
+
+
+@given(st.dictionaries(st.text(), VALUES))
+def test_json_survives_being_written_and_read(tmp_path_factory, fields):
+    path = tmp_path_factory.getbasetemp() / "record.json"
+    record = {**fields, "schema": "uadtool.test/1"}
+    write_json(record, path)
+    assert read_json(path, "uadtool.test/1") == record
+
+
+def test_json_goes_through_stdout_and_stdin(capsys, monkeypatch):
+    write_json({"schema": "uadtool.test/1", "name": "grün"})
+    printed = capsys.readouterr().out
+    assert printed.endswith("}\n")
+    assert printed.isascii()
+    monkeypatch.setattr(sys, "stdin", io.StringIO(printed))
+    assert read_json("-", "uadtool.test/1")["name"] == "grün"
+
+
+def test_json_holds_no_nan(tmp_path):
+    path = tmp_path / "record.json"
+    write_json({"value": 1}, path)
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_json({"value": float("nan")}, path)
+    assert json.loads(path.read_text()) == {"value": 1}
+
+
+@pytest.mark.parametrize(("data", "message"), [
+    (b"", "is not JSON"), (b"{", "is not JSON"), (b"\xff\xfe", "is not JSON"),
+    (b"[]", "is not a uadtool.test/1 file"), (b"{}", "is not a uadtool.test/1 file"),
+    (b'{"schema": "uadtool.tests/2"}', "is not a uadtool.test/1 file"),
+    (b'{"schema": "uadtool.test/0"}', "is not a uadtool.test/1 file"),
+    (b'{"schema": "uadtool.test/2"}', r"was written by a newer uadtool \(uadtool.test/2\); upgrade this one$"),
+])
+def test_other_files_are_refused(tmp_path, data, message):
+    path = tmp_path / "record.json"
+    path.write_bytes(data)
+    with pytest.raises(UadtoolError, match=f"^{path} {message}") as error:
+        read_json(path, "uadtool.test/1")
+    assert "\n" not in str(error.value)
+
+
+def test_what_cannot_be_read_is_named(tmp_path, monkeypatch):
+    with pytest.raises(UadtoolError, match=f"^cannot read {tmp_path}/missing: No such file or directory$"):
+        read_json(tmp_path / "missing", "uadtool.test/1")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("{"))
+    with pytest.raises(UadtoolError, match=r"^stdin is not JSON"):
+        read_json("-", "uadtool.test/1")

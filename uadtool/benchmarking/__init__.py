@@ -1,0 +1,1 @@
+"""Speed, memory and energy of exported detectors on this machine."""

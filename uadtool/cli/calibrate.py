@@ -1,0 +1,78 @@
+import re
+from typing import Optional, Tuple
+
+import click
+
+from uadtool.cli import options
+from uadtool.errors import require_lab
+
+FROM_DATA = ("good", "synthetic-anomalies")
+
+
+def _sources(ctx: click.Context, param: click.Parameter, value: Tuple[str, ...]) -> Tuple[str, ...]:
+    for source in value:
+        if not (source in FROM_DATA or re.fullmatch("random-normal|images:.+", source)):
+            raise click.BadParameter(f"{source!r} is none of {', '.join(FROM_DATA)}, random-normal and images:PATH")
+    if len(set(value)) < len(value):
+        raise click.BadParameter("the same source is given twice")
+    return value
+
+
+@click.command()
+@click.argument("model", metavar="MODEL", type=click.Path(exists=True, dir_okay=False))
+@click.argument("data", metavar="[DATA]", required=False)
+@options.output("The ranges to write (.json; - is stdout, in place of the result).")
+@click.option("--method", type=click.Choice(["minmax", "moving-average", "percentile", "entropy", "mse"]),
+              default="mse", show_default=True, help="How a range comes from the activations.")
+@click.option("--percentile", type=click.FloatRange(0, 100, min_open=True), metavar="P",
+              default=99.99, show_default=True, help="Of --method percentile: share of the activations to keep.")
+@click.option("--source", "sources", metavar="KIND", multiple=True, default=["good"], show_default=True,
+              callback=_sources, help="good, synthetic-anomalies, random-normal or images:PATH. Several --source "
+                                      "share the count evenly.")
+@click.option("--count", type=click.IntRange(1), default=64, show_default=True,
+              help="Images to calibrate on, the same number of each class.")
+@click.option("--classes", metavar="A,B,...", help="Of DATA, use these classes only.")
+@options.seed
+@options.verbosity
+@click.pass_context
+def calibrate(ctx: click.Context, model: str, data: Optional[str], output: str, method: str, percentile: float,
+              sources: Tuple[str, ...], count: int, classes: Optional[str], seed: int) -> None:
+    """Record the activation ranges of a float MODEL.
+
+    It sees good training images of DATA, the same with synthetic anomalies, standard normal values in place of
+    normalised pixels, the images of any folder or data set (test split), or a mixture. Only the first two need DATA.
+
+    \b
+    Examples:
+      uadtool calibrate fp32.safetensors mvtec/ -o ranges.json --count 128
+      uadtool calibrate fp32.safetensors mvtec/ -o r.json --source good --source synthetic-anomalies
+      uadtool calibrate fp32.safetensors -o r.json --source random-normal --method percentile
+    """
+    from_data = bool(set(FROM_DATA) & set(sources))
+    if from_data and not data:
+        raise click.UsageError(f"Missing argument 'DATA': --source {' or '.join(FROM_DATA)} takes its images there.")
+    if classes is not None and not from_data:
+        raise click.UsageError(f"--classes is for --source {' and '.join(FROM_DATA)}.")
+    if method != "percentile" and options.given(ctx, "percentile"):
+        raise click.UsageError("--percentile is for --method percentile.")
+    if count < len(sources):
+        raise click.UsageError(f"--count {count} is too few for {len(sources)} sources.")
+    require_lab()
+    from uadtool.files import check_writable, file_digest, unchanged, write_json
+    from uadtool.host import keep_freed_memory
+    from uadtool.lab.calibrate import CalibrationOptions
+    from uadtool.lab.calibrate import calibrate as run
+    from uadtool.lab.models import load_float_model
+
+    keep_freed_memory()
+    if output != "-":
+        check_writable(output, [model, data, *(one[len("images:"):] for one in sources if one.startswith("images:"))])
+    with unchanged(model) as digest:
+        detector, metadata = load_float_model(model)
+    ranges = run(detector, metadata, digest, data if from_data else None, CalibrationOptions(
+        method, percentile, sources, count, classes.split(",") if classes is not None else None, seed))
+    ranges.write(output)
+    if output != "-":
+        write_json({"schema": "uadtool.calibrate/1", "output": output, "digest": file_digest(output),
+                    "model_digest": digest, "method": ranges.method, "source": ranges.source["kind"],
+                    "images": ranges.source["count"], "points": len(ranges.ranges)})

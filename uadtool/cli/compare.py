@@ -1,0 +1,106 @@
+import json
+from typing import Optional, Sequence, Tuple
+
+import click
+
+from uadtool.cli import options
+
+
+@click.command()
+@click.argument("files", nargs=-1, required=True, metavar="FILE...")
+@click.option("--format", "style", type=click.Choice(["table", "markdown", "csv", "json", "html"]),
+              help="What to print; html is a page with charts and images  [default: table]")
+@click.option("--changed", is_flag=True,
+              help="Print the images that changed sides of the threshold instead, as JSON lines.")
+@click.option("--gate", "conditions", multiple=True, metavar="EXPR",
+              help="Exit with 4 unless METRIC OP NUMBER holds; may be repeated.")
+@click.option("--junit", metavar="FILE", type=click.Path(dir_okay=False),
+              help="Write the gates as JUnit XML, a test case each.")
+@options.output("Write there, not to stdout (-).", required=False)
+@options.verbosity
+def compare(files: Tuple[str, ...], style: Optional[str], changed: bool, conditions: Tuple[str, ...],
+            junit: Optional[str], output: Optional[str]) -> None:
+    """Set models side by side, each against the first.
+
+    FILES are outputs of score and bench, mixed, in any order; results of the same model are joined. `-` is stdin.
+    Scores of the same model for different images (shards) are merged. Metrics have a difference to the first model,
+    image AUROC with its 95% bootstrap interval over the images; speed and size have a ratio.
+
+    A gate is METRIC OP NUMBER, OP one of >= <= > <, NUMBER in the unit of the table: a plain number must hold for every
+    model; a signed one is a difference and one with x a ratio to the first model, and must hold for all others. What is
+    judged is the figure itself, not its interval. When a gate is not met, the comparison is printed all the same, each
+    miss is a line on stderr, and the exit code is 4; it is 1 when a gate cannot be decided, since a figure is missing.
+
+    \b
+    Metrics from score: image_auroc (the mean of the classes), image_auroc.pooled, image_auroc.CLASS,
+      average_precision, f1_max, pixel_auroc, aupro, false_positive_rate, recall
+    Metrics from bench: latency_p50, latency_p99, throughput, energy, cold_start, peak_rss,
+      gpu_memory, file_size, parameters, macs
+
+    \b
+    Examples:
+      uadtool compare fp32.jsonl int8.jsonl bench.json \\
+        --gate 'image_auroc>=-0.01' --gate 'file_size<=0.34x' --junit gates.xml
+      uadtool compare fp32.jsonl int8.jsonl bench.json --format html -o report.html
+      uadtool compare fp32.jsonl int8.jsonl --changed | jq -r .path
+    """
+    if changed and style:
+        raise click.UsageError("--changed prints JSON lines; leave out --format.")
+    if junit and not conditions:
+        raise click.UsageError("--junit is about gates; give at least one --gate.")
+
+    from uadtool.comparing import comparison
+    from uadtool.comparing.gates import Gate, decide
+    from uadtool.files import atomic_write, check_writable
+
+    try:
+        gates = [Gate.parse(condition) for condition in conditions]
+    except ValueError as error:
+        raise click.BadParameter(str(error), param_hint="--gate") from error
+    if output == "-":
+        output = None
+    for path in filter(None, (junit, output)):
+        check_writable(path, files)
+    models = comparison.join(files)
+    # Scores without labels have no figures, but their images may have changed sides.
+    record = comparison.set_side_by_side(models) if gates or not changed else {}
+    verdicts = decide(gates, record)
+    if junit:
+        from uadtool.comparing.junit import as_junit
+
+        with atomic_write(junit) as temporary:
+            temporary.write_bytes(as_junit(verdicts))
+    for verdict in verdicts:
+        if verdict.error:
+            raise verdict.error
+
+    if changed:
+        text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in comparison.changed(models))
+    elif style == "json":
+        text = json.dumps(record, indent=2, allow_nan=False) + "\n"
+    elif style == "html":
+        from uadtool.comparing.page.page import as_html
+
+        text = as_html(models, record, verdicts)
+    else:
+        from uadtool.comparing import table
+
+        text = table.as_csv(record) if style == "csv" else table.as_table(record, markdown=style == "markdown")
+    content = text.encode("utf-8", "replace")  # names of files may hold what UTF-8 cannot
+    if output:
+        with atomic_write(output) as temporary:
+            temporary.write_bytes(content)
+    else:
+        click.echo(content, nl=False)
+    _require([failure for verdict in verdicts for failure in verdict.failures])
+
+
+def _require(failures: Sequence[str]) -> None:
+    if failures:
+        import logging
+
+        from uadtool.errors import GateFailed
+
+        for failure in failures:
+            logging.getLogger("uadtool").error("gate failed: %s", failure)
+        raise GateFailed("the comparison does not meet its gates")

@@ -1,0 +1,122 @@
+"""The command group: commands are imported when they are run, and every way to end has its exit code."""
+
+import contextlib
+import importlib
+import io
+import logging
+import os
+import signal
+import sys
+from typing import Any, List, NoReturn, Optional
+
+import click
+
+from uadtool import __version__
+from uadtool.errors import UadtoolError
+from uadtool.host import ending_signals
+from uadtool.terminal import OneLine
+
+COMMANDS = ["train", "calibrate", "quantize", "export", "score", "bench", "compare"]
+
+log = logging.getLogger("uadtool")
+
+
+class ReaderGone(Exception):
+    """The reader of stdout went away."""
+
+
+class Stdout(io.FileIO):
+    """Tells errors of stdout from all others. After the first one it takes everything, and keeps nothing."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())  # Python flushes at exit
+            if isinstance(error, BrokenPipeError):
+                raise ReaderGone from error
+            raise UadtoolError(f"cannot write to stdout: {error.strerror}") from error
+
+
+class LazyGroup(click.Group):
+    """Imports ``uadtool.cli.NAME`` only when NAME is asked for; lists commands in the order of the chain."""
+
+    def list_commands(self, ctx: click.Context) -> List[str]:
+        return COMMANDS
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> Optional[click.Command]:
+        if cmd_name not in COMMANDS:
+            return None
+        command = getattr(importlib.import_module(f"uadtool.cli.{cmd_name}"), cmd_name)
+        assert isinstance(command, click.Command)
+        return command
+
+
+@click.group(
+    cls=LazyGroup,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog="Shell completion: eval \"$(_UADTOOL_COMPLETE=bash_source uadtool)\" (or zsh_source, fish_source).",
+)
+@click.version_option(__version__, message="uadtool %(version)s")
+def cli() -> None:
+    """One anomaly-detection model for all product classes, from a folder of good images to an edge device.
+
+    train -> calibrate -> quantize -> export -> score / bench -> compare
+
+    Every command reads files and writes files; its result goes to stdout as JSON, messages go to stderr.
+    """
+
+
+def main() -> NoReturn:
+    """Run the command line and exit: 0, 1 (failed), 2 (usage), 3 (missing package), 4 (gate), 130, 141."""
+    _prepare_streams()
+    messages = logging.StreamHandler(sys.stderr)
+    messages.setFormatter(OneLine("uadtool: %(message)s"))
+    logging.basicConfig(handlers=[messages])
+    log.setLevel(logging.INFO)  # of libraries, only warnings
+    for number in ending_signals():
+        signal.signal(number, _terminate)
+    code: Any
+    try:
+        code = _run()
+    except SystemExit as end:  # a signal
+        code = end.code
+    with contextlib.suppress(ReaderGone, UadtoolError):
+        sys.stdout.flush()  # the line that was interrupted
+    sys.exit(code)
+
+
+def _prepare_streams() -> None:
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):  # in this order they get their numbers
+        if getattr(sys, name) is None:  # closed: the next file that is opened would be taken for it
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode, closefd=False))
+    if not sys.stdout.isatty():
+        stdout = io.BufferedWriter(Stdout(sys.stdout.fileno(), "w", closefd=False))
+        sys.stdout = io.TextIOWrapper(stdout, sys.stdout.encoding, sys.stdout.errors)
+
+
+def _terminate(signum: int, frame: object) -> NoReturn:
+    raise SystemExit(128 + signum)
+
+
+def _run() -> int:
+    try:
+        code = cli.main(prog_name="uadtool", standalone_mode=False)
+        sys.stdout.flush()
+        return code if isinstance(code, int) else 0  # click returns the code of ctx.exit()
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except (KeyboardInterrupt, click.Abort):
+        log.error("interrupted")
+        return 130
+    except UadtoolError as error:
+        log.error("error: %s", error)
+        log.debug("traceback", exc_info=True)
+        return error.exit_code
+    except ReaderGone:
+        return 141
+    except Exception as error:
+        log.error("error: %s: %s (-v shows where)", type(error).__name__, " ".join(str(error).split()))
+        log.debug("traceback", exc_info=True)
+        return 1

@@ -1,0 +1,111 @@
+from pathlib import Path
+from typing import Dict, Optional, Tuple
+
+import click
+
+from uadtool.cli import options
+from uadtool.errors import require_lab
+
+
+def _size(ctx: click.Context, param: click.Parameter, value: str) -> Tuple[int, int]:
+    """``256`` or ``HEIGHTxWIDTH``."""
+    try:
+        numbers = [int(part) for part in value.lower().split("x")]
+    except ValueError:
+        numbers = []
+    if len(numbers) not in (1, 2) or not all(32 <= n <= 4096 and n % 16 == 0 for n in numbers):
+        raise click.BadParameter(f"{value!r} is not a size such as 256 or 256x320 (multiples of 16, 32 to 4096)")
+    return numbers[0], numbers[-1]
+
+
+def _pairs(ctx: click.Context, param: click.Parameter, value: Tuple[str, ...]) -> Dict[str, str]:
+    for text in value:
+        if "=" not in text.strip("="):
+            raise click.BadParameter(f"{text!r} is not NAME=VALUE")
+    return dict(text.split("=", 1) for text in value)
+
+
+@click.command()
+@click.argument("data", metavar="DATA")
+@options.output("The model to write (.safetensors).")
+@click.option("--method", default="stfpm", show_default=True, metavar="NAME",
+              help="Detection method: stfpm, rd, us, dinomaly, duet, or one that an installed package adds.")
+@click.option("--option", "method_options", metavar="NAME=VALUE", multiple=True, callback=_pairs,
+              help="Of the method: stfpm has fusion, dcam and shared_stages; rd and us have width; dinomaly width, "
+                   "depth, bottleneck and dropout; duet small, large, components and width. The README explains them.")
+@click.option("--teacher", default="tf_efficientnet_lite0", show_default=True, metavar="NAME",
+              help="A CNN of timm, by name; for dinomaly a vision transformer, too.")
+@click.option("--teacher-weights", metavar="FILE", type=click.Path(exists=True, dir_okay=False),
+              help="ImageNet weights of the teacher (.pth, .safetensors)  [default: from an installed package or timm]")
+@click.option("--image-size", default="256", show_default=True, metavar="SIZE", callback=_size,
+              help="Pixels that images are resized to: SIZE or HEIGHTxWIDTH.")
+@click.option("--classes", metavar="A,B,...", help="Train on these classes only.")
+@click.option("--epochs", type=click.IntRange(1), default=40, show_default=True, help="Passes over the images.")
+@click.option("--steps", type=click.IntRange(1), help="Instead of epochs: batches of 16 images.")
+@click.option("--held-out", type=click.FloatRange(0.01, 0.9), default=0.2, show_default=True, metavar="SHARE",
+              help="Share of the good images that chooses the checkpoint and sets the threshold.")
+@click.option("--false-positive-rate", type=click.FloatRange(0, 0.5), default=0.01, show_default=True, metavar="SHARE",
+              help="Share of held-out good images above the threshold.")
+@click.option("--teacher-int8", "teacher_ranges", metavar="RANGES",
+              help="Quantize first: the student learns the teacher in int8, with ranges of a model that has it, too; "
+                   "--target is of this.")
+@options.target
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True,
+              help="Where torch computes.")
+@options.seed
+@click.option("--resume", is_flag=True, help="Go on from OUTPUT.checkpoint, if an interrupted run left one.")
+@options.verbosity
+@click.pass_context
+def train(ctx: click.Context, data: str, output: str, method: str, method_options: Dict[str, str], teacher: str,
+          teacher_weights: Optional[str], image_size: Tuple[int, int], classes: Optional[str], epochs: int,
+          steps: Optional[int], held_out: float, false_positive_rate: float,
+          teacher_ranges: Optional[str], target: str, device: str, seed: int, resume: bool) -> None:
+    """Train one detector for all classes of DATA, from good images alone.
+
+    DATA is a folder in MVTec layout (CLASS/train/good), one such class folder, or a manifest (CSV, JSONL). What ends
+    the run early leaves OUTPUT.checkpoint, from which --resume goes on to the same result. Several processes, also of
+    several machines, that torchrun starts share the work.
+
+    \b
+    Examples:
+      uadtool train mvtec/ -o unified.safetensors
+      uadtool train mvtec/ -o unified.safetensors --resume
+      uadtool train parts.csv -o r18.safetensors --teacher resnet18 --teacher-weights resnet18.pth
+      uadtool train mvtec/ -o first.safetensors --teacher-int8 ranges.json
+      torchrun --nproc-per-node 4 -m uadtool train mvtec/ -o unified.safetensors
+    """
+    if steps and options.given(ctx, "epochs"):
+        raise click.UsageError("--epochs and --steps exclude each other.")
+    if not teacher_ranges and options.given(ctx, "target"):
+        raise click.UsageError("--target is of --teacher-int8; a float model is for every runtime.")
+    options.no_exported(ctx, output)
+    require_lab()
+    from uadtool.data.dataset import training_samples
+    from uadtool.files import check_writable, file_digest, write_json
+    from uadtool.host import keep_freed_memory
+    from uadtool.lab.models import save_model
+    from uadtool.lab.quantization.ranges import RangesFile
+    from uadtool.lab.train import TrainingOptions
+    from uadtool.lab.train import train as run
+    from uadtool.lab.training.distributed import on_first, process_group
+
+    keep_freed_memory()
+    with process_group(device):
+        on_first(lambda: check_writable(output, [data, teacher_weights, teacher_ranges]))
+        ranges = RangesFile.read(teacher_ranges).ranges if teacher_ranges else None
+        samples = training_samples(data, classes.split(",") if classes is not None else None)
+        checkpoint = Path(f"{output}.checkpoint")
+        result = run(samples, TrainingOptions(
+            method=method, method_options=method_options, teacher=teacher, teacher_weights=teacher_weights,
+            image_size=image_size, held_out=held_out, false_positive_rate=false_positive_rate, device=device, seed=seed,
+            teacher_ranges=ranges, target=target, epochs=epochs, steps=steps,
+        ), checkpoint, resume)
+        if result is None:
+            return
+        save_model(result.detector, result.metadata, output)
+        checkpoint.unlink(missing_ok=True)
+        write_json({
+            "schema": "uadtool.train/1", "output": output, "digest": file_digest(output), **result.report,
+            "threshold": result.metadata.threshold, "false_positive_rate": false_positive_rate,
+            "parameters": result.metadata.parameters, "macs": result.metadata.macs,
+        })

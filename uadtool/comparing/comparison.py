@@ -1,0 +1,238 @@
+"""Score and bench results of several models, joined and set against the first one."""
+
+import logging
+from collections import Counter
+from pathlib import PurePath
+from typing import Any, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+
+from uadtool import __version__
+from uadtool.comparing.results import Result, read_results
+from uadtool.comparing.shards import merge_shards
+from uadtool.errors import UadtoolError
+
+CONFIDENCE = 0.95
+RESAMPLES = 2000
+
+log = logging.getLogger("uadtool")
+
+
+class Metric(NamedTuple):
+    """``change`` is how a further model is set against the first: by ``difference`` or by ``ratio``."""
+
+    label: str
+    unit: str
+    better: str
+    change: str
+
+
+METRICS = {
+    "image_auroc": Metric("image AUROC, mean", "", "higher", "difference"),
+    "image_auroc.pooled": Metric("image AUROC, pooled", "", "higher", "difference"),
+    # here follow the classes: image_auroc.CLASS
+    "average_precision": Metric("average precision", "", "higher", "difference"),
+    "f1_max": Metric("F1-max", "", "higher", "difference"),
+    "pixel_auroc": Metric("pixel AUROC", "", "higher", "difference"),
+    "aupro": Metric("AUPRO", "", "higher", "difference"),
+    "false_positive_rate": Metric("false-positive rate", "", "lower", "difference"),
+    "recall": Metric("recall", "", "higher", "difference"),
+    "latency_p50": Metric("latency p50", "ms", "lower", "ratio"),
+    "latency_p99": Metric("latency p99", "ms", "lower", "ratio"),
+    "throughput": Metric("throughput", "images/s", "higher", "ratio"),
+    "energy": Metric("energy per image", "mJ", "lower", "ratio"),
+    "cold_start": Metric("cold start", "ms", "lower", "ratio"),
+    "peak_rss": Metric("peak memory", "MB", "lower", "ratio"),
+    "gpu_memory": Metric("GPU memory", "MB", "lower", "ratio"),
+    "file_size": Metric("file size", "MB", "lower", "ratio"),
+    "parameters": Metric("parameters", "M", "lower", "ratio"),
+    "macs": Metric("MACs per image", "G", "lower", "ratio"),
+}
+
+
+class Model(NamedTuple):
+    """A column of the comparison: its ``label``, and its scores, its bench result, or both."""
+
+    label: str
+    scores: Optional[Result]
+    bench: Optional[Result]
+
+    @property
+    def any(self) -> Result:
+        """What is known of the model itself."""
+        found = self.scores or self.bench
+        assert found
+        return found
+
+
+def compare(files: Sequence[str]) -> Dict[str, Any]:
+    """The ``uadtool.compare/1`` record (schemas/compare.json) of score and bench files (``-``: stdin), in any order.
+
+    Raises:
+        UadtoolError: as ``join`` and ``set_side_by_side``.
+    """
+    return set_side_by_side(join(files))
+
+
+def join(files: Sequence[str]) -> List[Model]:
+    """The models that score and bench files (``-``: stdin) are about, in the order of their first appearance.
+
+    Results are joined by model digest, runtime and machine; scores of one model for different images are merged. A
+    second score or bench result of the same model opens a second column, as when one file ran on two devices. The only
+    scores and the only bench result of a model are joined also if they are of two machines or runtimes.
+
+    Raises:
+        UadtoolError: a file cannot be read, or scores of one model are about some images twice.
+    """
+    columns: List[Dict[str, Result]] = []  # by kind
+    results = merge_shards(result for file in files for result in read_results(file))
+    counts = Counter((result.digest, result.kind) for result in results)
+
+    def belong_together(a: Result, b: Result) -> bool:
+        return a.digest == b.digest and ((a.runtime, a.machine) == (b.runtime, b.machine)
+                                         or all(counts[one.digest, one.kind] == 1 for one in (a, b)))
+
+    for result in results:
+        column = next((column for column in columns
+                       if result.kind not in column and belong_together(_any(column), result)), None)
+        if column is None:
+            columns.append(column := {})
+        column[result.kind] = result
+    labels = _labels([_any(column).path for column in columns])
+    return [Model(label, column.get("scores"), column.get("bench")) for label, column in zip(labels, columns)]
+
+
+def set_side_by_side(models: Sequence[Model]) -> Dict[str, Any]:
+    """The ``uadtool.compare/1`` record (schemas/compare.json): each model's values, and their changes from the first's.
+
+    Image AUROC differences have bootstrap intervals where both models scored the same images.
+
+    Raises:
+        UadtoolError: there is no figure at all.
+    """
+    values = [{name: value for result in (model.scores, model.bench) if result
+               for name, value in result.values.items()} for model in models]
+    intervals = [_intervals(models[0], model) if model is not models[0] else {} for model in models]
+    rows = []
+    for name, metric in _present(values):
+        of_models = [found.get(name) for found in values]
+        row = {"metric": name, **metric._asdict(), "values": of_models,
+               "changes": [None, *(change(metric.change, value, of_models[0]) for value in of_models[1:])]}
+        if any(name in found for found in intervals):
+            row["intervals"] = [found.get(name) for found in intervals]
+        rows.append(row)
+    if not rows:
+        raise UadtoolError("nothing to compare: the scored images have no labels, and there is no bench file")
+    return {
+        "schema": "uadtool.compare/1",
+        "tool": f"uadtool {__version__}",
+        "models": [_origin(model) for model in models],
+        "confidence": CONFIDENCE,
+        "resamples": RESAMPLES,
+        "rows": rows,
+    }
+
+
+def changed(models: Sequence[Model]) -> List[Dict[str, Any]]:
+    """The images that are on different sides of the threshold for the first model and another (schemas/changed.json).
+
+    The one that moved farthest comes first, its distance taken from the threshold of each model. Images that only one
+    of two models scored are left out, with a warning.
+
+    Raises:
+        UadtoolError: not two models have scores, or of different images altogether.
+    """
+    scored = [(model.label, model.scores) for model in models if model.scores]
+    if len(scored) < 2:
+        raise UadtoolError("there are not two models with scores to find changed images in; give a score file of each")
+    first, a = scored[0]
+    records = []
+    for other, b in scored[1:]:
+        both = a.images.keys() & b.images.keys()
+        if not both:
+            raise UadtoolError(f"{a.source} and {b.source} have no image in common; score the same paths, spelled the "
+                               "same")
+        if len(both) < max(len(a.images), len(b.images)):
+            log.warning("%s and %s share %d images; the others are left out", a.source, b.source, len(both))
+        for path in both:
+            before, after = a.images[path], b.images[path]
+            if before.anomalous != after.anomalous:
+                record = {"type": "changed", "path": path, "class": before.class_name, "label": before.label,
+                          "models": [first, other], "scores": [before.score, after.score],
+                          "thresholds": [a.threshold, b.threshold],
+                          "moved": round((after.score - b.threshold) - (before.score - a.threshold), 6)}
+                records.append({key: value for key, value in record.items() if value is not None})
+    return sorted(records, key=lambda record: (-abs(record["moved"]), record["path"], record["models"]))
+
+
+def change(kind: str, value: Optional[float], first: Optional[float]) -> Optional[float]:
+    """The ``difference`` or ``ratio`` of a value to the first model's, or None if there is none.
+
+    Rounded to nine decimals, so that 0.98 after 0.99 is -0.01 to a gate, too.
+    """
+    if value is None or first is None or (kind == "ratio" and first == 0):
+        return None
+    return round(value - first if kind == "difference" else value / first, 9)
+
+
+def _any(column: Dict[str, Result]) -> Result:
+    return next(iter(column.values()))
+
+
+def _origin(model: Model) -> Dict[str, Any]:
+    known = model.any
+    files = {"scores": model.scores, "bench": model.bench}
+    return {
+        "label": model.label, "path": known.path, "digest": known.digest, "precision": known.precision,
+        "runtime": known.runtime, "machine": known.machine,
+        **({"quantization": known.quantization} if known.quantization else {}),
+        "files": {kind: result.file for kind, result in files.items() if result},
+        **({"shards": list(model.scores.shards)} if model.scores and model.scores.shards else {}),
+    }
+
+
+def _present(values: Iterable[Dict[str, float]]) -> Iterator[Tuple[str, Metric]]:
+    """What some model has a value of, in the order of the table: the classes follow the pooled image AUROC."""
+    names = {name: None for found in values for name in found}  # a set that keeps its order
+    for name, metric in METRICS.items():
+        if name in names:
+            yield name, metric
+        if name == "image_auroc.pooled":
+            for of_class in names:
+                if of_class not in METRICS:
+                    yield of_class, metric._replace(label=f"image AUROC, {of_class[len('image_auroc.'):]}")
+
+
+def _labels(paths: List[str]) -> List[str]:
+    """File names, with as many folders as tell different paths apart; the same path again gets a number."""
+    parsed = [PurePath(path) for path in paths]
+    depth, labels = 1, [path.name for path in parsed]
+    while len(set(labels)) < len(set(parsed)):
+        depth += 1
+        labels = [str(PurePath(*path.parts[-depth:])) for path in parsed]
+    return [label if labels.index(label) == index else f"{label} ({labels[:index + 1].count(label)})"
+            for index, label in enumerate(labels)]
+
+
+def _intervals(first: Model, other: Model) -> Dict[str, Tuple[float, float]]:
+    """By metric, the bounds of its difference; empty if not both models have scores of the same labelled images."""
+    a, b = first.scores, other.scores
+    if not a or not b:
+        return {}
+    truth, truth_b = a.truth, b.truth
+    if not truth or not truth_b:
+        return {}
+    if truth != truth_b:
+        log.warning("%s and %s are about different images: no confidence intervals", a.source, b.source)
+        return {}
+    anomalous, classes = zip(*truth.values())
+    if len(set(anomalous)) == 1:
+        return {}
+    from uadtool.comparing.bootstrap import paired_bootstrap
+
+    scores_a, scores_b = ([result.images[path].score for path in truth] for result in (a, b))
+    found = paired_bootstrap(anomalous, scores_a, scores_b, None if None in classes else classes,
+                             repetitions=RESAMPLES, confidence=CONFIDENCE)
+    intervals = {f"image_auroc.{name}": interval for name, interval in found.per_class.items()}
+    intervals["image_auroc.pooled"] = found.pooled
+    if found.mean:
+        intervals["image_auroc"] = found.mean
+    return {name: (interval.low, interval.high) for name, interval in intervals.items()}

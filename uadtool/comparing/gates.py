@@ -1,0 +1,95 @@
+"""Conditions on a comparison, such as "the quantized model loses at most 0.01 image AUROC"."""
+
+import operator
+import re
+from dataclasses import dataclass
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence
+
+from uadtool.comparing.comparison import change
+from uadtool.errors import UadtoolError
+
+_OPERATORS = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
+_PATTERN = re.compile(
+    r"\s*(?P<metric>[^<>=]*[^<>=\s])\s*(?P<operator>[<>]=?)"
+    r"\s*(?P<sign>[+-]?)(?P<number>([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?)(?P<ratio>x?)\s*"
+)
+
+
+@dataclass(frozen=True)
+class Gate:
+    """``metric operator number``, for a metric's value or for its change against the first model.
+
+    ``change`` is None (the value), ``difference`` or ``ratio``; the number is in the unit that the table shows.
+    """
+
+    metric: str
+    operator: str
+    number: float
+    change: Optional[str] = None
+
+    @classmethod
+    def parse(cls, text: str) -> "Gate":
+        """Read ``METRIC OP NUMBER``: a signed number is a difference, one with ``x`` behind it a ratio.
+
+        Raises:
+            ValueError: the text is not a gate.
+        """
+        match = _PATTERN.fullmatch(text)
+        if not match or (match["sign"] and match["ratio"]):
+            raise ValueError(f"{text!r} is not METRIC OP NUMBER, like 'image_auroc>=0.95', 'image_auroc>=-0.01' "
+                             "(difference to the first model) or 'file_size<=0.3x' (ratio to it)")
+        kind = "difference" if match["sign"] else "ratio" if match["ratio"] else None
+        return cls(match["metric"], match["operator"], float(match["sign"] + match["number"]), kind)
+
+    def __str__(self) -> str:
+        return f"{self.metric}{self.operator}{self._format(self.number)}"
+
+    def failures(self, record: Dict[str, Any]) -> Iterator[str]:
+        """One line for each model of a ``uadtool.compare/1`` record that does not meet the gate.
+
+        A value is asked of every model, a change of every model but the first.
+
+        Raises:
+            UadtoolError: it cannot be decided: the record lacks the metric, a value of it, or a second model.
+        """
+        rows = {row["metric"]: row for row in record["rows"]}
+        if self.metric not in rows:
+            raise UadtoolError(f"gate {self}: the files hold no {self.metric}; they hold {', '.join(rows)}")
+        labels = [model["label"] for model in record["models"]]
+        if self.change and len(labels) == 1:
+            raise UadtoolError(f"gate {self} is relative to the first model; give the files of a second one too")
+        values = rows[self.metric]["values"]
+        for label, value in list(zip(labels, values))[1 if self.change else 0:]:
+            measured = change(self.change, value, values[0]) if self.change else value
+            if measured is None:
+                raise UadtoolError(f"gate {self} cannot be decided for {label}: a value of {self.metric} is missing")
+            if not _OPERATORS[self.operator](measured, self.number):
+                wanted = f"{self.operator} {self._format(self.number)}"
+                yield f"{label}: {self.metric} is {self._format(measured)}, wanted {wanted}"
+
+    def _format(self, number: float) -> str:
+        if self.change == "difference":
+            return f"{number:+.12g}"
+        return f"{number:.12g}{'x' if self.change else ''}"
+
+
+class Verdict(NamedTuple):
+    """What came of a gate: met where there are neither ``failures``, a line for each model, nor an ``error``.
+
+    With an ``error`` it could not be decided.
+    """
+
+    gate: Gate
+    failures: List[str]
+    error: Optional[UadtoolError] = None
+
+
+def decide(gates: Sequence[Gate], record: Dict[str, Any]) -> List[Verdict]:
+    """A verdict for each gate on a ``uadtool.compare/1`` record."""
+    verdicts = []
+    for gate in gates:
+        try:
+            verdicts.append(Verdict(gate, list(gate.failures(record))))
+        except UadtoolError as error:
+            verdicts.append(Verdict(gate, [], error))
+    return verdicts

@@ -1,0 +1,175 @@
+"""Scores of one model that came in several runs about different images, made one."""
+
+import logging
+from collections import defaultdict
+from dataclasses import replace
+from pathlib import PurePath
+from typing import Any, Dict, Iterable, List, Set, Tuple
+
+from uadtool.comparing.results import Result, score_values
+from uadtool.errors import UadtoolError
+
+log = logging.getLogger("uadtool")
+
+
+def merge_shards(results: Iterable[Result]) -> List[Result]:
+    """The results, with those runs of ``score`` merged that are about one model and different images.
+
+    A merged result stands where its first shard stood, and its figures are those of one run over all images. Runs of
+    ``--shard`` are merged wherever they ran, unless one machine ran all of them. Of others only runs of one runtime and
+    machine are merged, and only if no path of one ends as a path of the other does (``_tail``): the images of another
+    machine, or below another folder, may be the same ones. Other runs of one model stay apart.
+
+    Raises:
+        UadtoolError: some images are in two shards of one model but each has others too, or shards have other
+            thresholds or labels.
+    """
+    results = list(results)
+    complete = _complete(results)
+    parts: List[_Part] = []
+    for result in results:
+        part = next((part for part in parts if part.takes(result, complete)), None)
+        if part is None:
+            parts.append(part := _Part())
+        part.add(result)
+    for part in parts:
+        _warn_of_missing(part.results)
+    merged = [_merged(part.results) if len(part.results) > 1 else part.results[0] for part in parts]
+    for index, result in enumerate(merged):
+        for other in merged[:index]:
+            if _one_model(result, other):
+                _require_no_partial_overlap(other, result)
+    return merged
+
+
+_Place = Tuple[str, int, str, str]
+"""What shards of one run on one machine have in common: digest of the model, N, runtime and machine."""
+
+
+class _Part:
+    """Results that are merged."""
+
+    def __init__(self) -> None:
+        self.results: List[Result] = []
+        self._paths: Set[str] = set()
+        self._tails: Set[Tuple[str, ...]] = set()
+        self._ends: Set[Tuple[str, ...]] = set()
+        self._shards: Set[Any] = set()
+
+    def add(self, result: Result) -> None:
+        self.results.append(result)
+        self._paths |= result.images.keys()
+        self._tails.update(map(_tail, result.images))
+        self._ends.update(end for path in result.images for end in _ends(path))
+        self._shards.add(result.shard)
+
+    def takes(self, result: Result, complete: Set[_Place]) -> bool:
+        """Is it of the same run, or run of ``--shard``, and about other images? ``complete`` is as of ``_complete``."""
+        first = self.results[0]
+        if not _one_model(first, result) or first.runtime != result.runtime:
+            return False
+        if first.shard and result.shard:
+            elsewhere = first.machine != result.machine and not complete.isdisjoint((_place(first), _place(result)))
+            return (first.shard[1] == result.shard[1] and not elsewhere and result.shard not in self._shards
+                    and self._paths.isdisjoint(result.images))
+        return first.machine == result.machine and not any(
+            _tail(path) in self._ends or not self._tails.isdisjoint(_ends(path)) for path in result.images)
+
+
+def _place(shard: Result) -> _Place:
+    assert shard.shard
+    return shard.digest, shard.shard[1], shard.runtime, shard.machine
+
+
+def _complete(results: Iterable[Result]) -> Set[_Place]:
+    """Where one machine ran all shards."""
+    found: Dict[_Place, Set[int]] = defaultdict(set)
+    for result in results:
+        if result.shard:
+            found[_place(result)].add(result.shard[0])
+    return {place for place, shards in found.items() if len(shards) == place[1]}
+
+
+def _tail(path: str) -> Tuple[str, ...]:
+    """What tells an image wherever its data set lies: CLASS/test/DEFECT/FILE, or all of a shorter path."""
+    return PurePath(path).parts[-4:]
+
+
+def _ends(path: str) -> List[Tuple[str, ...]]:
+    """The tails that this image has below other folders."""
+    tail = _tail(path)
+    return [tail[start:] for start in range(len(tail))]
+
+
+def _one_model(a: Result, b: Result) -> bool:
+    return a.kind == b.kind == "scores" and a.digest == b.digest
+
+
+def _warn_of_missing(part: List[Result]) -> None:
+    shards = [result.shard for result in part if result.shard]
+    if not shards or len(shards) < len(part):
+        return
+    count = shards[0][1]
+    missing = sorted(set(range(1, min(count, 10_000) + 1)) - {index for index, _ in shards})
+    if missing:
+        names = ", ".join(map(str, missing[:10])) + ", ..." * (len(missing) > 10)
+        log.warning("%s: of %d shards these are missing: %s", part[0].path, count, names)
+
+
+def _merged(shards: List[Result]) -> Result:
+    from uadtool.scoring.evaluation import Evaluation
+
+    first = shards[0]
+    for shard in shards:
+        if shard.threshold != first.threshold:
+            raise UadtoolError(f"{first.file} and {shard.file} are shards of one model ({first.path}) with thresholds "
+                               f"{first.threshold:g} and {shard.threshold:g}; score them with one --threshold")
+    images = {path: image for shard in shards for path, image in shard.images.items()}
+    evaluation = Evaluation(first.threshold)
+    for image in images.values():
+        if image.label:
+            evaluation.add(image.class_name or "", image.label == "anomalous", image.score, image.raw_score)
+    lacking = [shard.file for shard in shards if shard.truth and shard.pixels is None]
+    if not lacking:
+        for shard in shards:
+            try:
+                evaluation.merge_pixels(shard.pixels or {})
+            except (AttributeError, TypeError, ValueError) as error:
+                raise UadtoolError(f"{shard.file}: its summary is not that of a score file: {error}") from error
+    elif any("pixel_auroc" in shard.values for shard in shards):
+        log.warning("%s: no pixel metrics, for %s holds no pixel counts; score again", first.path, lacking[0])
+    try:
+        values = score_values(evaluation.figures())
+    except (OverflowError, ValueError) as error:
+        raise UadtoolError(f"{', '.join(shard.file for shard in shards)}: their counts of pixels do not make figures: "
+                           f"{error}; score again") from error
+    files = _distinct(shard.file for shard in shards)
+    log.info("merged %d file%s of %s: %s", len(files), "s" * (len(files) > 1), first.path, ", ".join(files))
+    return replace(
+        first, values=values, images=images, pixels=None if lacking else evaluation.pixels(), shards=tuple(files),
+        machine=", ".join(_distinct(shard.machine for shard in shards)),
+        unread=frozenset(path for shard in shards for path in shard.unread if path not in images),
+    )
+
+
+def _require_no_partial_overlap(a: Result, b: Result) -> None:
+    """An image that one run could not read is none that it was not given."""
+    both = a.images.keys() & b.images.keys()
+    if not both:
+        return
+    if any(a.truth_of(path) != b.truth_of(path) for path in both):
+        raise UadtoolError(f"{a.source} and {b.source} hold scores of one model ({a.path}) with other labels for the "
+                           "same images; compare them one at a time")
+    of_a = a.images.keys() - b.images.keys() - b.unread
+    of_b = b.images.keys() - a.images.keys() - a.unread
+    if of_a and of_b:
+        raise UadtoolError(f"{a.source} and {b.source} both hold scores of {min(both)} by one model ({a.path}), but "
+                           f"not of the same images altogether ({min(of_a | of_b)} is in one alone); give each image "
+                           "in one shard")
+    if a.images.keys() != b.images.keys():
+        log.warning("%s and %s hold scores of one model (%s), but %s is in one alone: their figures are about "
+                    "different images", a.source, b.source, a.path, min(a.images.keys() ^ b.images.keys()))
+
+
+def _distinct(names: Iterable[Any]) -> List[Any]:
+    return list(dict.fromkeys(names))

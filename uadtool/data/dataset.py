@@ -1,0 +1,266 @@
+"""From what the user points at to samples: which images there are, of which class, good or not, with which mask.
+
+Understood are
+
+- a folder of classes as in MVTec AD: ``CLASS/train/good/*``, ``CLASS/test/good/*``, ``CLASS/test/DEFECT/*``, and masks
+  ``CLASS/ground_truth/DEFECT/STEM_mask.png`` (or ``STEM.png``);
+- one such class folder;
+- a manifest, CSV with a header or JSON Lines: ``path`` and, if known, ``class``, ``label`` (good, normal, ok, 0 or
+  false; anything else is anomalous; empty is unknown), ``mask`` and ``split`` (train or test). Relative paths start at
+  the manifest. Without a class anywhere, the manifest's name is the class. Rows without a split are in both splits;
+- for scoring also any folder of images, and single images.
+
+For scoring, all of them may also lie at a URL. Hidden files and folders are left out.
+"""
+
+import logging
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path, PurePath
+from typing import Collection, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple
+
+from uadtool.data import manifest, storage
+from uadtool.data.images import image_size
+from uadtool.data.storage import Folder
+from uadtool.errors import MissingPackage, UadtoolError
+from uadtool.files import file_digest
+
+SUFFIXES = {
+    ".avif", ".bmp", ".dib", ".gif", ".j2k", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm", ".pfm", ".pgm", ".png",
+    ".pnm", ".ppm", ".tga", ".tif", ".tiff", ".webp",
+}
+GOOD_LABELS = {"good", "normal", "ok", "0", "0.0", "false"}  # 0.0: what pandas writes when other labels are missing
+
+PLACES = ("train", "test", "ground_truth")
+"""The folders in that of a class."""
+
+log = logging.getLogger("uadtool")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """An image and what the layout tells about it.
+
+    ``label`` is "good", "anomalous" or None (unknown). ``mask`` is the path of the ground truth, also where the layout
+    wants one and it is missing. ``problem`` is why there is nothing to read at ``path``, where that is known already.
+    """
+
+    path: str
+    class_name: Optional[str] = None
+    label: Optional[str] = None
+    mask: Optional[str] = None
+    problem: Optional[str] = None
+
+
+class Layout(NamedTuple):
+    """A data set as it was found. A class may have no rows; the split of a row is "train", "test" or "" (both)."""
+
+    classes: Set[str]
+    rows: List[Tuple[Sample, str]]
+
+
+def training_samples(data: str, classes: Optional[Sequence[str]] = None) -> List[Sample]:
+    """The good training images of a data set, sorted by class and path; each has a class.
+
+    The data set is checked as a whole, so that no long run starts on a broken one; ``classes`` limits it to these.
+
+    Raises:
+        UadtoolError: there are no images, or a class has none to train on, or is unknown; an image is empty or
+            missing; a mask is missing or has another size than its image; an image is in train and in test.
+    """
+    data = storage.local(data)
+    _require_here(data)
+    if not storage.exists(data):
+        raise UadtoolError(f"{data} does not exist")
+    layout = _read_layout(data, _folder(data))
+    if layout is None or not layout.classes:
+        raise UadtoolError(
+            f"no images to train on in {data}: wanted is a folder with CLASS/train/good/*, one such CLASS folder, or "
+            "a manifest (.csv, .jsonl)"
+        )
+    chosen = set(classes or layout.classes)
+    if chosen - layout.classes:
+        raise UadtoolError(f"{data} has no class {_names(chosen - layout.classes)}; it has {_names(layout.classes)}")
+    nameless = [sample.path for sample, _ in layout.rows if not sample.class_name]
+    if nameless and not classes:
+        raise UadtoolError(f"{data} gives no class for {nameless[0]}, but for other images")
+    rows = [(sample, split) for sample, split in layout.rows if sample.class_name in chosen]
+    for sample, _ in rows:
+        _require_here(sample.path)
+        _require_here(sample.mask or "")
+    if any(sample.label == "anomalous" and not split for sample, split in rows):
+        log.warning("%s names no split for some images: the good ones of these train, and score tests them, too; to "
+                    "compare models fairly, give them the split train or test", data)
+    training = list(dict.fromkeys(sample for sample, split in rows if split != "test" and sample.label == "good"))
+    for name in sorted(chosen - {sample.class_name for sample in training}):
+        others = sum(sample.class_name == name for sample, _ in rows)
+        found = f"no good training images, only {others} others" if others else "no images"
+        raise UadtoolError(
+            f"class {name} of {data} has {found}: put good ones into its train/good (or label them good in the "
+            "manifest), or choose other classes"
+        )
+    _check_masks(sample for sample, split in rows if split != "train")
+    _check_apart(training, [sample for sample, split in rows if split == "test"])
+    return sorted(training, key=lambda sample: (sample.class_name, sample.path))
+
+
+def scoring_samples(paths: Iterable[str], strict: bool = True) -> Iterator[Sample]:
+    """The images to score, path by path as ``paths`` gives them.
+
+    A data set gives its test split, with classes, labels and masks; another folder all images in it. Any other path
+    is an image, even if it does not exist: reading it will tell. So do URLs, but that what ends as an image does is
+    one.
+
+    Args:
+        strict: raise errors; else a path that gives no images is a sample with this ``problem``.
+
+    Raises:
+        UadtoolError: a folder without images to score, or a broken manifest.
+        MissingPackage: what fsspec needs for a kind of URL is not installed.
+    """
+    for name in map(storage.local, paths):
+        try:
+            samples = _samples_of(name)
+        except UadtoolError as error:
+            if strict or isinstance(error, MissingPackage):
+                raise
+            samples = [Sample(name, problem=str(error))]
+        yield from samples
+
+
+def _samples_of(name: str) -> List[Sample]:
+    """What there is to score at a path or URL."""
+    folder = _folder(name)
+    layout = _read_layout(name, folder)
+    if layout is not None:
+        samples = [sample for sample, split in layout.rows if split != "train"]
+        left_out = _outside(folder) if folder else 0
+        if left_out:
+            log.warning("%s is a data set: %d images that lie outside of CLASS/train and CLASS/test are left out", name,
+                        left_out)
+    else:
+        samples = [Sample(folder.path(image)) for image in _images(folder)] if folder else [Sample(name)]
+    if not samples:
+        raise UadtoolError(f"no images to score in {name}")
+    return samples
+
+
+def _outside(folder: Folder) -> int:
+    """How many images lie in no place of the layout, nor are masks. The places, which are large, are not listed."""
+    if _is_class(folder):
+        return len(_images(folder, PLACES))
+    children = folder.folders()
+    return len(_images(folder, children)) + sum(len(_images(folder / child, PLACES)) for child in children)
+
+
+def _names(classes: Iterable[str]) -> str:
+    return ", ".join(sorted(classes))
+
+
+def _folder(name: str) -> Optional[Folder]:
+    """The folder ``name``, unless it is a URL that ends as an image or a manifest does, which need not be asked."""
+    if storage.is_url(name) and storage.suffix(name) in SUFFIXES | manifest.SUFFIXES:
+        return None
+    return storage.open_folder(name)
+
+
+def _read_layout(name: str, folder: Optional[Folder]) -> Optional[Layout]:
+    """The data set of this path or URL, which is ``folder`` if it is one; None if it is something else."""
+    if folder is None:
+        return _read_manifest(name) if storage.suffix(name) in manifest.SUFFIXES else None
+    if _is_class(folder):
+        folders = {folder.name: folder}
+    else:
+        folders = {child: folder / child for child in folder.folders()}
+        if not any(map(_is_class, folders.values())):
+            return None
+    return Layout(set(folders), [row for name, folder in folders.items() for row in _read_class(folder, name)])
+
+
+def _is_class(folder: Folder) -> bool:
+    return (folder / "train").exists() or (folder / "test").exists()
+
+
+def _read_class(folder: Folder, name: str) -> Iterator[Tuple[Sample, str]]:
+    training, test, truth = folder / "train" / "good", folder / "test", folder / "ground_truth"
+    for image in _images(training):
+        yield Sample(training.path(image), name, "good"), "train"
+    for image in _images(test):
+        defect = image.parts[0] if len(image.parts) > 1 else None
+        label = "good" if defect == "good" else "anomalous" if defect else None
+        yield Sample(test.path(image), name, label, _mask(truth, image) if label == "anomalous" else None), "test"
+
+
+def _mask(folder: Folder, image: PurePath) -> Optional[str]:
+    if not folder.has(PurePath(image.parts[0])):
+        return None
+    usual, other = image.with_name(f"{image.stem}_mask.png"), image.with_suffix(".png")
+    return folder.path(other if folder.has(other) and not folder.has(usual) else usual)
+
+
+def _images(folder: Folder, without: Collection[str] = ()) -> List[PurePath]:
+    return [file for file in folder.files(without) if file.suffix.lower() in SUFFIXES]
+
+
+def _read_manifest(name: str) -> Layout:
+    rows = manifest.read_manifest(name)
+    one_class = PurePath(storage.without_query(name)).stem if not any(row["class"] for row in rows) else None
+    samples = []
+    for row in rows:
+        label = row["label"].lower()
+        samples.append((Sample(
+            path=storage.beside(name, row["path"]),
+            class_name=row["class"] or one_class,
+            label=("good" if label in GOOD_LABELS else "anomalous") if label else None,
+            mask=storage.beside(name, row["mask"]) if row["mask"] else None,
+        ), row["split"]))
+    return Layout({sample.class_name for sample, _ in samples if sample.class_name}, samples)
+
+
+def _require_here(name: str) -> None:
+    if storage.is_url(name):
+        raise UadtoolError(f"{name} is elsewhere, and training reads its images again and again: copy them to this "
+                           "machine first")
+
+
+def _check_masks(samples: Iterable[Sample]) -> None:
+    """Require that masks exist and have the size of their image."""
+    for sample in samples:
+        if not sample.mask:
+            continue
+        if not storage.exists(sample.mask):
+            raise UadtoolError(f"{sample.path} has no mask: {sample.mask} does not exist")
+        image, mask = image_size(sample.path), image_size(sample.mask)
+        if image != mask:
+            raise UadtoolError(
+                f"{sample.mask} is {mask[1]} x {mask[0]} pixels, but its image {sample.path} is {image[1]} x {image[0]}"
+            )
+
+
+def _check_apart(training: Iterable[Sample], test: Iterable[Sample]) -> None:
+    """Require that no image, by its bytes, is in both. Only files of equal size are read."""
+    by_size: Dict[int, Tuple[List[str], List[str]]] = defaultdict(lambda: ([], []))
+    for side, samples in enumerate((training, test)):
+        for sample in samples:
+            by_size[_file_size(sample.path)][side].append(sample.path)
+    twins = []
+    for train_paths, test_paths in by_size.values():
+        if train_paths and test_paths:
+            digests = {file_digest(path): path for path in test_paths}
+            twins += [(path, digests.get(file_digest(path))) for path in train_paths]
+    twins = sorted((path, twin) for path, twin in twins if twin)
+    if twins:
+        raise UadtoolError(
+            f"{len(twins)} training images are test images too, which would flatter the model; first: "
+            f"{twins[0][0]} and {twins[0][1]}"
+        )
+
+
+def _file_size(path: str) -> int:
+    try:
+        size = Path(path).stat().st_size
+    except OSError as error:
+        raise UadtoolError(f"cannot read {path}: {error.strerror}") from error
+    if not size:
+        raise UadtoolError(f"{path} is empty")
+    return size

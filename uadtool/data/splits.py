@@ -1,0 +1,44 @@
+"""Which samples are held out, and a choice of samples in which the classes take turns."""
+
+import itertools
+import random
+from collections import defaultdict
+from typing import Dict, Iterable, List, Optional, Sequence, Set, Tuple
+
+from uadtool.data.dataset import Sample
+
+LEAST_HELD_OUT = 3
+"""Images of a class: one or two do not tell how far its good images differ."""
+
+
+def split_held_out(samples: Sequence[Sample], share: float, seed: int) -> Tuple[List[Sample], List[Sample]]:
+    """Hold out ``share`` (0 to 1) of each class, chosen at random: (the rest, held out), both in the order given.
+
+    At least ``LEAST_HELD_OUT`` are, or half of a class that has fewer than twice as many; the only image of a class is
+    not.
+    """
+    held_out: Set[Sample] = set()
+    for name, members in _by_class(samples).items():
+        least = min(LEAST_HELD_OUT, len(members) // 2)
+        count = min(max(round(share * len(members)), least), len(members) - 1)
+        # Each class has its own randomness: the choice in one does not depend on which others there are.
+        held_out.update(random.Random(f"{seed} {name}").sample(members, count))
+    return [s for s in samples if s not in held_out], [s for s in samples if s in held_out]
+
+
+def balanced(samples: Sequence[Sample], count: int, seed: int) -> List[Sample]:
+    """Choose ``count`` samples (all, if there are fewer) at random; the classes take turns, in random order."""
+    rng = random.Random(seed)
+    groups = list(_by_class(samples).values())
+    rng.shuffle(groups)
+    for group in groups:
+        rng.shuffle(group)
+    turns = itertools.zip_longest(*groups)
+    return [sample for turn in turns for sample in turn if sample][:count]
+
+
+def _by_class(samples: Iterable[Sample]) -> Dict[Optional[str], List[Sample]]:
+    groups: Dict[Optional[str], List[Sample]] = defaultdict(list)
+    for sample in samples:
+        groups[sample.class_name].append(sample)
+    return groups

@@ -1,0 +1,1 @@
+"""Detection methods: the contract, the registry, score statistics, teachers, one module per method."""

@@ -1,0 +1,175 @@
+"""Dinomaly (Guo et al., CVPR 2025, arXiv 2405.14325): a transformer rebuilds an encoder's features, loosely.
+
+A noisy bottleneck and attention that cannot focus keep the decoder from copying what it is given; it learns groups of
+layers rather than single ones, and hardly anything more from places that it already rebuilds well. So it generalises to
+good images of many classes, and not to defects.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from uadtool.errors import UadtoolError
+from uadtool.lab.detectors.backbones import LayerNorm, feature_shapes, fold_batch_norm, normalization
+from uadtool.lab.detectors.contract import Detector, Smoothing, pooled_descriptor
+from uadtool.lab.detectors.encoders import build_encoder
+from uadtool.lab.detectors.stfpm import cosine_distance, distance_maps, distillation_loss
+from uadtool.lab.training.loop import Outcome, Run
+from uadtool.lab.training.precision import autocast
+
+LEARNING_RATE, WEIGHT_DECAY, GRADIENT_NORM = 2e-3, 1e-4, 0.1
+"""As in the authors' code, there with StableAdamW."""
+EASY, EASY_GRADIENT, RAMP = 0.9, 0.1, 0.1
+"""The share of places, the best rebuilt ones, whose gradients are scaled down, and to what; the share grows to this one
+over the first part of a run (sections 3.5 and 4.1)."""
+HEAD = 32
+"""Channels of an attention head."""
+
+
+class Dinomaly(Detector):
+    """Encoder, bottleneck and decoder.
+
+    Args:
+        teacher: name of a timm CNN or plain vision transformer, the encoder.
+        image_size: (height, width) of the input in pixels.
+        classes: number of classes.
+        width: channels of the decoder, a multiple of 32.
+        depth: blocks of the decoder, an even number up to 100.
+        bottleneck: channels that all features of a token pass.
+        dropout: in the bottleneck; 0.2 in the paper, 0.4 for its largest data set.
+
+    Raises:
+        UadtoolError: there is no such teacher, or the image size or an option does not suit.
+    """
+
+    trained = "decoder"
+
+    def __init__(self, teacher: str, image_size: tuple[int, int], classes: int, width: int = 128, depth: int = 4,
+                 bottleneck: int = 24, dropout: float = 0.2) -> None:
+        if width % HEAD or depth % 2 or min(width, depth, bottleneck) < 1 or depth > 100 or not 0 <= dropout < 1:
+            raise UadtoolError(f"dinomaly cannot have width {width}, depth {depth}, bottleneck {bottleneck}, dropout "
+                               f"{dropout}; take a width that is a multiple of {HEAD}, an even depth up to 100, a "
+                               "bottleneck of at least 1, a dropout of at least 0 and below 1")
+        encoder = build_encoder(teacher, image_size)
+        shapes = feature_shapes(encoder, image_size)
+        map_size = shapes[0][1:]
+        super().__init__(classes, sum(shape[0] for shape in shapes), map_size, *normalization(teacher),
+                         maps=len(shapes))
+        self.teacher = encoder
+        self.decoder = Decoder(shapes, width, depth, bottleneck, dropout)
+        self.smooth = Smoothing(len(shapes), map_size[0] / image_size[0])
+
+    def raw_maps_and_descriptor(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        features = self.teacher(pixels)
+        return self.smooth(distance_maps(features, self.decoder(features), self.map_size)), pooled_descriptor(features)
+
+    def fit(self, run: Run) -> Outcome:
+
+        parameters = list(self.decoder.parameters())
+        optimizer = torch.optim.AdamW(parameters, LEARNING_RATE, weight_decay=WEIGHT_DECAY, amsgrad=True)
+
+        def clip(*_: Any) -> None:
+            nn.utils.clip_grad_norm_(parameters, GRADIENT_NORM)
+
+        optimizer.register_step_pre_hook(clip)
+
+        def pairs(features: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+            maps = [f.to(run.device).float() for f in features]
+            with autocast(run.device, run.dtype):
+                rebuilt = self.decoder(maps)
+            return maps, [r.float() for r in rebuilt]
+
+        def training_loss(step: int) -> Tensor:
+            _, features = run.training_batch(step)
+            return loose_loss(*pairs(features), EASY * min(1.0, step / (RAMP * run.steps)))
+
+        return run.optimize(self.decoder, optimizer, training_loss, lambda: (
+            (distillation_loss(*pairs(features)), len(images)) for _, (images, features) in run.held_out_batches()))
+
+    def fold_batch_norm(self) -> "Dinomaly":
+        self.eval()
+        fold_batch_norm(self.teacher)
+        return self
+
+
+class Decoder(nn.Module):
+    """Feature maps, fine ones first -> the same rebuilt.
+
+    A token is what all of them hold of a cell of the coarsest one. It passes the bottleneck, three layers as in
+    Dinomaly2, then the blocks; the last of these give the finest map.
+    """
+
+    def __init__(self, shapes: Sequence[tuple[int, int, int]], width: int, depth: int, bottleneck: int,
+                 dropout: float) -> None:
+        super().__init__()
+        self.grid = shapes[-1][1:]
+        self.factors = [shape[1] // self.grid[0] for shape in shapes]
+        sizes = [shape[0] * factor**2 for shape, factor in zip(shapes, self.factors)]
+        self.bottleneck = nn.Sequential(
+            nn.Linear(sum(sizes), bottleneck), nn.Dropout(dropout), nn.Linear(bottleneck, 4 * width), nn.GELU(),
+            nn.Dropout(dropout), nn.Linear(4 * width, width), nn.Dropout(dropout))
+        self.position = nn.Parameter(torch.randn(self.grid[0] * self.grid[1], width) / 50)
+        self.blocks = nn.ModuleList(Block(width) for _ in range(depth))
+        self.give = nn.ModuleList(nn.Linear(width, size) for size in sizes)
+
+    def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
+        joined = torch.cat([F.pixel_unshuffle(m, factor) for m, factor in zip(maps, self.factors)], dim=1)
+        tokens = self.bottleneck(joined.flatten(2).transpose(1, 2)) + self.position
+        outputs = []
+        for block in self.blocks:
+            tokens = block(tokens)
+            outputs.append(tokens)
+        size = len(outputs) // len(maps)
+        groups = [torch.stack(outputs[start:start + size]).mean(0) for start in range(0, len(outputs), size)]
+        return [F.pixel_shuffle(give(group).transpose(1, 2).unflatten(2, self.grid), factor)
+                for give, group, factor in zip(self.give, reversed(groups), self.factors)]
+
+
+class Block(nn.Module):
+    """A transformer's block over tokens [N, L, D], with linear attention."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm_1, self.norm_2 = LayerNorm(width), LayerNorm(width)
+        self.attention = LinearAttention(width)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        tokens = tokens + self.attention(self.norm_1(tokens))
+        result: Tensor = tokens + self.mlp(self.norm_2(tokens))
+        return result
+
+
+class LinearAttention(nn.Module):
+    """Attention without softmax, over tokens [N, L, D] (Katharopoulos et al., ICML 2020, eq. 5-7)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.heads = width // HEAD
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        query, key, value = self.qkv(tokens).unflatten(2, (3, self.heads, HEAD)).permute(2, 0, 3, 1, 4).unbind(0)
+        query, key = F.elu(query) + 1, F.elu(key) + 1
+        weight = query @ key.sum(2).unsqueeze(3)
+        attended = query @ (key.transpose(2, 3) @ value) / weight
+        result: Tensor = self.out(attended.transpose(1, 2).flatten(2))
+        return result
+
+
+def loose_loss(targets: Sequence[Tensor], rebuilt: Sequence[Tensor], easy: float) -> Tensor:
+    """Cosine distance of whole feature maps [N, C, h, w], summed over them (eq. 3-4).
+
+    Args:
+        easy: share of the places, over the whole batch, whose gradients are scaled down; the best rebuilt ones.
+    """
+    total = torch.zeros(())
+    for target, values in zip(targets, rebuilt):
+        places = cosine_distance(target, values.detach())
+        hard = places >= places.flatten().quantile(easy)
+        values = torch.where(hard, values, EASY_GRADIENT * values + (1 - EASY_GRADIENT) * values.detach())
+        total = total + (1 - F.cosine_similarity(target.flatten(1), values.flatten(1))).mean()
+    return total

@@ -1,0 +1,261 @@
+"""Duet: a memory of good patches and a head that has learned what defects look like, on one frozen teacher.
+
+The two see different things: the memory what never occurred, the head what is out of place though it occurs. And a
+memory of small patches sees other defects than one of large patches: two small ones find more than a big joint one.
+"""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+
+from uadtool.errors import UadtoolError
+from uadtool.lab.detectors.backbones import (
+    build_backbone,
+    feature_shapes,
+    fold_batch_norm,
+    normalization,
+    remove_identities,
+)
+from uadtool.lab.detectors.contract import Detector, pooled_descriptor
+from uadtool.lab.detectors.memory import PatchMemory
+from uadtool.lab.training import distributed
+from uadtool.lab.training.data import CHUNK
+from uadtool.lab.training.loop import Outcome, Run
+from uadtool.lab.training.precision import autocast
+from uadtool.lab.training.synthetic import synthetic_anomaly
+
+LEARNING_RATE, WEIGHT_DECAY = 2e-3, 1e-3
+FOCAL, DICE = 5.0, 0.3
+ANOMALOUS, AUGMENTED = 0.6, 0.2
+"""Shares of a batch with synthetic anomalies and with changed brightness and contrast; the rest is as it is."""
+CROP = 24
+"""Side of the part of the feature grid that the head trains on: so it cannot learn where things are."""
+LEAST_COVERED = 0.15
+"""Of a patch, for the head to call it anomalous."""
+HELD_OUT_BATCHES = 32
+"""Their features stay in memory while the head trains: of more than so many, every second one, or third."""
+
+
+class Duet(Detector):
+    """Two memories, of small patches (the teacher's features at stride 8) and of large ones (stride 16), and a head.
+
+    Args:
+        teacher: name of a timm CNN.
+        image_size: (height, width) of the input in pixels.
+        classes: number of classes.
+        small: size of the memory of small patches.
+        large: size of the memory of large patches, each the mean of 3 x 3 positions.
+        components: principal components of the features that a memory stores, at most.
+        width: channels of the head.
+
+    Raises:
+        UadtoolError: there is no such teacher, or an option is out of range.
+    """
+
+    trained = "head"
+    float_teacher = True
+
+    def __init__(self, teacher: str, image_size: tuple[int, int], classes: int, small: int = 3000, large: int = 12000,
+                 components: int = 64, width: int = 96) -> None:
+        for name, value in (("small", small), ("large", large), ("components", components), ("width", width)):
+            if value < 1:
+                raise UadtoolError(f"the option {name} of duet must be at least 1, not {value}")
+        network = build_backbone(teacher, image_size)
+        shapes = feature_shapes(network, image_size)
+        channels = [shape[0] for shape in shapes]
+        super().__init__(classes, sum(channels), shapes[1][1:], *normalization(teacher), maps=3)
+        self.teacher = network
+        self.small = PatchMemory(channels[1], components, small, context=1)
+        self.large = PatchMemory(channels[2], components, large, context=3)
+        self.head: nn.Module = Head(channels, width)
+
+    def raw_maps_and_descriptor(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        features = self.teacher(pixels)
+        # Plus 1: the least spread of a map is a share of its level, and what the head says of good images is nearly 0.
+        likely = 1 + self.head(features[0], features[1], features[2]).sigmoid()
+        maps = torch.cat([self.small(features[1]), _double(self.large(features[2])), likely], dim=1)
+        return maps, pooled_descriptor(features)
+
+    def fit(self, run: Run) -> Outcome:
+
+        outcome = self.fit_head(run)
+        if distributed.rank() == 0:  # the others have no use for them
+            self.fit_memories(run)
+        self.fold_batch_norm()
+        return outcome
+
+    def fit_memories(self, run: Run) -> None:
+        """Fill them with patches of the training images."""
+        for index, memory in ((1, self.small), (2, self.large)):
+            memory.fit((features[index] for _, features in run.training.batches()), len(run.training), run.seed)
+
+    def fit_head(self, run: Run) -> Outcome:
+        """Train the head on synthetic anomalies."""
+        assert isinstance(self.head, Head)
+        for index, branch in enumerate(self.head.branches()):
+            # A ninth of the positions, copied, so that what they are of need not stay in memory.
+            branch.learn_standard([features[index][:, :, ::3, ::3].contiguous()
+                                   for _, features in run.training.batches()])
+        optimizer = torch.optim.AdamW(self.head.parameters(), LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+
+        teacher = run.training.teacher
+
+        def loss_of(features: Sequence[Tensor], masks: Tensor) -> Tensor:
+            with autocast(run.device, run.dtype):
+                logits = self.head(*features)
+            return segmentation_loss(logits.squeeze(1).float(), masks.to(run.device))
+
+        def training_loss(step: int) -> Tensor:
+            generator = np.random.default_rng((run.seed, step, distributed.rank()))
+            images, _ = run.training_batch(step)
+            changed, masks = vary(images, self.map_size, generator)
+            return loss_of(*_crop(teacher(changed), masks, generator))
+
+        held_out: list[tuple[Sequence[Tensor], Tensor]] = []
+        every = math.ceil(len(run.held_out) / CHUNK / HELD_OUT_BATCHES)
+        for number, (images, _) in run.held_out_batches():
+            if number % every:
+                continue
+            changed, masks = vary(images, self.map_size, np.random.default_rng((run.seed, number)))
+            held_out.append((teacher(changed), masks))
+
+        return run.optimize(self.head, optimizer, training_loss, lambda: (
+            (loss_of(features, masks), len(masks)) for features, masks in held_out))
+
+    def fold_batch_norm(self) -> "Duet":
+        self.eval()
+        if isinstance(self.head, Head):
+            fold_batch_norm(self.teacher)
+            self.head = self.head.folded()
+        return self
+
+
+class Head(nn.Module):
+    """Finds defects in the feature maps at strides 4, 8 and 16: -> logits [N, 1, h, w] at stride 8."""
+
+    def __init__(self, channels: Sequence[int], width: int) -> None:
+        super().__init__()
+        self.stride_4, self.stride_8, self.stride_16 = (Branch(count, width) for count in channels)
+        self.fine = Separable(width, width)
+        self.down = Separable(width, width, stride=2)
+        self.context = nn.Sequential(*[Separable(width, width) for _ in range(3)])
+        self.last = Separable(width, width)
+        self.out = nn.Conv2d(width, 1, 1)
+        nn.init.constant_(self.out.bias, -4.0)  # type: ignore[arg-type]  # defects are rare
+
+    def forward(self, stride_4: Tensor, stride_8: Tensor, stride_16: Tensor) -> Tensor:
+        joined = (self.stride_4(F.avg_pool2d(stride_4, 2)) + self.stride_8(stride_8)
+                  + _double(self.stride_16(stride_16)))
+        fine = self.fine(F.relu(joined))
+        wide = _double(self.context(self.down(fine)))
+        logits: Tensor = self.out(self.last(fine + wide))
+        return logits
+
+    def branches(self) -> "tuple[Branch, Branch, Branch]":
+        """Those for the strides 4, 8 and 16."""
+        return self.stride_4, self.stride_8, self.stride_16
+
+    def folded(self) -> fx.GraphModule:
+        """The deployed form: convolutions and ReLUs."""
+        for branch in self.branches():
+            branch.fold()
+        graph = fx.symbolic_trace(self.eval())
+        remove_identities(graph)
+        return fold_batch_norm(graph)
+
+
+class Branch(nn.Module):
+    """Standardises the channels of a feature map, as it was told once, and mixes them."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.standardize: nn.Module = nn.BatchNorm2d(inputs, affine=False)
+        self.conv = nn.Conv2d(inputs, outputs, 1, bias=False)
+        self.norm = nn.BatchNorm2d(outputs)
+
+    def forward(self, values: Tensor) -> Tensor:
+        result: Tensor = self.norm(self.conv(self.standardize(values)))
+        return result
+
+    def train(self, mode: bool = True) -> "Branch":
+        super().train(mode)
+        self.standardize.eval()
+        return self
+
+    @torch.inference_mode()
+    def learn_standard(self, features: Sequence[Tensor]) -> None:
+        """Let each channel of these feature maps [N, C, h, w] have mean 0 and deviation 1."""
+        values = torch.cat([part.float() for part in features]).transpose(0, 1).flatten(1)
+        assert isinstance(self.standardize, nn.BatchNorm2d)
+        self.standardize.load_state_dict({"running_mean": values.mean(1), "running_var": values.var(1)}, strict=False)
+
+    @torch.no_grad()
+    def fold(self) -> None:
+        """Let the convolution standardise, too."""
+        norm = self.standardize
+        conv = nn.Conv2d(self.conv.in_channels, self.conv.out_channels, 1, device=self.conv.weight.device)
+        assert isinstance(norm, nn.BatchNorm2d)
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
+        assert conv.bias is not None
+        scale = (norm.running_var + norm.eps).rsqrt()
+        conv.weight.copy_(self.conv.weight * scale[:, None, None])
+        conv.bias.copy_(-(self.conv.weight[:, :, 0, 0] @ (norm.running_mean * scale)))
+        self.standardize, self.conv = nn.Identity(), conv
+
+
+class Separable(nn.Sequential):
+    """Depthwise 5 x 5 and pointwise convolution, each with batch norm and ReLU."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int = 1) -> None:
+        super().__init__(
+            nn.Conv2d(inputs, inputs, 5, stride, 2, groups=inputs, bias=False), nn.BatchNorm2d(inputs), nn.ReLU(),
+            nn.Conv2d(inputs, outputs, 1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU())
+
+
+def vary(images: Tensor, map_size: tuple[int, int], generator: np.random.Generator) -> tuple[Tensor, Tensor]:
+    """A training batch: images [N, H, W, 3], uint8, some with synthetic anomalies, and the masks, float [N, h, w]."""
+
+    good = [one[:, ::-1] if generator.random() < 0.5 else one for one in images.numpy()]
+    changed, masks = [], []
+    for image in good:
+        draw = generator.random()
+        mask = np.zeros(image.shape[:2], bool)
+        if draw < ANOMALOUS:
+            image, mask = synthetic_anomaly(image, good, generator)
+        elif draw < ANOMALOUS + AUGMENTED:
+            contrast, brightness = generator.uniform(0.85, 1.15), generator.uniform(-20, 20)
+            image = ((image - 128.0) * contrast + 128 + brightness).clip(0, 255).astype(np.uint8)
+        changed.append(np.ascontiguousarray(image))
+        masks.append(mask)
+    covered = F.adaptive_avg_pool2d(torch.from_numpy(np.stack(masks)).float(), map_size)
+    return torch.from_numpy(np.stack(changed)), (covered >= LEAST_COVERED).float()
+
+
+def segmentation_loss(logits: Tensor, masks: Tensor) -> Tensor:
+    """Focal loss (Lin et al., ICCV 2017, gamma 2) and soft Dice loss (Milletari et al., 3DV 2016) of [N, h, w]."""
+    likely = logits.sigmoid()
+    error = F.binary_cross_entropy_with_logits(logits, masks, reduction="none")
+    missed = masks * (1 - likely) + (1 - masks) * likely
+    focal = (missed.square() * error).mean()
+    overlap = (likely * masks).sum()
+    dice = 1 - (2 * overlap + 1) / (likely.sum() + masks.sum() + 1)
+    return FOCAL * focal + DICE * dice
+
+
+def _crop(features: Sequence[Tensor], masks: Tensor, generator: np.random.Generator) -> tuple[list[Tensor], Tensor]:
+    """The same random part of every feature map and mask, at most 24 x 24 cells of stride 8."""
+    height, width = masks.shape[1:]
+    side = min(CROP, height, width) // 2 * 2
+    top, left = (2 * int(generator.integers((length - side) // 2 + 1)) for length in (height, width))
+    parts = [f[:, :, int(top * r):int((top + side) * r), int(left * r):int((left + side) * r)]
+             for f, r in zip(features, (2, 1, 0.5))]
+    return parts, masks[:, top:top + side, left:left + side]
+
+
+def _double(values: Tensor) -> Tensor:
+    return F.interpolate(values, scale_factor=2.0, mode="bilinear", align_corners=False)

@@ -1,0 +1,159 @@
+"""Uninformed Students (Bergmann et al., CVPR 2020, arXiv 1911.02357).
+
+The teacher, a small network that sees patches of 32 x 32 pixels, learns what a pretrained backbone says of them. Three
+students of the same architecture learn the teacher's descriptors. Where they are wrong on average, or disagree, there
+is an anomaly.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Optional
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+
+from uadtool.errors import UadtoolError
+from uadtool.lab.detectors.backbones import build_backbone, feature_shapes, normalization
+from uadtool.lab.detectors.contract import Detector, pooled_descriptor
+from uadtool.lab.detectors.memory import standardized_components
+from uadtool.lab.training.loop import Outcome, Run
+from uadtool.lab.training.precision import autocast
+
+STUDENTS = 3
+STRIDE = 4
+"""Of the descriptors, in pixels."""
+CROP = 128
+"""Side, in pixels, of the part of each image that a step trains on: four times as many steps in the same time."""
+LEARNING_RATE, WEIGHT_DECAY = 1e-3, 1e-5
+"""The rate is ten times that of the paper, whose batches have one image."""
+
+
+class UninformedStudents(Detector):
+    """Teacher and students, patch networks all; the backbone is there for training alone.
+
+    Args:
+        teacher: name of a timm CNN, the backbone.
+        image_size: (height, width) of the input in pixels.
+        classes: number of classes.
+        width: channels of the patch networks, in those of the paper.
+
+    Raises:
+        UadtoolError: there is no such backbone, or the width leaves no descriptors or longer ones than its features.
+    """
+
+    def __init__(self, teacher: str, image_size: tuple[int, int], classes: int, width: float = 0.125) -> None:
+        backbone, descriptor_size = build_backbone(teacher, image_size), round(128 * width)
+        most = sum(shape[0] for shape in feature_shapes(backbone, image_size)[1:])
+        if not 1 <= descriptor_size <= most:
+            raise UadtoolError(f"us has no descriptors at width {width}; with {teacher} take 0.01 to {most / 128:.2f}")
+        map_size = image_size[0] // STRIDE, image_size[1] // STRIDE
+        super().__init__(classes, descriptor_size, map_size, *normalization(teacher), maps=2)
+        self.backbone: Optional[fx.GraphModule] = backbone
+        self.teacher = fx.symbolic_trace(PatchNetwork(width))
+        self.student = nn.ModuleList(PatchNetwork(width) for _ in range(STUDENTS))
+
+    def pretrained(self) -> fx.GraphModule:
+        assert self.backbone is not None, "a deployed detector has no backbone"
+        return self.backbone
+
+    def raw_maps_and_descriptor(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Squared error of the students' mean and their variance (eq. 8-10), as means over channels; and the mean of
+        the teacher's descriptors.
+        """
+        descriptors = self.teacher(pixels)
+        differences = torch.stack([student(pixels) for student in self.student]) - descriptors
+        differences = differences.permute(0, 1, 3, 4, 2)  # every runtime sums fastest over the last axis
+        error = differences.mean(0).square().mean(3)
+        return torch.stack([error, differences.square().mean((0, 4)) - error], dim=1), pooled_descriptor([descriptors])
+
+    def fit(self, run: Run) -> Outcome:
+        """Train the teacher and, towards what it says by then, the students."""
+        networks = nn.ModuleDict({"teacher": self.teacher, "student": self.student})
+        optimizer = torch.optim.Adam(networks.parameters(), LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+        components = whitened_components((features for _, features in run.training.batches()),
+                                             self.prototypes.shape[1])
+
+        def loss_of(images: Tensor, features: Sequence[Tensor]) -> Tensor:
+            with autocast(run.device, run.dtype):
+                pixels = self.prepare(images.to(run.device))
+                descriptors = self.teacher(pixels).float()
+                learned = torch.stack([student(pixels) for student in self.student]).float()
+            told = components([f.to(run.device) for f in features])
+            wanted = F.interpolate(told, size=descriptors.shape[2:], mode="bilinear")
+            return F.mse_loss(descriptors, wanted) + F.mse_loss(learned, descriptors.detach().expand_as(learned))
+
+        def training_loss(step: int) -> Tensor:
+            return loss_of(*_crop(*run.training_batch(step), np.random.default_rng((run.seed, step))))
+
+        def held_out_losses() -> Iterator[tuple[Tensor, int]]:
+            for number, batch in run.held_out_batches():
+                yield loss_of(*_crop(*batch, np.random.default_rng((run.seed, number)))), len(batch[0])
+
+        return run.optimize(networks, optimizer, training_loss, held_out_losses)
+
+    def fold_batch_norm(self) -> "UninformedStudents":
+        self.eval()
+        self.backbone = None
+        return self
+
+
+class PatchNetwork(nn.Sequential):
+    """Descriptors [N, 128 width, H/4, W/4] of the patches of 32 x 32 pixels around the cells of a grid of stride 4.
+
+    It has the paper's layers, but ReLU, which every runtime fuses into integer convolutions, instead of
+    LeakyReLU(0.005). (Of the paper's 33 rows and columns its pools drop the last.) Strided pools give all descriptors
+    at once; padding keeps their patches centred.
+
+    Args:
+        width: channels, in those of the paper.
+    """
+
+    def __init__(self, width: float) -> None:
+        narrow, wide = round(128 * width), round(256 * width)
+        super().__init__(OrderedDict(
+            conv1=_convolution(3, narrow, 5, 2), relu1=nn.ReLU(), pool1=nn.MaxPool2d(2),
+            conv2=_convolution(narrow, wide, 5, 2), relu2=nn.ReLU(), pool2=nn.MaxPool2d(2),
+            conv3=_convolution(wide, wide, 2, 0), relu3=nn.ReLU(), conv4=_convolution(wide, narrow, 4, 2),
+            relu4=nn.ReLU(), conv5=nn.Conv2d(narrow, narrow, 1)))
+
+
+def _convolution(inputs: int, outputs: int, size: int, padding: int) -> nn.Conv2d:
+    conv = nn.Conv2d(inputs, outputs, size, padding=padding)
+    nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
+    return conv
+
+
+def whitened_components(training: Iterable[Sequence[Tensor]], count: int) -> Callable[[Sequence[Tensor]], Tensor]:
+    """What maps feature maps at strides 4, 8 and 16 to the first principal components of those at strides 8 and 16.
+
+    The components, [N, count, h, w] at stride 8, have mean 0 and deviation 1 on the training features given.
+    """
+    def joined(features: Sequence[Tensor]) -> Tensor:
+        fine, coarse = features[1].float(), features[2].float()
+        return torch.cat([fine, F.interpolate(coarse, size=fine.shape[2:], mode="bilinear")], dim=1)
+
+    points = torch.cat([joined(features)[:, :, ::3, ::3].permute(0, 2, 3, 1).flatten(0, 2) for features in training])
+    weight, bias = standardized_components(points, count)
+    spread = (points @ weight.T + bias).std(0).clamp(min=1e-6)
+    weight, bias = (weight / spread[:, None])[:, :, None, None], bias / spread
+
+    def components(features: Sequence[Tensor]) -> Tensor:
+        values = joined(features)
+        return F.conv2d(values, weight.to(values.device), bias.to(values.device))
+
+    return components
+
+
+def _crop(images: Tensor, features: Sequence[Tensor], generator: np.random.Generator) -> tuple[Tensor, list[Tensor]]:
+    """The same random part of all images [N, H, W, 3] and of their feature maps at strides 4, 8 and 16."""
+    height, width = features[-1].shape[2:]
+    rows, columns = min(CROP // 16, height), min(CROP // 16, width)
+    top, left = int(generator.integers(height - rows + 1)), int(generator.integers(width - columns + 1))
+
+    def part(values: Tensor, scale: int) -> Tensor:
+        return values[:, :, top * scale:(top + rows) * scale, left * scale:(left + columns) * scale]
+
+    return part(images.permute(0, 3, 1, 2), 16).permute(0, 2, 3, 1), [
+        part(values, scale) for values, scale in zip(features, (4, 2, 1))]

@@ -1,0 +1,33 @@
+"""Export as a step: from a model to a complete ONNX detector that gives the model's scores."""
+
+from typing import Any, Optional
+
+from onnx import ModelProto
+from torch import nn
+
+from uadtool import __version__
+from uadtool.errors import UadtoolError
+from uadtool.lab.onnx_export.lint import lint
+from uadtool.lab.onnx_export.parity import check_parity, parity_images
+from uadtool.lab.onnx_export.writer import to_onnx
+from uadtool.metadata import Metadata
+
+
+def export(model: nn.Module, metadata: Metadata, digest: str,
+           images: Optional[str] = None) -> tuple[ModelProto, dict[str, Any]]:
+    """The ONNX detector of a float or quantized model, and how far its scores are from those of torch.
+
+    Args:
+        digest: of the model's file.
+        images: folder or data set to compare on; None compares on synthetic images.
+
+    Raises:
+        UadtoolError: there are no images, TensorRT would refuse the graph, or its scores are not those of the model.
+    """
+    pixels = parity_images(images, metadata.image_size)
+    step = {"command": "export", "tool_version": __version__, "model_digest": digest}
+    metadata = metadata.replace(provenance=[*metadata.provenance, step])
+    proto = to_onnx(model, metadata)
+    if metadata.target == "tensorrt" and (findings := lint(proto)):
+        raise UadtoolError(f"TensorRT would not take the exported graph: {findings[0]}; nothing was written")
+    return proto, {"source": images or "synthetic", **check_parity(model, proto, metadata, pixels)}

@@ -1,0 +1,94 @@
+"""Model files of the lab half: a float or quantized detector as safetensors, its metadata in the header."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Union
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import nn
+
+from uadtool.errors import UadtoolError
+from uadtool.files import atomic_write
+from uadtool.lab.detectors.contract import Detector
+from uadtool.lab.detectors.registry import build_detector
+from uadtool.lab.quantization.ptq import empty_quantized
+from uadtool.lab.quantization.targets import TARGETS
+from uadtool.metadata import KEY, Metadata
+
+
+def save_model(model: nn.Module, metadata: Metadata, path: Union[str, Path]) -> None:
+    """Write a deployed detector, or its quantized graph, with its metadata; whole or not at all."""
+    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    content = save(tensors, metadata={KEY: metadata.to_json()})
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(content)  # save_file would put a file of its own there
+
+
+def load_model(path: Union[str, Path]) -> tuple[nn.Module, Metadata]:
+    """Read what ``save_model`` wrote: a ``Detector`` when its precision is fp32, else a quantized graph.
+
+    Raises:
+        UadtoolError: the file cannot be read, is not a model of uadtool, or its tensors do not fit its metadata.
+    """
+    with _opened(path) as file:
+        metadata = _metadata(file, path)
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - safe_open is no dict
+    # Without memory, which the metadata may ask for in any amount: what the file does not hold is not allocated.
+    with torch.device("meta"):
+        detector = build_detector(metadata)
+        model = detector if metadata.precision == "fp32" else _quantized_graph(detector, metadata, str(path))
+    try:
+        wanted = {name: tensor.dtype for name, tensor in model.state_dict().items()}
+        model.load_state_dict({name: tensor.to(wanted.get(name, tensor.dtype)) for name, tensor in tensors.items()},
+                              assign=True)
+    except RuntimeError as error:
+        first = str(error).splitlines()[-1].strip()
+        raise UadtoolError(f"the tensors of {path} do not fit its metadata: {first}") from error
+    return model.eval(), metadata
+
+
+def read_metadata(path: Union[str, Path]) -> Metadata:
+    """Those in the header.
+
+    Raises:
+        UadtoolError: the file cannot be read, or is not a model of uadtool.
+    """
+    with _opened(path) as file:
+        return _metadata(file, path)
+
+
+def _metadata(file: Any, path: Union[str, Path]) -> Metadata:
+    return Metadata.from_json((file.metadata() or {}).get(KEY), str(path))
+
+
+@contextmanager
+def _opened(path: Union[str, Path]) -> Iterator[Any]:
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            yield file
+    except OSError as error:
+        raise UadtoolError(f"cannot read {path}: {error.strerror or error}") from error
+    except SafetensorError as error:
+        raise UadtoolError(f"{path} is not a safetensors file: {error}") from error
+
+
+def _quantized_graph(detector: Detector, metadata: Metadata, path: str) -> nn.Module:
+    if metadata.target not in TARGETS:
+        raise UadtoolError(f"{path} is made for {metadata.target}; this version knows {', '.join(TARGETS)}")
+    float_layers = metadata.quantization.float_layers if metadata.quantization else []
+    return empty_quantized(detector, metadata.precision, TARGETS[metadata.target], float_layers)
+
+
+def load_float_model(path: Union[str, Path]) -> tuple[Detector, Metadata]:
+    """``load_model`` for steps that start from float weights.
+
+    Raises:
+        UadtoolError: as ``load_model``, or the model is quantized already.
+    """
+    model, metadata = load_model(path)
+    if not isinstance(model, Detector):
+        raise UadtoolError(f"{path} is quantized already; give the float model that it was made from")
+    return model, metadata

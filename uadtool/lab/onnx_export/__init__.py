@@ -1,0 +1,1 @@
+"""Writing complete ONNX detectors, and proving that they give the scores that torch gives."""

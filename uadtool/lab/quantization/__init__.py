@@ -1,0 +1,1 @@
+"""Calibration, post-training quantization, bias correction, quantization-aware training, targets."""

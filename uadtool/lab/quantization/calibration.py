@@ -1,0 +1,41 @@
+"""Calibration: the range of the activations at every point."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from uadtool.errors import UadtoolError
+from uadtool.lab.detectors.contract import Detector
+from uadtool.lab.quantization.graph import QuantizableGraph
+from uadtool.lab.quantization.observers import Observer, make_observer
+from uadtool.lab.quantization.ranges import Ranges
+
+
+def calibrate(detector: Detector, batches: Iterable[Tensor], method: str = "mse",
+              percentile: float = 99.99) -> Ranges:
+    """Observe the activations at every point while the detector sees batches of images [N, H, W, 3].
+
+    Args:
+        batches: uint8 pixels, or float ones where values that no image has are wanted.
+        method: one of ``METHODS``.
+        percentile: for the method of that name, 0 to 100.
+
+    Raises:
+        UadtoolError: there was no batch.
+    """
+    observers: dict[str, Observer] = {}
+
+    def observer(name: str) -> Observer:
+        observers[name] = make_observer(method, percentile)
+        return observers[name]
+
+    model = QuantizableGraph(detector).observed(observer).eval()
+    seen = 0
+    with torch.inference_mode():
+        for batch in batches:
+            model(batch)
+            seen += len(batch)
+    if not seen:
+        raise UadtoolError("no image to calibrate on")
+    return {name: observer.range() for name, observer in observers.items()}

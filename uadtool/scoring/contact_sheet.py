@@ -1,0 +1,71 @@
+"""One picture of the most suspicious images of a run."""
+
+import heapq
+import itertools
+from pathlib import Path
+from typing import Any, Dict, List, Tuple
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from uadtool.data.images import fitted, image_size, read_image, upsample
+from uadtool.errors import UadtoolError
+from uadtool.files import atomic_write
+from uadtool.scoring.drawing import BACKGROUND, FAINT, MARGIN, TEXT, draw_text, font, latin, overlay_map
+
+TILE = 240
+"""Pixels of an image on the contact sheet."""
+
+
+class ContactSheet:
+    """One picture of the most suspicious images of a run, the highest score first, each under its anomaly map."""
+
+    def __init__(self, path: str, count: int) -> None:
+        self._path, self._place, self._count = path, Path(path).resolve(), count
+        self._highest: List[Tuple[float, int, Image.Image]] = []
+        self._order = itertools.count()
+
+    def add(self, record: Dict[str, Any], anomaly_map: np.ndarray, threshold: float) -> Dict[str, str]:
+        """Take note of an ``image`` record and its map, float32 [h, w]; adds nothing to the record.
+
+        Raises:
+            UadtoolError: the image would be lost, for the picture has its name.
+        """
+        if Path(record["path"]).resolve() == self._place:
+            raise UadtoolError(f"{self._path} is scored, too, and would be lost; give the contact sheet another name")
+        place = record["score"], -next(self._order)
+        if len(self._highest) < self._count or place > self._highest[0][:2]:
+            tile = _tile(record, anomaly_map, threshold)
+            (heapq.heappush if len(self._highest) < self._count else heapq.heapreplace)(self._highest, (*place, tile))
+        return {}
+
+    def save(self) -> None:
+        """Draw the picture; without any image there is none."""
+        tiles = [tile for *_, tile in sorted(self._highest, key=lambda found: found[:2], reverse=True)]
+        if not tiles:
+            return
+        columns = min(len(tiles), max(2, round((2 * len(tiles)) ** 0.5)))
+        rows = -(-len(tiles) // columns)
+        width, height = tiles[0].size
+        sheet = Image.new("RGB", (columns * (width + MARGIN) + MARGIN, rows * (height + MARGIN) + MARGIN), BACKGROUND)
+        for place, tile in enumerate(tiles):
+            row, column = divmod(place, columns)
+            sheet.paste(tile, (MARGIN + column * (width + MARGIN), MARGIN + row * (height + MARGIN)))
+        with atomic_write(self._path) as temporary:
+            sheet.save(temporary, format="PNG")
+
+
+def _tile(record: Dict[str, Any], anomaly_map: np.ndarray, threshold: float) -> Image.Image:
+    """An image of the contact sheet, with its caption."""
+    tile = Image.new("RGB", (TILE, TILE + 44), BACKGROUND)
+    size = fitted(image_size(record["path"]), TILE)
+    overlay = overlay_map(read_image(record["path"], size), upsample(anomaly_map, size), threshold)
+    tile.paste(Image.fromarray(overlay), ((TILE - size[1]) // 2, (TILE - size[0]) // 2))
+    draw = ImageDraw.Draw(tile)
+    verdict = "anomalous" if record["anomalous"] else "good"
+    draw_text(draw, (0, TILE + 4), f"{record['score']:.2f}  {verdict}, {record['nearest_class']}", TEXT)
+    name = "/".join(Path(record["path"]).parts[-2:])
+    while draw.textlength(latin(name), font()) > TILE:
+        name = f"...{name[4:]}"
+    draw_text(draw, (0, TILE + 23), name, FAINT)
+    return tile

@@ -1,0 +1,91 @@
+"""Images in, predictions out: the detector over samples, in threads."""
+
+import threading
+import time
+from itertools import islice
+from typing import Iterable, Iterator, List, NamedTuple, Optional, Tuple, Union
+
+import numpy as np
+
+from uadtool.data.dataset import Sample, scoring_samples
+from uadtool.data.images import read_image, read_mask
+from uadtool.data.read_ahead import read_ahead
+from uadtool.errors import UadtoolError
+from uadtool.metadata import Metadata
+from uadtool.runtimes.contract import Runtime
+from uadtool.scoring.evaluation import rounded
+
+
+class Prediction(NamedTuple):
+    """What is known about one image; see ``uadtool.runtimes.Output`` for the units.
+
+    ``anomaly_map`` is float32 [h, w], ``mask`` the ground truth, bool [H, W], if there is one. ``milliseconds`` is the
+    inference time of its batch, beside those of other streams, divided by the images in it.
+    """
+
+    score: float
+    raw_score: float
+    nearest_class: str
+    anomaly_map: np.ndarray
+    mask: Optional[np.ndarray]
+    milliseconds: float
+
+
+def predict(runtime: Runtime, paths: Iterable[str], batch_size: int = 1
+            ) -> Iterator[Tuple[Sample, Union[Prediction, UadtoolError]]]:
+    """Run the detector over images, folders, data sets and manifests; yields each image with what it found.
+
+    An image that cannot be read comes with its error.
+
+    Raises:
+        UadtoolError: a path holds no images.
+    """
+    return predict_samples(runtime, scoring_samples(paths), batch_size)
+
+
+def predict_samples(
+    runtime: Runtime, samples: Iterable[Sample], batch_size: int = 1
+) -> Iterator[Tuple[Sample, Union[Prediction, UadtoolError]]]:
+    """Run the detector over ``samples``, in order. What cannot be read comes as its error.
+
+    As many threads as cores, but at least two, each decode a batch and run it; as many as ``streams`` run at once.
+    """
+    size = runtime.metadata.image_size
+    running = threading.Semaphore(runtime.streams)
+
+    def read(sample: Sample) -> Union[Tuple[np.ndarray, Optional[np.ndarray]], UadtoolError]:
+        if sample.problem:
+            return UadtoolError(sample.problem)
+        try:
+            return read_image(sample.path, size), read_mask(sample.mask, size) if sample.mask else None
+        except UadtoolError as error:
+            return error
+
+    def run(batch: List[Sample]) -> List[Union[Prediction, UadtoolError]]:
+        contents = [read(sample) for sample in batch]
+        images = [content[0] for content in contents if not isinstance(content, UadtoolError)]
+        if images:
+            stacked = np.stack(images)
+            with running:
+                began = time.perf_counter()
+                outputs = zip(*runtime.run(stacked))
+                milliseconds = rounded(1000 * (time.perf_counter() - began) / len(images))
+        return [content if isinstance(content, UadtoolError)
+                else _prediction(runtime.metadata, sample, *next(outputs), content[1], milliseconds)
+                for sample, content in zip(batch, contents)]
+
+    source, workers = iter(samples), max(2, runtime.threads)
+    batches: Iterator[List[Sample]] = iter(lambda: list(islice(source, batch_size)), [])
+    for batch, found in read_ahead(run, batches, workers, 2 * workers):
+        if isinstance(found, UadtoolError):  # not of an image: the runtime failed
+            raise found
+        yield from zip(batch, found)
+
+
+def _prediction(metadata: Metadata, sample: Sample, score: np.float32, raw_score: np.float32, anomaly_map: np.ndarray,
+                nearest: np.int32, mask: Optional[np.ndarray], milliseconds: float) -> Union[Prediction, UadtoolError]:
+    if not (np.isfinite([score, raw_score]).all() and np.isfinite(anomaly_map).all()):
+        return UadtoolError(f"{sample.path}: the model gave a score that is not a finite number")
+    if not 0 <= nearest < len(metadata.classes):
+        return UadtoolError(f"{sample.path}: the model gave class {nearest} of {len(metadata.classes)}")
+    return Prediction(rounded(score), rounded(raw_score), metadata.classes[nearest], anomaly_map, mask, milliseconds)
