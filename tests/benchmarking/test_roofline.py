@@ -73,7 +73,7 @@ def test_without_onnx_the_install_line_is_given(detector):
 import sys
 sys.modules["onnx"] = None
 sys.argv = ["uadtool", "bench", "-q", {str(detector)!r}, "--roofline", "--repetitions", "1", "--duration", "0.01"]
-from uadtool.cli import main
+from uadtool.cli.main import main
 main()
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)

@@ -76,7 +76,7 @@ def loaded(done):
 
 IMPORTS = ["-c", f"""
 import sys
-from uadtool.cli import main
+from uadtool.cli.main import main
 try:
     main()
 finally:
@@ -156,11 +156,11 @@ def test_verbose_shows_where(uadtool):
 
 
 BUG = ["-c", """
-from uadtool import comparison
+from uadtool.comparing import comparison
 def join(files):
     raise RuntimeError("first line\\nsecond line")
 comparison.join = join
-from uadtool.cli import main
+from uadtool.cli.main import main
 main()
 """]
 

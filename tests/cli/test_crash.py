@@ -90,7 +90,7 @@ def crash(commands, lines, tmp_path):
 WRITE = """
 import sys
 from killing import signal_at
-from uadtool.artifacts import atomic_write
+from uadtool.files import atomic_write
 signal_at(sys.argv[1], int(sys.argv[2]))
 with atomic_write(f"{sys.argv[1]}/file") as temporary:
     temporary.write_text("new")

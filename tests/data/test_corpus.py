@@ -27,7 +27,7 @@ MEMORY = 256 << 20
 MEASURED = """
 import atexit, sys
 from pathlib import Path
-from uadtool.cli import main
+from uadtool.cli.main import main
 from uadtool.host import peak_memory
 atexit.register(lambda file: Path(file).write_text(str(peak_memory())), sys.argv.pop(1))
 main()

@@ -497,7 +497,8 @@ def test_pillow_does_not_warn(tmp_path: Path) -> None:
     script = """
         import sys
         from PIL import Image
-        from uadtool.images import read_ahead, read_image
+        from uadtool.data.images import read_image
+        from uadtool.data.read_ahead import read_ahead
         Image.MAX_IMAGE_PIXELS = 1000
         for path, result in read_ahead(lambda path: read_image(path, (4, 4)), sys.argv[1:], 2, 4):
             assert result.shape == (4, 4, 3), result
@@ -597,7 +598,7 @@ def test_read_ahead_ends_its_threads() -> None:
 def test_program_ends_while_the_source_waits(end: str) -> None:
     script = f"""
         import os, sys
-        from uadtool.images import read_ahead
+        from uadtool.data.read_ahead import read_ahead
 
         def source():
             yield 1

@@ -229,7 +229,7 @@ def note():
 def test_openvino_reports_nothing_to_its_makers(detector, tmp_path):
     program = """
 import sys
-from uadtool.runtimes import open_model
+from uadtool.runtimes.opening import open_model
 open_model(sys.argv[1], 1, "openvino")
 print(*(name for name in sys.modules if name.startswith(("openvino_telemetry", "openvino.tools.ovc"))))
 """

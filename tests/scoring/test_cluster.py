@@ -130,7 +130,7 @@ import sys
 import uadtool.scoring.cluster
 uadtool.scoring.cluster.__version__ = "0.0.9"
 sys.argv = ["uadtool", "score", "-q", {str(detector)!r}, {str(mvtec)!r}, "--ray", {cluster.address!r}]
-from uadtool.cli import main
+from uadtool.cli.main import main
 main()
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
@@ -157,7 +157,7 @@ def test_ray_is_not_installed(detector: Path, mvtec: Path) -> None:
 import sys
 sys.modules["ray"] = None
 sys.argv = ["uadtool", "score", "-q", {str(detector)!r}, {str(mvtec)!r}, "--ray", "auto"]
-from uadtool.cli import main
+from uadtool.cli.main import main
 main()
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)

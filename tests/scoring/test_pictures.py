@@ -9,7 +9,7 @@ from PIL import Image
 
 from uadtool.data.images import ImageError, read_mask
 from uadtool.errors import UadtoolError
-from uadtool.scoring import heatmaps as heatmap
+from uadtool.scoring import drawing
 from uadtool.scoring.contact_sheet import TILE, ContactSheet
 from uadtool.scoring.heatmaps import CAPTION_WIDTH, MARGIN, Heatmaps, render
 from uadtool.scoring.image_files import AnomalousImages, Masks, OutputFolder
@@ -90,7 +90,7 @@ def test_the_same_value_has_the_same_colour_in_every_picture(photo, tmp_path):
 
 
 def test_colours_get_steadily_lighter():
-    colours = heatmap._colours(np.linspace(0, 1, 64))
+    colours = drawing.colours(np.linspace(0, 1, 64))
     lightness = colours @ [0.2126, 0.7152, 0.0722]  # so they can be told apart without seeing hues
     assert (np.diff(lightness) > 0).all()
 

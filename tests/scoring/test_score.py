@@ -463,7 +463,7 @@ def test_imports_only_what_scoring_needs(detector, mvtec):
 import sys
 import uadtool.cli.score, uadtool.cli.bench
 assert not {"numpy", "PIL", "onnxruntime"} & set(sys.modules), "a command module imports too much"
-from uadtool.cli import main
+from uadtool.cli.main import main
 try:
     main()
 except SystemExit as end:

