@@ -1,4 +1,4 @@
-"""Calibration as a step: from a float model and a choice of images to a file of activation ranges."""
+"""Calibration as a step: from a float model and calibration images to a file of activation ranges."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -9,7 +9,8 @@ from torch import Tensor
 from uadtool import __version__
 from uadtool.data.dataset import training_samples
 from uadtool.lab.detectors.contract import Detector
-from uadtool.lab.quantization.calibration import calibrate as observe
+from uadtool.lab.quantization.calibration import calibrate as observed_ranges
+from uadtool.lab.quantization.plan import QuantizationPlan
 from uadtool.lab.quantization.ranges import RangesFile
 from uadtool.lab.quantization.sources import calibration_batches
 from uadtool.metadata import Metadata
@@ -20,8 +21,8 @@ from uadtool.progress import Progress
 class CalibrationOptions:
     """The options of ``uadtool calibrate``.
 
-    ``sources`` are those of ``quantization.sources``. They share ``count`` images. ``classes`` limits the data set to
-    these classes; None takes the classes of the model. ``percentile`` belongs to the method of that name.
+    ``sources`` are described in ``quantization.sources``; they share ``count`` images. ``classes`` limits the data set
+    to these classes; None takes the classes of the model. ``percentile`` is for the method ``percentile``.
     """
 
     method: str = "mse"
@@ -38,21 +39,21 @@ def calibrate(detector: Detector, metadata: Metadata, digest: str, data: Optiona
 
     Args:
         digest: of the detector's file.
-        data: the data set of the sources ``good`` and ``synthetic-anomalies``; None without these.
+        data: the data set for the sources ``good`` and ``synthetic-anomalies``; None without them.
 
     Raises:
         UadtoolError: as ``training_samples`` and ``calibration_batches``.
     """
     good = training_samples(data, options.classes or metadata.classes) if data else []
-    chosen, source = calibration_batches(options.sources, good, options.count, options.seed, detector,
+    unread, source = calibration_batches(options.sources, good, options.count, options.seed, detector,
                                          metadata.image_size)
     with Progress("calibrate", source["count"]) as progress:
         def batches() -> Iterator[Tensor]:
-            for images in chosen:
+            for images in unread:
                 yield images
                 progress.update(len(images))
 
-        ranges = observe(detector, batches(), options.method, options.percentile)
+        ranges = observed_ranges(QuantizationPlan(detector), batches(), options.method, options.percentile)
     percentile = f"-{options.percentile:.10g}" if options.method == "percentile" else ""
     return RangesFile(model_digest=digest, method=f"{options.method}{percentile}", source=source, ranges=ranges,
                       tool=f"uadtool {__version__}")

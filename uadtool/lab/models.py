@@ -14,6 +14,7 @@ from uadtool.errors import UadtoolError
 from uadtool.files import atomic_write
 from uadtool.lab.detectors.contract import Detector
 from uadtool.lab.detectors.registry import build_detector
+from uadtool.lab.quantization.plan import QuantizationPlan
 from uadtool.lab.quantization.ptq import empty_quantized
 from uadtool.lab.quantization.targets import TARGETS
 from uadtool.metadata import KEY, Metadata
@@ -79,7 +80,7 @@ def _quantized_graph(detector: Detector, metadata: Metadata, path: str) -> nn.Mo
     if metadata.target not in TARGETS:
         raise UadtoolError(f"{path} is made for {metadata.target}; this version knows {', '.join(TARGETS)}")
     float_layers = metadata.quantization.float_layers if metadata.quantization else []
-    return empty_quantized(detector, metadata.precision, TARGETS[metadata.target], float_layers)
+    return empty_quantized(QuantizationPlan(detector), metadata.precision, TARGETS[metadata.target], float_layers)
 
 
 def load_float_model(path: Union[str, Path]) -> tuple[Detector, Metadata]:

@@ -1,4 +1,4 @@
-"""The steps from a float model and its ranges to a quantized one, in their order."""
+"""Quantization as a step: from a float model and its ranges to a quantized model."""
 
 import copy
 import logging
@@ -20,13 +20,14 @@ from uadtool.host import available_cores
 from uadtool.lab.detectors.contract import STATISTICS, Detector
 from uadtool.lab.detectors.statistics import refit_statistics
 from uadtool.lab.onnx_export.deployed import deployed_maps
-from uadtool.lab.quantization.bias_correction import CORRECTION_IMAGES
-from uadtool.lab.quantization.graph import QuantizableGraph
-from uadtool.lab.quantization.ptq import half, layers_outside, matching_layers, quantize
+from uadtool.lab.quantization.bias_correction import CORRECTION_IMAGES, BiasCorrection
+from uadtool.lab.quantization.graph import in_half_precision
+from uadtool.lab.quantization.plan import QuantizationPlan
+from uadtool.lab.quantization.ptq import quantize
 from uadtool.lab.quantization.qat import fine_tune
 from uadtool.lab.quantization.ranges import RangesFile, ranges_digest
 from uadtool.lab.quantization.sensitivity import anomaly_maps, layer_sensitivity, map_distance
-from uadtool.lab.quantization.targets import TARGETS, Target
+from uadtool.lab.quantization.targets import TARGETS
 from uadtool.lab.training.data import read_images, split_again
 from uadtool.lab.training.synthetic import synthetic_anomalies
 from uadtool.metadata import Metadata, Quantization
@@ -35,17 +36,17 @@ from uadtool.progress import Progress
 log = logging.getLogger("uadtool")
 
 SENSITIVITY_IMAGES = 16
-"""Held-out good ones; as many with synthetic anomalies are added."""
+"""Held-out good images; the same number with synthetic anomalies is added."""
 SENSITIVITY_CORRECTION = 8
-"""Images that correct the bias of each layer in turn: fewer than for the result, for there are many layers."""
+"""Images that correct the bias of each layer in turn: fewer than for the result, since there are many layers."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What to do; the options of ``uadtool quantize``.
+    """The options of ``uadtool quantize``.
 
-    ``keep_float`` are patterns of layer names, ``keep_sensitive`` is how many of the most sensitive layers stay float,
-    ``qat_steps`` of 0 is post-training quantization.
+    ``keep_float`` are patterns of layer names, ``keep_sensitive`` is the number of most sensitive layers that stay
+    float, ``qat_steps`` of 0 is post-training quantization.
     """
 
     precision: str = "int8"
@@ -61,7 +62,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Quantized:
-    """The quantized graph, its metadata, and what there is to tell."""
+    """The quantized graph, its metadata, and the report of the command."""
 
     model: nn.Module
     metadata: Metadata
@@ -77,10 +78,10 @@ class _Images:
         self.size, self.seed = metadata.image_size, seed
         good = self._read(held_out, SENSITIVITY_IMAGES)
         anomalous = synthetic_anomalies(good.numpy(), good.numpy(), np.random.default_rng(seed))
-        self.sensitivity = [good, torch.from_numpy(anomalous)]
+        self.held_out = [good, torch.from_numpy(anomalous)]
 
     def correction(self) -> Tensor:
-        """Those to correct biases with."""
+        """The images to correct biases with."""
         return self._read(self.training, CORRECTION_IMAGES)
 
     def _read(self, samples: Sequence[Sample], count: int) -> Tensor:
@@ -93,92 +94,102 @@ def apply_recipe(detector: Detector, metadata: Metadata, digest: str, ranges: Op
 
     Args:
         digest: of the detector's file.
-        ranges: recorded with it; None for fp16.
-        data: the data set that it was trained on, wherever it lies now. Needed for all that looks at images; without,
-            biases, score statistics and threshold stay as they are.
-        checkpoint: file for the state of quantization-aware training; the caller removes it once it has saved the
-            result.
+        ranges: recorded with the detector; None for fp16.
+        data: the data set that the detector was trained on, which may have moved. Bias correction, sensitivity and QAT
+            require it; without it, biases, score statistics and threshold stay as they are.
+        checkpoint: file for the state of quantization-aware training; the caller removes it once the result is saved.
 
     Raises:
-        UadtoolError: the ranges are not of this detector, a pattern matches no layer, or as ``training_samples``.
+        UadtoolError: the ranges do not belong to this detector, a pattern matches no layer, or as
+            ``training_samples``.
     """
-    target = TARGETS[recipe.target]
+    if (recipe.qat_steps or recipe.scope == "student") and detector.trained not in dict(detector.named_modules()):
+        raise UadtoolError(f"the method {metadata.method} does not train a network, so --qat and --scope student "
+                           "do not apply")
+    plan = QuantizationPlan(detector)
+    images = _Images(data, metadata, recipe.seed) if data else None
     step: dict[str, Any] = {"command": "quantize", "tool_version": __version__, "model_digest": digest,
                             **{k: v for k, v in asdict(recipe).items() if k not in ("precision", "target")}}
-    report: dict[str, Any] = {}
-    if (recipe.qat_steps or recipe.scope == "student") and not any(
-            name == detector.trained for name, _ in detector.named_modules()):
-        raise UadtoolError(f"the method {metadata.method} has no network that is trained, so there is nothing for QAT "
-                           "or the scope student")
-    images = _Images(data, metadata, recipe.seed) if data else None
-    if ranges is None:
-        model: nn.Module = half(detector)
-        metadata = metadata.replace(precision="fp16", target=recipe.target)
-    else:
-        smooth = QuantizableGraph(detector).smooth_activations() if target.quantized_outputs else set()
-        if smooth:
-            log.warning("ONNX Runtime computes %s in float between int8 convolutions, slower than all in fp32; take "
-                        "--target openvino, or a teacher with ReLU or ReLU6", " and ".join(sorted(smooth)))
-        correction = images.correction() if images and recipe.bias_correction else None
-        kept, sensitivity = _float_layers(detector, ranges, target, recipe, images, correction)
-        if sensitivity:
-            report["sensitivity"] = [{"layer": name, "map_distance": distance} for name, distance in sensitivity]
-        if recipe.qat_steps:
-            assert images is not None
-            tuned, found = fine_tune(detector, ranges.ranges, target, kept, images.training, metadata.image_size,
-                                     images.sensitivity, correction, recipe.qat_steps, recipe.seed, checkpoint,
-                                     {**step, "target": recipe.target, "ranges": ranges_digest(ranges.ranges),
-                                      "images": list_digest(sample.path for sample in images.samples)}, resume)
-            model = quantize(tuned, found, target, kept)
-        else:
-            model = quantize(detector, ranges.ranges, target, kept, correction)
-        _warn_of_another_teacher(metadata, recipe.target, kept, correction is not None)
-        method = "qat" if recipe.qat_steps else "ptq"
+    if ranges:
+        model, metadata, report = _to_int8(plan, metadata, ranges, images, recipe, step, checkpoint, resume)
         step["calibration"] = {"method": ranges.method, "source": ranges.source, "ranges": ranges_digest(ranges.ranges)}
-        metadata = metadata.replace(
-            precision="mixed" if kept else "int8", target=recipe.target,
-            quantization=Quantization(method, ranges.method, str(ranges.source.get("kind", "?")), recipe.scope, kept))
-        report |= {"points": len(ranges.ranges), "method": method, "float_layers": kept}
+    else:
+        model, metadata, report = in_half_precision(plan), metadata.replace(precision="fp16", target=recipe.target), {}
     metadata = metadata.replace(provenance=[*metadata.provenance, step])
     if images:
-        report["map_distance"] = map_distance(anomaly_maps(detector, images.sensitivity),
-                                              anomaly_maps(model, images.sensitivity))
-        refitted = copy.deepcopy(detector)  # the model shares its statistics with the float one, which keeps its own
+        report["map_distance"] = map_distance(anomaly_maps(detector, images.held_out),
+                                              anomaly_maps(model, images.held_out))
+        refitted = copy.deepcopy(detector)  # the model shares its statistics with the float detector, which keeps them
         metadata = refit_statistics(refitted, deployed_maps(model, metadata), metadata, images.samples)
         for name in STATISTICS:
             setattr(model, name, refitted.get_buffer(name))
     return Quantized(model, metadata, report)
 
 
-def _warn_of_another_teacher(metadata: Metadata, target: str, kept: Sequence[str], corrected: bool) -> None:
-    """Tell when a student that was trained with ``--teacher-int8`` learned another rounding than its teacher gets."""
-    learned = metadata.provenance[0].get("teacher_int8") if metadata.provenance else None
-    if learned is None:
-        return
-    others = [name for name in kept if name.startswith("teacher.")]
-    if learned != target:
-        log.warning("the student learned its teacher in int8 for %s, and here it is for %s", learned, target)
-    elif others or not corrected:
-        log.warning("the student learned its teacher in int8 with every layer and with biases corrected, and here %s",
-                    f"{others[0]} stays float" if others else "they are not corrected")
+def _to_int8(plan: QuantizationPlan, metadata: Metadata, ranges: RangesFile, images: Optional[_Images], recipe: Recipe,
+             step: dict[str, Any], checkpoint: Path, resume: bool) -> tuple[nn.Module, Metadata, dict[str, Any]]:
+    """The int8 graph, its metadata and the report."""
+    target = TARGETS[recipe.target]
+    if target.quantized_outputs and (smooth := plan.smooth_activations()):
+        log.warning("ONNX Runtime computes %s in float between int8 convolutions, slower than all in fp32; use "
+                    "--target openvino, or a teacher with ReLU or ReLU6", " and ".join(sorted(smooth)))
+    correction_images = images.correction() if images and recipe.bias_correction else None
+    float_layers, report = _float_layers(plan, ranges, recipe, images, correction_images)
+    correction = None if correction_images is None else BiasCorrection(plan, correction_images)
+    if recipe.qat_steps:
+        assert images is not None
+        config = {**step, "target": recipe.target, "ranges": ranges_digest(ranges.ranges),
+                  "images": list_digest(sample.path for sample in images.samples)}
+        tuned, learned = fine_tune(plan, ranges.ranges, target, float_layers, images.training, metadata.image_size,
+                                   images.held_out, correction, recipe.qat_steps, recipe.seed, checkpoint, config,
+                                   resume)
+        model = quantize(tuned, learned, target, float_layers)
+    else:
+        model = quantize(plan, ranges.ranges, target, float_layers, correction)
+    _warn_of_another_teacher(metadata, recipe.target, float_layers, correction is not None)
+    method = "qat" if recipe.qat_steps else "ptq"
+    source = str(ranges.source.get("kind", "?"))
+    metadata = metadata.replace(
+        precision="mixed" if float_layers else "int8", target=recipe.target,
+        quantization=Quantization(method, ranges.method, source, recipe.scope, float_layers))
+    return model, metadata, {**report, "points": len(ranges.ranges), "method": method, "float_layers": float_layers}
 
 
-def _float_layers(detector: Detector, ranges: RangesFile, target: Target, recipe: Recipe, images: Optional[_Images],
-                  correction: Optional[Tensor]) -> tuple[list[str], list[tuple[str, float]]]:
-    """The layers that stay float, in the order of the network, and the sensitivities of the others, worst first."""
-    layers = QuantizableGraph(detector).layers
-    kept = {*layers_outside(detector, recipe.scope), *matching_layers(detector, recipe.keep_float)}
-    if len(kept) + recipe.keep_sensitive >= len(layers):
-        raise UadtoolError("every layer would stay float; keep fewer, or take the float model as it is")
-    sensitivity: list[tuple[str, float]] = []
+def _float_layers(plan: QuantizationPlan, ranges: RangesFile, recipe: Recipe, images: Optional[_Images],
+                  correction_images: Optional[Tensor]) -> tuple[list[str], dict[str, Any]]:
+    """The layers that stay float, in the order of the network, and the report on the sensitivity of the others."""
+    kept = set(plan.matching_layers(recipe.keep_float))
+    if recipe.scope == "student":
+        kept.update(plan.layers_outside(str(plan.detector.trained)))
+    if len(kept) + recipe.keep_sensitive >= len(plan.layers):
+        raise UadtoolError("every layer would stay float; keep fewer, or use the float model")
+    report: dict[str, Any] = {}
     if recipe.sensitivity or recipe.keep_sensitive:
         assert images is not None
-        candidates = [layer for layer in layers if layer not in kept]
-        few = None if correction is None else correction[:SENSITIVITY_CORRECTION]
+        correction = None
+        if correction_images is not None:
+            correction = BiasCorrection(plan, correction_images[:SENSITIVITY_CORRECTION])
+        candidates = [layer for layer in plan.layers if layer not in kept]
+        distances: list[tuple[str, float]] = []
         with Progress("sensitivity", len(candidates)) as progress:
-            for pair in layer_sensitivity(detector, ranges.ranges, target, images.sensitivity, candidates, few):
-                sensitivity.append(pair)
-                progress.update(note=f"{pair[0]} {pair[1]:.3f}")
-        sensitivity.sort(key=lambda pair: -pair[1])
-        kept |= {name for name, _ in sensitivity[:recipe.keep_sensitive]}
-    return [layer for layer in layers if layer in kept], sensitivity
+            for layer, distance in layer_sensitivity(plan, ranges.ranges, TARGETS[recipe.target], images.held_out,
+                                                     candidates, correction):
+                distances.append((layer, distance))
+                progress.update(note=f"{layer} {distance:.3f}")
+        distances.sort(key=lambda pair: -pair[1])
+        kept.update(layer for layer, _ in distances[:recipe.keep_sensitive])
+        report["sensitivity"] = [{"layer": layer, "map_distance": distance} for layer, distance in distances]
+    return [layer for layer in plan.layers if layer in kept], report
+
+
+def _warn_of_another_teacher(metadata: Metadata, target: str, float_layers: Sequence[str], corrected: bool) -> None:
+    """Warn when a student that was trained with ``--teacher-int8`` learned another rounding than its teacher gets."""
+    learned_target = metadata.provenance[0].get("teacher_int8") if metadata.provenance else None
+    if learned_target is None:
+        return
+    float_teacher = [name for name in float_layers if name.startswith("teacher.")]
+    if learned_target != target:
+        log.warning("the student learned its teacher in int8 for %s, but this is for %s", learned_target, target)
+    elif float_teacher or not corrected:
+        log.warning("the student learned its teacher in int8 with every layer and with biases corrected, but here %s",
+                    f"{float_teacher[0]} stays float" if float_teacher else "they are not corrected")

@@ -1,8 +1,8 @@
-"""Bias correction: what rounding adds to the mean of a channel is taken away from its bias.
+"""Bias correction: the shift that rounding adds to the mean of a channel is subtracted from its bias.
 
-A filter whose weights add up to nothing does so no longer once they are rounded: it answers to plain brightness, and
-every layer after it sees features from somewhere else. Most of what EfficientNet-Lite loses in int8 comes from a few
-such filters in its first blocks.
+The weights of an edge filter sum to zero, but no longer once they are rounded: the filter responds to plain brightness,
+and every layer after it sees shifted features. Most of what EfficientNet-Lite loses in int8 comes from a few such
+filters in its first blocks.
 """
 
 from typing import Any
@@ -10,50 +10,58 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from uadtool.lab.quantization.graph import QuantizableGraph
-from uadtool.lab.quantization.modules import QuantizedLayer
+from uadtool.lab.quantization.modules import Layer, QuantizedLayer
+from uadtool.lab.quantization.plan import QuantizationPlan
 
 CORRECTION_IMAGES = 32
 
 
-@torch.inference_mode()
-def correct_biases(detector: nn.Module, quantized: fx.GraphModule, images: Tensor) -> None:
-    """Shift the bias of each quantized layer, in place, so that the mean of each channel is the float one's.
+class BiasCorrection:
+    """Shifts the bias of each quantized layer so that each channel keeps its float mean.
 
-    Empirical bias correction (Nagel et al., ICCV 2019, arXiv 1906.04721, appendix D), layer by layer: each sees what
-    the corrected ones before it give.
+    Empirical bias correction (Nagel et al., ICCV 2019, arXiv 1906.04721, appendix D), layer by layer: each layer sees
+    the outputs of the corrected layers before it.
 
     Args:
-        detector: the float one.
-        quantized: its quantized graph.
-        images: good ones, uint8 [N, H, W, 3], all in one batch.
+        plan: of the float detector.
+        images: good images, uint8 [N, H, W, 3], all in one batch.
     """
-    means: dict[str, Tensor] = {}
-    graph = QuantizableGraph(detector)
 
-    class Reference(fx.Interpreter):
-        def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
-            result = super().call_module(target, args, kwargs)
-            layer = quantized.get_submodule(target) if target in graph.layers else None
-            if isinstance(layer, QuantizedLayer):
-                means[target] = _channel_means(result, layer)
-            return result
+    @torch.inference_mode()
+    def __init__(self, plan: QuantizationPlan, images: Tensor) -> None:
+        self._images = images
+        self._means: dict[str, Tensor] = {}
+        means = self._means
 
-    class Corrector(fx.Interpreter):
-        def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
-            result = super().call_module(target, args, kwargs)
-            layer = self.module.get_submodule(target)
-            if isinstance(layer, QuantizedLayer):
-                shift = means[target] - _channel_means(result, layer)
-                layer.bias += shift
-                result = (result.movedim(layer.channel_axis, -1) + shift).movedim(-1, layer.channel_axis)
-            return result
+        class Recorder(fx.Interpreter):
+            def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
+                result = super().call_module(target, args, kwargs)
+                layer = self.module.get_submodule(target)
+                if isinstance(layer, Layer):
+                    means[target] = _channel_means(result, 1 if isinstance(layer, nn.Conv2d) else -1)
+                return result
 
-    Reference(graph.module).run(images)
-    Corrector(quantized).run(images)
+        Recorder(plan.traced).run(images)
+
+    @torch.inference_mode()
+    def apply(self, quantized: fx.GraphModule) -> None:
+        """Correct the biases of a quantized graph of the detector, in place."""
+        means = self._means
+
+        class Corrector(fx.Interpreter):
+            def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
+                result = super().call_module(target, args, kwargs)
+                layer = self.module.get_submodule(target)
+                if isinstance(layer, QuantizedLayer):
+                    shift = means[target] - _channel_means(result, layer.channel_axis)
+                    layer.bias += shift
+                    result = (result.movedim(layer.channel_axis, -1) + shift).movedim(-1, layer.channel_axis)
+                return result
+
+        Corrector(quantized).run(self._images)
 
 
-def _channel_means(values: Tensor, layer: QuantizedLayer) -> Tensor:
-    """[C], of what the layer gives."""
-    channels = layer.channel_axis % values.dim()
+def _channel_means(values: Tensor, channel_axis: int) -> Tensor:
+    """[C]: means over all other axes."""
+    channels = channel_axis % values.dim()
     return values.mean([axis for axis in range(values.dim()) if axis != channels])

@@ -6,23 +6,23 @@ import torch
 from torch import Tensor
 
 from uadtool.errors import UadtoolError
-from uadtool.lab.detectors.contract import Detector
-from uadtool.lab.quantization.graph import QuantizableGraph
+from uadtool.lab.quantization.graph import observe
 from uadtool.lab.quantization.observers import Observer, make_observer
+from uadtool.lab.quantization.plan import QuantizationPlan
 from uadtool.lab.quantization.ranges import Ranges
 
 
-def calibrate(detector: Detector, batches: Iterable[Tensor], method: str = "mse",
+def calibrate(plan: QuantizationPlan, batches: Iterable[Tensor], method: str = "mse",
               percentile: float = 99.99) -> Ranges:
     """Observe the activations at every point while the detector sees batches of images [N, H, W, 3].
 
     Args:
-        batches: uint8 pixels, or float ones where values that no image has are wanted.
+        batches: uint8 pixels, or float32 to calibrate on values outside 0..255.
         method: one of ``METHODS``.
-        percentile: for the method of that name, 0 to 100.
+        percentile: for the method ``percentile``, above 0 and at most 100.
 
     Raises:
-        UadtoolError: there was no batch.
+        UadtoolError: there is no batch.
     """
     observers: dict[str, Observer] = {}
 
@@ -30,7 +30,7 @@ def calibrate(detector: Detector, batches: Iterable[Tensor], method: str = "mse"
         observers[name] = make_observer(method, percentile)
         return observers[name]
 
-    model = QuantizableGraph(detector).observed(observer).eval()
+    model = observe(plan, observer).eval()
     seen = 0
     with torch.inference_mode():
         for batch in batches:

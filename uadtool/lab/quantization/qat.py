@@ -1,7 +1,7 @@
-"""Quantization-aware training: the student learns to give the float detector's anomaly maps in spite of the rounding.
+"""Quantization-aware training: the student learns to give the float detector's anomaly maps despite the rounding.
 
-The loss is taken from the maps, of good images and of ones with synthetic anomalies. A student that only saw good ones
-would learn to follow the teacher everywhere, on defects, too. The teacher stays: what it says decides what is
+The loss compares the maps of good images and of images with synthetic anomalies. A student that only saw good images
+would learn to follow the teacher everywhere, also on defects. The teacher is not trained: its features decide what is
 anomalous. Batch norm is folded before, so its statistics are frozen.
 """
 
@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from uadtool.data.dataset import Sample
 from uadtool.host import available_cores
 from uadtool.lab.detectors.contract import Detector, OutputTensors
-from uadtool.lab.quantization.graph import QuantizableGraph
+from uadtool.lab.quantization.bias_correction import BiasCorrection
 from uadtool.lab.quantization.modules import (
     WEIGHT_LIMIT,
     ActivationQuantizer,
@@ -30,6 +30,7 @@ from uadtool.lab.quantization.modules import (
     quantized_layer,
     weight_scale,
 )
+from uadtool.lab.quantization.plan import QuantizationPlan
 from uadtool.lab.quantization.ptq import quantize, quantized_graph
 from uadtool.lab.quantization.ranges import Ranges
 from uadtool.lab.quantization.sensitivity import anomaly_maps, map_distance
@@ -39,71 +40,70 @@ from uadtool.lab.training.loop import batch_indices, optimize
 from uadtool.lab.training.synthetic import synthetic_anomalies
 
 LEARNING_RATE, SCALE_LEARNING_RATE = 3e-4, 3e-3
-"""Of weights and biases, and of the logarithms of scales. At one rate for both the scales hardly move in 100 steps."""
+"""For weights and biases, and for logarithms of scales. At one rate for both, scales hardly move in 100 steps."""
 
 
-def fine_tune(detector: Detector, ranges: Ranges, target: Target, float_layers: Sequence[str],
+def fine_tune(plan: QuantizationPlan, ranges: Ranges, target: Target, float_layers: Sequence[str],
               samples: Sequence[Sample], image_size: tuple[int, int], held_out: Sequence[Tensor],
-              correction: Optional[Tensor], steps: int, seed: int, checkpoint: Path, config: dict[str, Any],
-              resume: bool) -> tuple[Detector, Ranges]:
-    """Train the student with its quantizers, from where post-training quantization ends.
+              correction: Optional[BiasCorrection], steps: int, seed: int, checkpoint: Path, config: dict[str, Any],
+              resume: bool) -> tuple[QuantizationPlan, Ranges]:
+    """Train the student with its quantizers, starting from the result of post-training quantization.
 
-    Adam moves the student's weights and biases, and the scales of what depends on them (zero points stay). The state
-    with the lowest ``map_distance`` on held-out images is kept, that at the start included.
+    Adam trains the student's weights and biases, and the scales of what depends on them (zero points stay). The state
+    with the lowest ``map_distance`` on held-out images is kept, which may be the first.
 
     Args:
+        plan: of a float detector, which stays as it is.
         float_layers: names of layers that stay float.
         samples: good images to train on; half of each batch of 16 gets synthetic anomalies.
-        held_out: batches of uint8 [N, H, W, 3], good ones and ones with synthetic anomalies.
-        correction: images to correct the biases with at the start, as for ``quantize``.
+        held_out: batches of uint8 [N, H, W, 3], good images and images with synthetic anomalies.
+        correction: corrects the biases at the start, as in ``quantize``.
         steps: number of batches.
         checkpoint, config, resume: as in ``training.loop.Run``; the caller removes the checkpoint.
 
     Returns:
-        Another float detector, and its ranges. It holds the biases that suit the quantized one: ``quantize`` without
-        images gives the model that the training ended with.
+        The plan of another float detector, and its ranges. It holds the biases for the quantized detector:
+        ``quantize`` without a correction gives the model with which the training ended.
 
     Raises:
-        UadtoolError: as ``quantize``, or the checkpoint is of another run.
+        UadtoolError: as ``quantize``, or the checkpoint belongs to another run.
         ImageError: a training image cannot be read.
-        KeyboardInterrupt: SIGINT came; the checkpoint is written.
+        KeyboardInterrupt: a SIGINT arrived; the checkpoint is written.
     """
-    tuned = copy.deepcopy(detector).requires_grad_(False)
-    start = quantize(detector, ranges, target, float_layers, correction)
-    for name, module in start.named_modules():
+    assert isinstance(plan.detector, Detector)
+    tuned = copy.deepcopy(plan.detector).requires_grad_(False)
+    for name, module in quantize(plan, ranges, target, float_layers, correction).named_modules():
         if isinstance(module, QuantizedLayer):
             tuned.get_submodule(name).bias = nn.Parameter(module.bias.clone(), requires_grad=False)
-    tuned.get_submodule(detector.trained).requires_grad_(True)
-    model = trainable(tuned, ranges, target, float_layers)
-    student, points = tuned.get_submodule(detector.trained), model.get_submodule("points")
+    student = tuned.get_submodule(tuned.trained).requires_grad_(True)
+    tuned_plan = QuantizationPlan(tuned)
+    model = trainable(tuned_plan, ranges, target, float_layers, tuned.trained)
+    points = model.get_submodule("points")
     optimizer = torch.optim.Adam([{"params": list(student.parameters()), "lr": LEARNING_RATE},
                                   {"params": list(points.parameters()), "lr": SCALE_LEARNING_RATE}])
-    expected = anomaly_maps(detector, held_out)
+    expected = anomaly_maps(plan.traced, held_out)
 
     def training_loss(step: int) -> Tensor:
-        chosen = [samples[index] for index in batch_indices(len(samples), step, seed)]
-        images = with_anomalies(read_images(chosen, image_size, available_cores()), np.random.default_rng((seed, step)))
+        batch = [samples[index] for index in batch_indices(len(samples), step, seed)]
+        images = with_anomalies(read_images(batch, image_size, available_cores()), np.random.default_rng((seed, step)))
         with torch.no_grad():
-            wanted = OutputTensors(*detector(images)).anomaly_map
-        return F.smooth_l1_loss(OutputTensors(*model(images)).anomaly_map, wanted)
+            float_map = OutputTensors(*plan.traced(images)).anomaly_map
+        return F.smooth_l1_loss(OutputTensors(*model(images)).anomaly_map, float_map)
 
     optimize(nn.ModuleDict({"student": student, "points": points}), optimizer, training_loss,
              lambda: map_distance(expected, anomaly_maps(model, held_out)), steps, checkpoint, config, resume,
              keep_start=True)
     learned = {name: point.range() for name, point in points.named_children() if isinstance(point, LearnedQuantizer)}
-    return tuned, {**ranges, **learned}
+    return tuned_plan, {**ranges, **learned}
 
 
-def trainable(detector: Detector, ranges: Ranges, target: Target, float_layers: Sequence[str]) -> fx.GraphModule:
-    """The quantized graph whose student has float weights, shared with the detector, and learned scales."""
-    graph = QuantizableGraph(detector)
-    trained = f"{detector.trained}."
-    moving = _points_after(graph, trained)
-
-    limits = graph.limits()
+def trainable(plan: QuantizationPlan, ranges: Ranges, target: Target, float_layers: Sequence[str],
+              network: str) -> fx.GraphModule:
+    """The quantized graph in which one network has float weights, shared with the detector, and learned scales."""
+    learned_points, limits = _points_after(plan, network), plan.limits()
 
     def quantizer(name: str) -> ActivationQuantizer:
-        if name not in moving:
+        if name not in learned_points:
             return ActivationQuantizer.from_range(*ranges[name], target.signed)
         learned = LearnedQuantizer.from_range(*ranges[name], target.signed)
         assert isinstance(learned, LearnedQuantizer)
@@ -112,31 +112,31 @@ def trainable(detector: Detector, ranges: Ranges, target: Target, float_layers: 
         return learned
 
     def quantized(name: str, layer: Layer) -> nn.Module:
-        return RoundingLayer(layer) if name.startswith(trained) else quantized_layer(layer)
+        return RoundingLayer(layer) if name.startswith(f"{network}.") else quantized_layer(layer)
 
     target = replace(target, half=False)  # too coarse for gradients
-    return quantized_graph(graph, quantizer, target, float_layers, quantized)
+    return quantized_graph(plan, quantizer, target, float_layers, quantized)
 
 
 def with_anomalies(images: Tensor, generator: np.random.Generator) -> Tensor:
-    """The images [N, H, W, 3], uint8, every other one with a synthetic anomaly."""
+    """The images, uint8 [N, H, W, 3], every second with a synthetic anomaly."""
     good = images.numpy()
     mixed = good.copy()
     mixed[1::2] = synthetic_anomalies(good[1::2], good, generator)
     return torch.from_numpy(mixed)
 
 
-def _points_after(graph: QuantizableGraph, trained: str) -> set[str]:
-    """The names of the points whose values depend on weights of the trained network."""
-    layers, after = {name for name in graph.layers if name.startswith(trained)}, set[fx.Node]()
-    for node in graph.module.graph.nodes:
+def _points_after(plan: QuantizationPlan, network: str) -> set[str]:
+    """The names of the points whose values depend on weights of the network."""
+    layers, after = set(plan.layers).difference(plan.layers_outside(network)), set[fx.Node]()
+    for node in plan.traced.graph.nodes:
         if node.target in layers or after.intersection(node.all_input_nodes):
             after.add(node)
-    return {name for node, name in graph.points.items() if node in after}
+    return {name for node, name in plan.points.items() if node in after}
 
 
 class RoundingLayer(nn.Module):
-    """Computes with rounded weights, as ``QuantizedLayer`` does, and passes gradients to the float ones."""
+    """Computes with rounded weights, as ``QuantizedLayer`` does, and passes gradients to the float weights."""
 
     def __init__(self, layer: Layer) -> None:
         super().__init__()
@@ -152,12 +152,12 @@ class RoundingLayer(nn.Module):
 
 
 class LearnedQuantizer(ActivationQuantizer):
-    """Learns its scale, as a factor ``exp(change)`` on the one at the start.
+    """Learns its scale, as a factor ``exp(change)`` on the first scale.
 
-    The gradient is that of LSQ (Esser et al., ICLR 2020). With Adam a step in the logarithm is the same relative one
-    for every scale (Jain et al., MLSys 2020, arXiv 1903.08066), so LSQ's own balancing of gradients is not needed.
+    The gradient follows LSQ (Esser et al., ICLR 2020). With Adam a step in the logarithm is the same relative step for
+    every scale (Jain et al., MLSys 2020, arXiv 1903.08066), so LSQ's own balancing of gradients is not needed.
 
-    ``change`` stays below ``most``: ONNX Runtime fuses no ReLU6 whose limit is not the last code, or beyond it.
+    ``change`` stays below ``most``: ONNX Runtime only fuses a ReLU6 whose limit is the last code or beyond it.
     """
 
     def __init__(self, signed: bool = False) -> None:
@@ -166,7 +166,7 @@ class LearnedQuantizer(ActivationQuantizer):
         self.most = math.inf
 
     def range(self) -> tuple[float, float]:
-        """From which ``ActivationQuantizer.from_range`` makes a quantizer with just this scale and zero point."""
+        """The range from which ``ActivationQuantizer.from_range`` makes exactly this scale and zero point."""
         codes, zero_point, scale = torch.iinfo(self.zero_point.dtype), self.zero_point.item(), self._scale().item()
         lowest = -codes.max if codes.min else 0  # s8 codes are symmetric in effect
         return (lowest - zero_point) * scale, (codes.max - zero_point) * scale
@@ -184,7 +184,7 @@ class LearnedQuantizer(ActivationQuantizer):
 class _LearnedRounding(torch.autograd.Function):
     """Straight-through estimators for the values and the scale (LSQ, equations 3 and 5).
 
-    Values up to half a code outside of the range, which round to its ends, still pass their gradient.
+    Values up to half a code outside the range, which round to its ends, still pass their gradient.
     """
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""Quantize first, distil second: a student that learns the rounded features of the teacher takes them for normal."""
+"""Quantize first, distil second: a student that learns the rounded features of the teacher treats them as normal."""
 
 import copy
 
@@ -7,14 +7,15 @@ from torch import Tensor, fx, nn
 from uadtool.errors import UadtoolError
 from uadtool.lab.detectors.backbones import fold_batch_norm
 from uadtool.lab.detectors.contract import Detector
-from uadtool.lab.quantization.graph import QuantizableGraph
+from uadtool.lab.quantization.bias_correction import BiasCorrection
+from uadtool.lab.quantization.plan import QuantizationPlan
 from uadtool.lab.quantization.ptq import quantize
 from uadtool.lab.quantization.ranges import Ranges
 from uadtool.lab.quantization.targets import Target
 
 
 class _Teacher(nn.Module):
-    """Images -> the teacher's feature maps. Its points have the names that they have in the detector's graph."""
+    """Images -> the teacher's feature maps. Its points have the same names as in the detector's graph."""
 
     pixel_mean: Tensor
     pixel_scale: Tensor
@@ -33,15 +34,16 @@ def quantized_teacher(detector: Detector, ranges: Ranges, target: Target, images
     """The detector's teacher as ``quantize`` rounds it: uint8 [N, H, W, 3] -> its feature maps [N, C, h, w].
 
     Args:
-        ranges: of a detector with the same teacher; those of its student are not used.
-        images: good ones, uint8 [N, H, W, 3], to correct the biases with.
+        ranges: of a detector with the same teacher; the ranges of its student are ignored.
+        images: good images, uint8 [N, H, W, 3], to correct the biases with.
 
     Raises:
-        UadtoolError: the ranges are of another teacher.
+        UadtoolError: the ranges belong to another teacher.
     """
-    network = _Teacher(detector)
-    names = QuantizableGraph(network).points.values()
-    others = [name for name in ranges if name.startswith("teacher_") and name not in names]
-    if others:
-        raise UadtoolError(f"the ranges are of another teacher, which has {others[0]!r}; run calibrate again")
-    return quantize(network, {name: ranges[name] for name in names if name in ranges}, target, images=images)
+    plan = QuantizationPlan(_Teacher(detector))
+    points = plan.points.values()
+    unknown = [name for name in ranges if name.startswith("teacher_") and name not in points]
+    if unknown:
+        raise UadtoolError(f"the ranges belong to another teacher, which has {unknown[0]!r}; run calibrate again")
+    teacher_ranges = {name: ranges[name] for name in points if name in ranges}
+    return quantize(plan, teacher_ranges, target, correction=BiasCorrection(plan, images))
