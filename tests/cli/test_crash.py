@@ -229,7 +229,7 @@ def test_a_training_that_is_stopped_leaves_a_checkpoint(commands, lines, tmp_pat
     line, output = lines["train"], tmp_path / "m.safetensors"
     ended = commands.run(*line.words, "-o", output, at=(tmp_path, 8), number=number)  # in the second step
     assert (ended.code, ended.stdout) == (128 + number, "")
-    assert f"interrupted at step 2; --resume goes on from {output}.checkpoint" in ended.stderr
+    assert f"interrupted at step 2; --resume continues from {output}.checkpoint" in ended.stderr
     assert list(tmp_path.iterdir()) == [Path(f"{output}.checkpoint")]
     resumed = commands.run(*line.words, "-o", output, "--resume")
     assert "resuming at step 2 of 3" in resumed.stderr
@@ -241,7 +241,7 @@ def test_a_checkpoint_that_is_not_resumed_from_is_not_passed_over_in_silence(com
     line, output = lines["train"], tmp_path / "m.safetensors"
     assert commands.run(*line.words, "-o", output, at=(tmp_path, 8)).code == -signal.SIGKILL
     ended = commands.run(*line.words, "-o", output)
-    assert f"starting anew; with --resume the run would go on from {output}.checkpoint" in ended.stderr
+    assert f"starting anew; with --resume the run would continue from {output}.checkpoint" in ended.stderr
     assert output.read_bytes() == line.content
 
 

@@ -48,7 +48,7 @@ def points(monkeypatch):
 
 def test_unknown_methods_are_refused_with_those_there_are(points):
     points(("gaussian", "gaussian:Gaussian"))
-    with pytest.raises(UadtoolError, match="unknown method 'x'; there are stfpm, rd, us, dinomaly, duet, gaussian"):
+    with pytest.raises(UadtoolError, match="unknown method 'x'; take one of stfpm, rd, us, dinomaly, duet, gaussian"):
         find_method("x")
 
 
@@ -71,7 +71,7 @@ def test_options_have_the_types_of_their_defaults():
 
 @pytest.mark.parametrize(("given", "message"), [
     ({"fusions": "sum"}, "stfpm has no option 'fusions'; it has fusion, dcam, shared_stages"),
-    ({"small": "many"}, "option small of duet is no int: 'many'"),
+    ({"small": "many"}, "option small of duet must be of type int, not 'many'"),
     ({"width": "inf"}, "option width of us must be finite, not inf"),
     ({"width": "nan"}, "option width of us must be finite, not nan"),
 ])

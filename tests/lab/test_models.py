@@ -93,7 +93,7 @@ def test_a_safetensors_file_of_another_program(broken):
     ({"teacher": "resnet18"}, "the tensors of .* do not fit its metadata"),
     ({"classes": ["one"]}, "the tensors of .* do not fit its metadata: size mismatch for score_"),
     ({"precision": "int8", "target": "onnxruntime"}, "the tensors of .* do not fit its metadata"),
-    ({"precision": "int8"}, "is made for None; this version knows onnxruntime"),
+    ({"precision": "int8"}, "is made for None; this version supports onnxruntime"),
     ({"image_size": 3}, "has metadata that this version cannot read"),
     ({"invented": 3}, "has metadata that this version cannot read: .*invented"),
 ])

@@ -1,4 +1,4 @@
-"""Model files of the lab half: a float or quantized detector as safetensors, its metadata in the header."""
+"""Model files of the lab: a float or quantized detector as safetensors, with its metadata in the header."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,38 +21,38 @@ from uadtool.metadata import KEY, Metadata
 
 
 def save_model(model: nn.Module, metadata: Metadata, path: Union[str, Path]) -> None:
-    """Write a deployed detector, or its quantized graph, with its metadata; whole or not at all."""
+    """Write a deployed detector or its quantized graph, with its metadata, atomically."""
     tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     content = save(tensors, metadata={KEY: metadata.to_json()})
     with atomic_write(path) as temporary:
-        temporary.write_bytes(content)  # save_file would put a file of its own there
+        temporary.write_bytes(content)  # save_file would replace the temporary file
 
 
 def load_model(path: Union[str, Path]) -> tuple[nn.Module, Metadata]:
-    """Read what ``save_model`` wrote: a ``Detector`` when its precision is fp32, else a quantized graph.
+    """Read a model file: a ``Detector`` if its precision is fp32, otherwise a quantized graph.
 
     Raises:
         UadtoolError: the file cannot be read, is not a model of uadtool, or its tensors do not fit its metadata.
     """
     with _opened(path) as file:
         metadata = _metadata(file, path)
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - safe_open is no dict
-    # Without memory, which the metadata may ask for in any amount: what the file does not hold is not allocated.
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - safe_open is not a dict
+    # On "meta", tensors need no memory: the metadata could ask for any amount, but only the file's tensors are loaded.
     with torch.device("meta"):
         detector = build_detector(metadata)
         model = detector if metadata.precision == "fp32" else _quantized_graph(detector, metadata, str(path))
     try:
-        wanted = {name: tensor.dtype for name, tensor in model.state_dict().items()}
-        model.load_state_dict({name: tensor.to(wanted.get(name, tensor.dtype)) for name, tensor in tensors.items()},
+        dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
+        model.load_state_dict({name: tensor.to(dtypes.get(name, tensor.dtype)) for name, tensor in tensors.items()},
                               assign=True)
     except RuntimeError as error:
-        first = str(error).splitlines()[-1].strip()
-        raise UadtoolError(f"the tensors of {path} do not fit its metadata: {first}") from error
+        mismatch = str(error).splitlines()[-1].strip()
+        raise UadtoolError(f"the tensors of {path} do not fit its metadata: {mismatch}") from error
     return model.eval(), metadata
 
 
 def read_metadata(path: Union[str, Path]) -> Metadata:
-    """Those in the header.
+    """Read only the metadata of a model file.
 
     Raises:
         UadtoolError: the file cannot be read, or is not a model of uadtool.
@@ -78,16 +78,16 @@ def _opened(path: Union[str, Path]) -> Iterator[Any]:
 
 def _quantized_graph(detector: Detector, metadata: Metadata, path: str) -> nn.Module:
     if metadata.target not in TARGETS:
-        raise UadtoolError(f"{path} is made for {metadata.target}; this version knows {', '.join(TARGETS)}")
+        raise UadtoolError(f"{path} is made for {metadata.target}; this version supports {', '.join(TARGETS)}")
     float_layers = metadata.quantization.float_layers if metadata.quantization else []
     return empty_quantized(QuantizationPlan(detector), metadata.precision, TARGETS[metadata.target], float_layers)
 
 
 def load_float_model(path: Union[str, Path]) -> tuple[Detector, Metadata]:
-    """``load_model`` for steps that start from float weights.
+    """``load_model`` for steps that require float weights.
 
     Raises:
-        UadtoolError: as ``load_model``, or the model is quantized already.
+        UadtoolError: as ``load_model``, or the model is already quantized.
     """
     model, metadata = load_model(path)
     if not isinstance(model, Detector):

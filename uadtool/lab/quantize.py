@@ -103,7 +103,7 @@ def apply_recipe(detector: Detector, metadata: Metadata, digest: str, ranges: Op
         UadtoolError: the ranges do not belong to this detector, a pattern matches no layer, or as
             ``training_samples``.
     """
-    if (recipe.qat_steps or recipe.scope == "student") and detector.trained not in dict(detector.named_modules()):
+    if (recipe.qat_steps or recipe.scope == "student") and detector.trained_network not in dict(detector.named_modules()):
         raise UadtoolError(f"the method {metadata.method} does not train a network, so --qat and --scope student "
                            "do not apply")
     plan = QuantizationPlan(detector)
@@ -160,7 +160,7 @@ def _float_layers(plan: QuantizationPlan, ranges: RangesFile, recipe: Recipe, im
     """The layers that stay float, in the order of the network, and the report on the sensitivity of the others."""
     kept = set(plan.matching_layers(recipe.keep_float))
     if recipe.scope == "student":
-        kept.update(plan.layers_outside(str(plan.detector.trained)))
+        kept.update(plan.layers_outside(str(plan.detector.trained_network)))
     if len(kept) + recipe.keep_sensitive >= len(plan.layers):
         raise UadtoolError("every layer would stay float; keep fewer, or use the float model")
     report: dict[str, Any] = {}

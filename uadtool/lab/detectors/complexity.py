@@ -1,4 +1,4 @@
-"""How large a detector is: parameters and multiply-accumulates."""
+"""The size of a detector: parameters and multiply-accumulates."""
 
 import torch
 from torch import nn
@@ -6,8 +6,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 
 def count_parameters(detector: nn.Module) -> int:
-    """Weights and biases of all networks, and what a memory holds."""
-    return sum(p.numel() for p in detector.parameters())
+    """Weights and biases of all networks, and the entries of memories."""
+    return sum(parameter.numel() for parameter in detector.parameters())
 
 
 def count_macs(detector: nn.Module, image_size: tuple[int, int]) -> int:

@@ -1,4 +1,4 @@
-"""The contract of every detector: uint8 images in, normalised scores and anomaly maps out, all of it in the graph."""
+"""The contract of every detector: uint8 images in, normalised scores and anomaly maps out, all inside the graph."""
 
 import math
 from abc import ABC, abstractmethod
@@ -13,9 +13,9 @@ from typing_extensions import Self
 from uadtool.lab.training.loop import Outcome, Run
 
 SCORE_SHARE = 0.01
-"""The image score is the mean of this share of the anomaly map, its highest values (as in Dinomaly, CVPR 2025)."""
+"""The image score is the mean of this share of the anomaly map, its highest values (Dinomaly, CVPR 2025)."""
 PATCH = 2
-"""What good images of a class show at a position is known for patches of this many map pixels, squared."""
+"""Side, in map pixels, of the patches that map statistics are kept for."""
 SMOOTHING = 4.0
 """Standard deviation of the Gaussian that smooths maps, in pixels of the input (as in the authors' code of RD)."""
 STATISTICS = ("expected_maps", "map_spreads", "score_mean", "score_std")
@@ -23,7 +23,7 @@ STATISTICS = ("expected_maps", "map_spreads", "score_mean", "score_std")
 
 
 class OutputTensors(NamedTuple):
-    """What a detector says about a batch; the names and the order of the outputs of an exported graph."""
+    """The outputs for a batch; an exported graph has the same names in the same order."""
 
     score: Tensor
     """float32 [N]: standard deviations above the mean of good images of the nearest class."""
@@ -38,27 +38,27 @@ class OutputTensors(NamedTuple):
 class Detector(nn.Module, ABC):
     """A method's networks plus what all methods share: pixel normalisation, class statistics, the image score.
 
-    A subclass computes raw maps, one or more, and descriptors, and trains itself.
-    No class label is used at run time. The nearest class prototype (mean descriptor of the class's good training
-    images) chooses what good images of that class show: ``expected_maps`` and ``map_spreads``, mean and spread of each
-    raw map at each position (a student is always wrong about the rim of a part). What is left of the maps is summed:
-    that makes positions, and maps of different kinds, comparable. ``score_mean`` and ``score_std`` of what remains
-    make the classes comparable.
+    A subclass computes one or more raw maps and a descriptor, and trains its networks.
+    No class label is used at run time: the nearest class prototype (mean descriptor of the class's good training
+    images) selects the class statistics. ``expected_maps`` and ``map_spreads``, the mean and spread of each raw map at
+    each position (a student is always wrong about the rim of a part), standardise the maps. This makes positions, and
+    maps of different kinds, comparable; then the maps are summed. ``score_mean`` and ``score_std`` of the sum make the
+    classes comparable.
 
     Args:
-        classes: how many prototypes there are.
+        classes: number of prototypes.
         descriptor_size: length of the descriptor.
         map_size: (height, width) of the anomaly map.
         mean, std: of pixel values in 0..1, per RGB channel, as the teacher expects them.
-        maps: how many raw maps there are.
+        maps: number of raw maps.
     """
 
-    trained: ClassVar[str] = "student"
-    """Name of the network that is trained: what int8 of scope ``student`` and quantization-aware training change."""
+    trained_network: ClassVar[str] = "student"
+    """Name of the submodule that int8 of scope ``student`` and quantization-aware training change."""
     float_teacher: ClassVar[bool] = False
-    """Training needs the teacher's features in fp32, also where bfloat16 would be faster."""
+    """Training requires the teacher's features in fp32, even where bfloat16 would be faster."""
     teacher: fx.GraphModule
-    """The network whose features decide what is anomalous."""
+    """The network whose features the maps are computed from."""
     pixel_mean: Tensor
     pixel_scale: Tensor
     prototypes: Tensor
@@ -84,27 +84,27 @@ class Detector(nn.Module, ABC):
 
     @abstractmethod
     def fit(self, run: Run) -> Outcome:
-        """Train all that is not ``pretrained()``, in place."""
+        """Train everything except ``pretrained()``, in place."""
 
     def fold_batch_norm(self: Self) -> Self:
         """Turn the trained networks into their deployed form, in place."""
         return self.eval()
 
     def pretrained(self) -> fx.GraphModule:
-        """The network whose features training uses; it is given ImageNet weights."""
+        """The network that gets ImageNet weights; training uses its features."""
         return self.teacher
 
     @abstractmethod
     def raw_maps_and_descriptor(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """From normalised pixels [N, 3, H, W]: the raw anomaly maps [N, M, h, w], >= 0, and the descriptor [N, D]."""
+        """Normalised pixels [N, 3, H, W] -> raw anomaly maps [N, M, h, w], >= 0, and descriptors [N, D]."""
 
     def normalize(self, image: Tensor) -> Tensor:
         """uint8 [N, H, W, 3] -> float32 [N, 3, H, W] as the teacher expects it."""
-        # Not permute first: TensorRT transposes no uint8.
+        # Cast first: TensorRT cannot transpose uint8.
         return (image.float().permute(0, 3, 1, 2) - self.pixel_mean) * self.pixel_scale
 
     def prepare(self, image: Tensor) -> Tensor:
-        """``normalize`` in the memory layout in which training is fastest."""
+        """``normalize``, in the memory layout that trains fastest."""
         return self.normalize(image).contiguous(memory_format=torch.channels_last)
 
     def forward(self, image: Tensor) -> OutputTensors:
@@ -114,7 +114,7 @@ class Detector(nn.Module, ABC):
         return OutputTensors(self.image_score(anomaly_map), self.image_score(raw.sum(1)), anomaly_map, nearest.int())
 
     def raw_maps_and_class(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        """From uint8 [N, H, W, 3]: the raw anomaly maps [N, M, h, w] and the index of the nearest class, int64 [N]."""
+        """uint8 [N, H, W, 3] -> raw anomaly maps [N, M, h, w] and indices of the nearest classes, int64 [N]."""
         raw, descriptor = self.raw_maps_and_descriptor(self.normalize(image))
         return raw, self.nearest_class(descriptor)
 
@@ -124,11 +124,11 @@ class Detector(nn.Module, ABC):
         return differences.square().sum(2).argmin(1)
 
     def standardize_maps(self, raw: Tensor, nearest: Tensor) -> Tensor:
-        """Raw maps [N, M, h, w] of images of the classes ``nearest`` [N] -> in units of what good images show there."""
+        """Standardise raw maps [N, M, h, w] with the map statistics of the classes ``nearest`` [N]."""
         return standardize(raw, self.expected_maps[nearest], self.map_spreads[nearest])
 
     def normalize_maps(self, raw: Tensor, nearest: Tensor) -> Tensor:
-        """Raw maps [N, M, h, w] of images of the classes ``nearest`` [N] -> [N, h, w], in units of good scores."""
+        """Raw maps [N, M, h, w] -> [N, h, w] in standard deviations of the good scores of the classes ``nearest``."""
         mean, std = self.score_mean[nearest][:, None, None], self.score_std[nearest][:, None, None]
         return (self.standardize_maps(raw, nearest).sum(1) - mean) / std
 
@@ -139,11 +139,11 @@ class Detector(nn.Module, ABC):
 
 
 class Smoothing(nn.Module):
-    """A Gaussian over maps [N, M, h, w], up to three standard deviations from the centre.
+    """A Gaussian filter for maps [N, M, h, w], cut off at three standard deviations.
 
     Args:
         maps: M.
-        scale: length of the map in that of the input.
+        scale: length of the map relative to the input.
     """
 
     kernel: Tensor
@@ -161,9 +161,9 @@ class Smoothing(nn.Module):
         return F.conv2d(F.pad(maps, margins, mode="replicate"), self.kernel, groups=self.maps)
 
 
-@fx.wrap  # one node in every traced graph, whose input are the raw maps
+@fx.wrap  # a single node in every traced graph, whose first input is the raw maps
 def standardize(raw: Tensor, expected: Tensor, spread: Tensor) -> Tensor:
-    """Deviation of [N, M, h, w] from what is expected, in units of the spread; both are known on a coarser grid."""
+    """Deviation of [N, M, h, w] from the expected values, in units of the spread; both are given on a coarser grid."""
     expected, spread = (F.interpolate(grid, size=raw.shape[2:], mode="bilinear", align_corners=False)
                         for grid in (expected, spread))
     return (raw - expected) / spread
@@ -171,9 +171,9 @@ def standardize(raw: Tensor, expected: Tensor, spread: Tensor) -> Tensor:
 
 def pooled_descriptor(features: Sequence[Tensor]) -> Tensor:
     """Spatial mean of each channel of each feature map, concatenated: [N, D]."""
-    return torch.cat([f.mean((2, 3)) for f in features], dim=1)
+    return torch.cat([feature_map.mean((2, 3)) for feature_map in features], dim=1)
 
 
 def _per_channel(values: list[float]) -> Tensor:
-    """[1, 3, 1, 1], or [] when all channels agree: ONNX Runtime is ten times slower with three values than with one."""
+    """[1, 3, 1, 1], or [] if all channels agree: three values are ten times slower in ONNX Runtime."""
     return torch.tensor(values).view(1, 3, 1, 1) if len(set(values)) > 1 else torch.tensor(values[0])

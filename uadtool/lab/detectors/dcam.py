@@ -1,7 +1,7 @@
-"""DCAM: a student that is trained behind attention (Jena et al., ICPR 2024, arXiv 2405.06467).
+"""DCAM: a student that is trained with channel attention (Jena et al., ICPR 2024, arXiv 2405.06467).
 
-The attention masks channels that do not matter for an image. It is there in training only, so that the deployed student
-costs what it would cost without.
+The attention masks channels that do not matter for an image. It is used in training only, so the deployed student
+costs nothing more.
 """
 
 from collections.abc import Sequence
@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 REDUCTION = 8
-"""Of the channels, in the hidden layer of the attention; as in the authors' code."""
+"""Reduction of the channels in the hidden layer of the attention; as in the authors' code."""
 
 
 class Attended(nn.Module):
-    """The student with attention to each of its feature maps, which have these numbers of channels."""
+    """The student with attention on each of its feature maps, which have ``channels`` channels."""
 
     def __init__(self, student: nn.Module, channels: Sequence[int]) -> None:
         super().__init__()
@@ -27,7 +27,7 @@ class Attended(nn.Module):
 
 
 class ChannelAttention(nn.Module):
-    """Weighs each channel by 0 to 1, from its mean and its maximum (Woo et al., ECCV 2018, eq. 2): [N, C, h, w]."""
+    """Multiplies each channel of [N, C, h, w] by 0 to 1, from its mean and maximum (Woo et al., ECCV 2018, eq. 2)."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -44,14 +44,13 @@ class ChannelAttention(nn.Module):
 def spatial_divergence(teacher: Sequence[Tensor], student: Sequence[Tensor]) -> Tensor:
     """KL divergence of the student's softmax over positions from the teacher's, for feature maps [N, C, h, w].
 
-    The mean over images and channels, summed over the feature maps. The temperature of the softmax is the standard
-    deviation of the teacher's feature map, as those of one CNN are 30 times as large as those of another. (The authors'
-    code sums over channels; their temperature is not known.)
+    Mean over images and channels, summed over the feature maps. The temperature of the softmax is the standard
+    deviation of the teacher's feature map, because features differ by a factor of 30 between CNNs. (The authors' code
+    sums over channels; their temperature is not known.)
     """
     total = torch.zeros(())
-    for t, s in zip(teacher, student):
-        t, s = t.float().flatten(2), s.float().flatten(2)
-        temperature = t.std()
-        expected, found = ((values / temperature).log_softmax(2) for values in (t, s))
-        total = total + F.kl_div(found, expected, reduction="none", log_target=True).sum(2).mean()
+    for teacher_map, student_map in zip(teacher, student):
+        positions = [features.float().flatten(2) for features in (teacher_map, student_map)]
+        expected, actual = ((values / positions[0].std()).log_softmax(2) for values in positions)
+        total = total + F.kl_div(actual, expected, reduction="none", log_target=True).sum(2).mean()
     return total

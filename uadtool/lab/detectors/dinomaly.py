@@ -1,8 +1,8 @@
-"""Dinomaly (Guo et al., CVPR 2025, arXiv 2405.14325): a transformer rebuilds an encoder's features, loosely.
+"""Dinomaly (Guo et al., CVPR 2025, arXiv 2405.14325): a transformer loosely reconstructs an encoder's features.
 
-A noisy bottleneck and attention that cannot focus keep the decoder from copying what it is given; it learns groups of
-layers rather than single ones, and hardly anything more from places that it already rebuilds well. So it generalises to
-good images of many classes, and not to defects.
+A noisy bottleneck and attention that cannot focus keep the decoder from copying its input. It learns groups of layers
+instead of single layers, and learns little from places that it already reconstructs well. Thus it generalises to good
+images of many classes, but not to defects.
 """
 
 from collections.abc import Sequence
@@ -21,10 +21,10 @@ from uadtool.lab.training.loop import Outcome, Run
 from uadtool.lab.training.precision import autocast
 
 LEARNING_RATE, WEIGHT_DECAY, GRADIENT_NORM = 2e-3, 1e-4, 0.1
-"""As in the authors' code, there with StableAdamW."""
+"""As in the authors' code, which uses StableAdamW."""
 EASY, EASY_GRADIENT, RAMP = 0.9, 0.1, 0.1
-"""The share of places, the best rebuilt ones, whose gradients are scaled down, and to what; the share grows to this one
-over the first part of a run (sections 3.5 and 4.1)."""
+"""Share of the places, the best reconstructed, whose gradients are scaled down; the factor; and the part of the run in
+which the share grows to its value (sections 3.5 and 4.1)."""
 HEAD = 32
 """Channels of an attention head."""
 
@@ -33,19 +33,19 @@ class Dinomaly(Detector):
     """Encoder, bottleneck and decoder.
 
     Args:
-        teacher: name of a timm CNN or plain vision transformer, the encoder.
+        teacher: name of the encoder, a timm CNN or plain vision transformer.
         image_size: (height, width) of the input in pixels.
         classes: number of classes.
         width: channels of the decoder, a multiple of 32.
         depth: blocks of the decoder, an even number up to 100.
-        bottleneck: channels that all features of a token pass.
+        bottleneck: channels that all features of a token pass through.
         dropout: in the bottleneck; 0.2 in the paper, 0.4 for its largest data set.
 
     Raises:
-        UadtoolError: there is no such teacher, or the image size or an option does not suit.
+        UadtoolError: the teacher is unknown or unsuitable, or the image size or an option is out of range.
     """
 
-    trained = "decoder"
+    trained_network = "decoder"
 
     def __init__(self, teacher: str, image_size: tuple[int, int], classes: int, width: int = 128, depth: int = 4,
                  bottleneck: int = 24, dropout: float = 0.2) -> None:
@@ -67,7 +67,6 @@ class Dinomaly(Detector):
         return self.smooth(distance_maps(features, self.decoder(features), self.map_size)), pooled_descriptor(features)
 
     def fit(self, run: Run) -> Outcome:
-
         parameters = list(self.decoder.parameters())
         optimizer = torch.optim.AdamW(parameters, LEARNING_RATE, weight_decay=WEIGHT_DECAY, amsgrad=True)
 
@@ -76,18 +75,20 @@ class Dinomaly(Detector):
 
         optimizer.register_step_pre_hook(clip)
 
-        def pairs(features: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-            maps = [f.to(run.device).float() for f in features]
+        def reconstruct(features: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+            """The feature maps on the device, and the decoder's."""
+            targets = [target.to(run.device).float() for target in features]
             with autocast(run.device, run.dtype):
-                rebuilt = self.decoder(maps)
-            return maps, [r.float() for r in rebuilt]
+                reconstructed = self.decoder(targets)
+            return targets, [values.float() for values in reconstructed]
 
         def training_loss(step: int) -> Tensor:
             _, features = run.training_batch(step)
-            return loose_loss(*pairs(features), EASY * min(1.0, step / (RAMP * run.steps)))
+            return loose_loss(*reconstruct(features), EASY * min(1.0, step / (RAMP * run.steps)))
 
         return run.optimize(self.decoder, optimizer, training_loss, lambda: (
-            (distillation_loss(*pairs(features)), len(images)) for _, (images, features) in run.held_out_batches()))
+            (distillation_loss(*reconstruct(features)), len(images))
+            for _, (images, features) in run.held_out_batches()))
 
     def fold_batch_norm(self) -> "Dinomaly":
         self.eval()
@@ -96,10 +97,10 @@ class Dinomaly(Detector):
 
 
 class Decoder(nn.Module):
-    """Feature maps, fine ones first -> the same rebuilt.
+    """Feature maps, finest first -> their reconstructions.
 
-    A token is what all of them hold of a cell of the coarsest one. It passes the bottleneck, three layers as in
-    Dinomaly2, then the blocks; the last of these give the finest map.
+    A token holds the values of all maps in one cell of the coarsest map. It passes through the bottleneck (three
+    layers, as in Dinomaly2) and the blocks; the last blocks give the finest map.
     """
 
     def __init__(self, shapes: Sequence[tuple[int, int, int]], width: int, depth: int, bottleneck: int,
@@ -116,7 +117,7 @@ class Decoder(nn.Module):
         self.give = nn.ModuleList(nn.Linear(width, size) for size in sizes)
 
     def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
-        joined = torch.cat([F.pixel_unshuffle(m, factor) for m, factor in zip(maps, self.factors)], dim=1)
+        joined = torch.cat([F.pixel_unshuffle(values, factor) for values, factor in zip(maps, self.factors)], dim=1)
         tokens = self.bottleneck(joined.flatten(2).transpose(1, 2)) + self.position
         outputs = []
         for block in self.blocks:
@@ -129,7 +130,7 @@ class Decoder(nn.Module):
 
 
 class Block(nn.Module):
-    """A transformer's block over tokens [N, L, D], with linear attention."""
+    """A transformer block with linear attention, for tokens [N, L, D]."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -144,7 +145,7 @@ class Block(nn.Module):
 
 
 class LinearAttention(nn.Module):
-    """Attention without softmax, over tokens [N, L, D] (Katharopoulos et al., ICML 2020, eq. 5-7)."""
+    """Attention without softmax, for tokens [N, L, D] (Katharopoulos et al., ICML 2020, eq. 5-7)."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -160,16 +161,16 @@ class LinearAttention(nn.Module):
         return result
 
 
-def loose_loss(targets: Sequence[Tensor], rebuilt: Sequence[Tensor], easy: float) -> Tensor:
-    """Cosine distance of whole feature maps [N, C, h, w], summed over them (eq. 3-4).
+def loose_loss(targets: Sequence[Tensor], reconstructed: Sequence[Tensor], easy: float) -> Tensor:
+    """Cosine distance of whole feature maps [N, C, h, w], summed over the maps (eq. 3-4).
 
     Args:
-        easy: share of the places, over the whole batch, whose gradients are scaled down; the best rebuilt ones.
+        easy: share of the places in the batch, the best reconstructed, whose gradients are scaled down.
     """
     total = torch.zeros(())
-    for target, values in zip(targets, rebuilt):
-        places = cosine_distance(target, values.detach())
-        hard = places >= places.flatten().quantile(easy)
+    for target, values in zip(targets, reconstructed):
+        distances = cosine_distance(target, values.detach())
+        hard = distances >= distances.flatten().quantile(easy)
         values = torch.where(hard, values, EASY_GRADIENT * values + (1 - EASY_GRADIENT) * values.detach())
         total = total + (1 - F.cosine_similarity(target.flatten(1), values.flatten(1))).mean()
     return total

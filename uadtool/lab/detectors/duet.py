@@ -1,7 +1,7 @@
-"""Duet: a memory of good patches and a head that has learned what defects look like, on one frozen teacher.
+"""Duet: memory banks of good patches and a head that segments synthetic defects, on one frozen teacher.
 
-The two see different things: the memory what never occurred, the head what is out of place though it occurs. And a
-memory of small patches sees other defects than one of large patches: two small ones find more than a big joint one.
+They complement each other: a memory finds patches unseen in training, the head finds patches in the wrong place. A
+memory of small patches finds other defects than a memory of large patches; together they beat a single larger memory.
 """
 
 import math
@@ -31,17 +31,17 @@ from uadtool.lab.training.synthetic import synthetic_anomaly
 LEARNING_RATE, WEIGHT_DECAY = 2e-3, 1e-3
 FOCAL, DICE = 5.0, 0.3
 ANOMALOUS, AUGMENTED = 0.6, 0.2
-"""Shares of a batch with synthetic anomalies and with changed brightness and contrast; the rest is as it is."""
+"""Shares of a batch with synthetic anomalies and with changed brightness and contrast; the rest is unchanged."""
 CROP = 24
-"""Side of the part of the feature grid that the head trains on: so it cannot learn where things are."""
+"""Side of the part of the feature grid that the head trains on; cropping keeps it from learning absolute positions."""
 LEAST_COVERED = 0.15
-"""Of a patch, for the head to call it anomalous."""
+"""Share of a patch that a defect must cover for the patch to count as anomalous."""
 HELD_OUT_BATCHES = 32
-"""Their features stay in memory while the head trains: of more than so many, every second one, or third."""
+"""Most held-out batches whose features stay in memory while the head trains. If there are more, a part is used."""
 
 
 class Duet(Detector):
-    """Two memories, of small patches (the teacher's features at stride 8) and of large ones (stride 16), and a head.
+    """Memories of small patches (the teacher's features at stride 8) and of large patches (stride 16), and a head.
 
     Args:
         teacher: name of a timm CNN.
@@ -49,14 +49,14 @@ class Duet(Detector):
         classes: number of classes.
         small: size of the memory of small patches.
         large: size of the memory of large patches, each the mean of 3 x 3 positions.
-        components: principal components of the features that a memory stores, at most.
+        components: most principal components of the features that a memory stores.
         width: channels of the head.
 
     Raises:
-        UadtoolError: there is no such teacher, or an option is out of range.
+        UadtoolError: the teacher is unknown or unsuitable, or an option is out of range.
     """
 
-    trained = "head"
+    trained_network = "head"
     float_teacher = True
 
     def __init__(self, teacher: str, image_size: tuple[int, int], classes: int, small: int = 3000, large: int = 12000,
@@ -64,32 +64,31 @@ class Duet(Detector):
         for name, value in (("small", small), ("large", large), ("components", components), ("width", width)):
             if value < 1:
                 raise UadtoolError(f"the option {name} of duet must be at least 1, not {value}")
-        network = build_backbone(teacher, image_size)
-        shapes = feature_shapes(network, image_size)
+        backbone = build_backbone(teacher, image_size)
+        shapes = feature_shapes(backbone, image_size)
         channels = [shape[0] for shape in shapes]
         super().__init__(classes, sum(channels), shapes[1][1:], *normalization(teacher), maps=3)
-        self.teacher = network
+        self.teacher = backbone
         self.small = PatchMemory(channels[1], components, small, context=1)
         self.large = PatchMemory(channels[2], components, large, context=3)
         self.head: nn.Module = Head(channels, width)
 
     def raw_maps_and_descriptor(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         features = self.teacher(pixels)
-        # Plus 1: the least spread of a map is a share of its level, and what the head says of good images is nearly 0.
-        likely = 1 + self.head(features[0], features[1], features[2]).sigmoid()
-        maps = torch.cat([self.small(features[1]), _double(self.large(features[2])), likely], dim=1)
+        # Plus 1: the least spread of a map is a share of its mean, and the head's output is near 0 on good images.
+        probability = 1 + self.head(features[0], features[1], features[2]).sigmoid()
+        maps = torch.cat([self.small(features[1]), _double(self.large(features[2])), probability], dim=1)
         return maps, pooled_descriptor(features)
 
     def fit(self, run: Run) -> Outcome:
-
         outcome = self.fit_head(run)
-        if distributed.rank() == 0:  # the others have no use for them
+        if distributed.rank() == 0:  # only the first process finishes the detector
             self.fit_memories(run)
         self.fold_batch_norm()
         return outcome
 
     def fit_memories(self, run: Run) -> None:
-        """Fill them with patches of the training images."""
+        """Fill the memories with patches of the training images."""
         for index, memory in ((1, self.small), (2, self.large)):
             memory.fit((features[index] for _, features in run.training.batches()), len(run.training), run.seed)
 
@@ -97,11 +96,10 @@ class Duet(Detector):
         """Train the head on synthetic anomalies."""
         assert isinstance(self.head, Head)
         for index, branch in enumerate(self.head.branches()):
-            # A ninth of the positions, copied, so that what they are of need not stay in memory.
+            # A ninth of the positions, copied so that the whole feature maps can be freed.
             branch.learn_standard([features[index][:, :, ::3, ::3].contiguous()
                                    for _, features in run.training.batches()])
         optimizer = torch.optim.AdamW(self.head.parameters(), LEARNING_RATE, weight_decay=WEIGHT_DECAY)
-
         teacher = run.training.teacher
 
         def loss_of(features: Sequence[Tensor], masks: Tensor) -> Tensor:
@@ -112,16 +110,15 @@ class Duet(Detector):
         def training_loss(step: int) -> Tensor:
             generator = np.random.default_rng((run.seed, step, distributed.rank()))
             images, _ = run.training_batch(step)
-            changed, masks = vary(images, self.map_size, generator)
-            return loss_of(*_crop(teacher(changed), masks, generator))
+            varied, masks = vary(images, self.map_size, generator)
+            return loss_of(*_crop(teacher(varied), masks, generator))
 
         held_out: list[tuple[Sequence[Tensor], Tensor]] = []
-        every = math.ceil(len(run.held_out) / CHUNK / HELD_OUT_BATCHES)
+        interval = math.ceil(len(run.held_out) / CHUNK / HELD_OUT_BATCHES)
         for number, (images, _) in run.held_out_batches():
-            if number % every:
-                continue
-            changed, masks = vary(images, self.map_size, np.random.default_rng((run.seed, number)))
-            held_out.append((teacher(changed), masks))
+            if number % interval == 0:
+                varied, masks = vary(images, self.map_size, np.random.default_rng((run.seed, number)))
+                held_out.append((teacher(varied), masks))
 
         return run.optimize(self.head, optimizer, training_loss, lambda: (
             (loss_of(features, masks), len(masks)) for features, masks in held_out))
@@ -135,7 +132,7 @@ class Duet(Detector):
 
 
 class Head(nn.Module):
-    """Finds defects in the feature maps at strides 4, 8 and 16: -> logits [N, 1, h, w] at stride 8."""
+    """Segments defects: feature maps at strides 4, 8 and 16 -> logits [N, 1, h, w] at stride 8."""
 
     def __init__(self, channels: Sequence[int], width: int) -> None:
         super().__init__()
@@ -156,7 +153,7 @@ class Head(nn.Module):
         return logits
 
     def branches(self) -> "tuple[Branch, Branch, Branch]":
-        """Those for the strides 4, 8 and 16."""
+        """The branches for the strides 4, 8 and 16."""
         return self.stride_4, self.stride_8, self.stride_16
 
     def folded(self) -> fx.GraphModule:
@@ -169,7 +166,7 @@ class Head(nn.Module):
 
 
 class Branch(nn.Module):
-    """Standardises the channels of a feature map, as it was told once, and mixes them."""
+    """Standardises the channels of a feature map, with fixed statistics, and mixes them."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
@@ -188,14 +185,14 @@ class Branch(nn.Module):
 
     @torch.inference_mode()
     def learn_standard(self, features: Sequence[Tensor]) -> None:
-        """Let each channel of these feature maps [N, C, h, w] have mean 0 and deviation 1."""
-        values = torch.cat([part.float() for part in features]).transpose(0, 1).flatten(1)
+        """Standardise each channel to mean 0 and deviation 1 on these feature maps [N, C, h, w]."""
+        values = torch.cat([batch.float() for batch in features]).transpose(0, 1).flatten(1)
         assert isinstance(self.standardize, nn.BatchNorm2d)
         self.standardize.load_state_dict({"running_mean": values.mean(1), "running_var": values.var(1)}, strict=False)
 
     @torch.no_grad()
     def fold(self) -> None:
-        """Let the convolution standardise, too."""
+        """Fold the standardisation into the convolution."""
         norm = self.standardize
         conv = nn.Conv2d(self.conv.in_channels, self.conv.out_channels, 1, device=self.conv.weight.device)
         assert isinstance(norm, nn.BatchNorm2d)
@@ -218,10 +215,9 @@ class Separable(nn.Sequential):
 
 
 def vary(images: Tensor, map_size: tuple[int, int], generator: np.random.Generator) -> tuple[Tensor, Tensor]:
-    """A training batch: images [N, H, W, 3], uint8, some with synthetic anomalies, and the masks, float [N, h, w]."""
-
-    good = [one[:, ::-1] if generator.random() < 0.5 else one for one in images.numpy()]
-    changed, masks = [], []
+    """Vary good images, uint8 [N, H, W, 3], some by synthetic anomalies; returns images and masks, float [N, h, w]."""
+    good = [image[:, ::-1] if generator.random() < 0.5 else image for image in images.numpy()]
+    varied, masks = [], []
     for image in good:
         draw = generator.random()
         mask = np.zeros(image.shape[:2], bool)
@@ -230,20 +226,20 @@ def vary(images: Tensor, map_size: tuple[int, int], generator: np.random.Generat
         elif draw < ANOMALOUS + AUGMENTED:
             contrast, brightness = generator.uniform(0.85, 1.15), generator.uniform(-20, 20)
             image = ((image - 128.0) * contrast + 128 + brightness).clip(0, 255).astype(np.uint8)
-        changed.append(np.ascontiguousarray(image))
+        varied.append(np.ascontiguousarray(image))
         masks.append(mask)
     covered = F.adaptive_avg_pool2d(torch.from_numpy(np.stack(masks)).float(), map_size)
-    return torch.from_numpy(np.stack(changed)), (covered >= LEAST_COVERED).float()
+    return torch.from_numpy(np.stack(varied)), (covered >= LEAST_COVERED).float()
 
 
 def segmentation_loss(logits: Tensor, masks: Tensor) -> Tensor:
     """Focal loss (Lin et al., ICCV 2017, gamma 2) and soft Dice loss (Milletari et al., 3DV 2016) of [N, h, w]."""
-    likely = logits.sigmoid()
+    probability = logits.sigmoid()
     error = F.binary_cross_entropy_with_logits(logits, masks, reduction="none")
-    missed = masks * (1 - likely) + (1 - masks) * likely
+    missed = masks * (1 - probability) + (1 - masks) * probability
     focal = (missed.square() * error).mean()
-    overlap = (likely * masks).sum()
-    dice = 1 - (2 * overlap + 1) / (likely.sum() + masks.sum() + 1)
+    overlap = (probability * masks).sum()
+    dice = 1 - (2 * overlap + 1) / (probability.sum() + masks.sum() + 1)
     return FOCAL * focal + DICE * dice
 
 
@@ -252,9 +248,9 @@ def _crop(features: Sequence[Tensor], masks: Tensor, generator: np.random.Genera
     height, width = masks.shape[1:]
     side = min(CROP, height, width) // 2 * 2
     top, left = (2 * int(generator.integers((length - side) // 2 + 1)) for length in (height, width))
-    parts = [f[:, :, int(top * r):int((top + side) * r), int(left * r):int((left + side) * r)]
-             for f, r in zip(features, (2, 1, 0.5))]
-    return parts, masks[:, top:top + side, left:left + side]
+    crops = [values[:, :, int(top * scale):int((top + side) * scale), int(left * scale):int((left + side) * scale)]
+             for values, scale in zip(features, (2, 1, 0.5))]
+    return crops, masks[:, top:top + side, left:left + side]
 
 
 def _double(values: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Encoders: a CNN or a vision transformer of timm as a torch.fx graph, from an image to feature maps."""
+"""Encoders: a timm CNN or vision transformer as a torch.fx graph, from an image to feature maps."""
 
 from typing import Any
 
@@ -17,19 +17,20 @@ from uadtool.lab.detectors.backbones import (
 )
 
 STRIDES = (8, 16)
-"""Of the feature maps of a CNN."""
+"""Strides of the feature maps of a CNN."""
 TRANSFORMERS = ("vision_transformer", "deit")
-"""The modules of timm that hold plain vision transformers."""
+"""timm's modules of plain vision transformers."""
+
 
 def build_encoder(name: str, image_size: tuple[int, int]) -> fx.GraphModule:
-    """Build timm's ``name`` with random weights as a graph: image [N, 3, H, W] -> feature maps, fine ones first.
+    """Build timm's ``name`` with random weights as a graph: image [N, 3, H, W] -> feature maps, finest first.
 
-    Those of a CNN are at strides 8 and 16. Those of a vision transformer, ``vit_*`` or ``deit_*``, all at the stride
-    of its patches, are means of the lower and of the upper ones of its middle layers, without class and register
-    tokens. Parameter names are those of timm.
+    A CNN gives feature maps at strides 8 and 16. A vision transformer, ``vit_*`` or ``deit_*``, gives two maps at the
+    stride of its patches: the means of the lower and of the upper half of its middle layers, without class and
+    register tokens. Parameters have timm's names.
 
     Raises:
-        UadtoolError: as ``build_backbone``, or the image size is no multiple of the largest stride.
+        UadtoolError: as ``build_backbone``, or the image size is not a multiple of the largest stride.
     """
     check_name(name)
     if timm.models.is_model_in_modules(name, TRANSFORMERS):
@@ -42,7 +43,7 @@ def build_encoder(name: str, image_size: tuple[int, int]) -> fx.GraphModule:
 def _build_transformer(name: str, image_size: tuple[int, int]) -> fx.GraphModule:
     network: Any = timm.create_model(name, img_size=image_size, dynamic_img_size=False)
     check_size(name, image_size, network.patch_embed.patch_size[0])
-    network.patch_embed.img_size = None  # no check of the size in the graph
+    network.patch_embed.img_size = None  # keeps the check of the size out of the graph
     for path, module in list(network.named_modules()):
         if isinstance(module, nn.Dropout):
             network.set_submodule(path, nn.Identity())
@@ -55,7 +56,7 @@ def _build_transformer(name: str, image_size: tuple[int, int]) -> fx.GraphModule
     try:
         traced = plain_graph(_MiddleLayers(network), name)
     except Exception as error:  # torch.fx raises many types
-        raise UadtoolError(f"{name!r} cannot serve as teacher, torch.fx cannot trace it: "
+        raise UadtoolError(f"{name!r} cannot serve as teacher: torch.fx cannot trace it: "
                            f"{str(error).splitlines()[0]}") from error
     for node in traced.graph.nodes:
         if node.op in ("call_module", "get_attr"):
@@ -66,9 +67,9 @@ def _build_transformer(name: str, image_size: tuple[int, int]) -> fx.GraphModule
 
 
 class _MiddleLayers(nn.Module):
-    """Image -> the mean of the patch tokens of lower, and of upper middle layers, as maps.
+    """Image -> means of the patch tokens of the lower and of the upper middle layers, as maps.
 
-    The middle is all but the first and the last sixth, as in Dinomaly: 3 to 10 of 12.
+    The middle excludes the first and the last sixth, as in Dinomaly: layers 3 to 10 of 12.
     """
 
     def __init__(self, network: Any) -> None:

@@ -1,4 +1,4 @@
-"""A memory of good patches as a part of the graph: PatchCore (Roth et al., CVPR 2022, arXiv 2106.08265), compact."""
+"""A compact memory bank of good patches inside the graph: PatchCore (Roth et al., CVPR 2022, arXiv 2106.08265)."""
 
 from collections.abc import Iterable
 
@@ -7,18 +7,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 PATCHES = 60_000
-"""Of all images, the same number of each, from which a memory chooses."""
+"""Candidates that a memory chooses from; every image contributes the same number."""
 CHUNK = 500
-"""Entries whose distances are computed at once: so they stay in the cache. Ten times faster than all at once."""
+"""Entries whose distances are computed at once. They then stay in the cache, which is ten times faster."""
 
 
 class PatchMemory(nn.Module):
-    """Distance of each patch to the nearest one in the memory: features [N, C, h, w] -> [N, 1, h, w].
+    """Distance of each patch to the nearest entry: features [N, C, h, w] -> [N, 1, h, w].
 
-    A patch is the mean of ``context`` x ``context`` positions, in principal components of standardised channels, as
-    many as ``components`` or as there are channels.
-    min |x - c|^2 over entries c is |x|^2 - max (2 x.c - |c|^2): a matrix product and a maximum, which every runtime has
-    fast. ``parts`` hold 2 c and -|c|^2: [components + 1, up to 500 entries] each.
+    A patch is the mean of ``context`` x ``context`` positions, in at most ``components`` principal components of the
+    standardised channels.
+    min |x - c|^2 over entries c is |x|^2 - max (2 x.c - |c|^2): a matrix product and a maximum, which are fast in every
+    runtime. ``parts`` hold 2 c and -|c|^2: [components + 1, up to 500 entries] each.
     """
 
     def __init__(self, channels: int, components: int, entries: int, context: int) -> None:
@@ -38,21 +38,26 @@ class PatchMemory(nn.Module):
 
     @torch.no_grad()
     def fit(self, features: Iterable[Tensor], images: int, seed: int) -> None:
-        """Choose principal components and entries from the feature maps of so many good images, in place."""
-        each = max(1, PATCHES // images)
+        """Choose principal components and entries, in place, from batches of feature maps [N, C, h, w] of good images.
+
+        Args:
+            images: the number of images in all batches.
+        """
+        per_image = max(1, PATCHES // images)
         generator = torch.Generator().manual_seed(seed)
-        chosen = []
-        for part in features:
-            for one in self._average(part.float()).flatten(2):
-                chosen.append(one[:, torch.randperm(one.shape[1], generator=generator)[:each]].T)
-        patches = torch.cat(chosen)
+        candidates = []
+        for batch in features:
+            for values in self._average(batch.float()).flatten(2):
+                positions = torch.randperm(values.shape[1], generator=generator)[:per_image]
+                candidates.append(values[:, positions].T)
+        patches = torch.cat(candidates)
         weight, bias = standardized_components(patches, self.project.out_channels)
         self.project.weight.copy_(weight[:, :, None, None])
         assert self.project.bias is not None
         self.project.bias.copy_(bias)
         stored = patches @ weight.T + bias
         entries = stored[coreset(stored, self.entries)]
-        missing = self.entries - len(entries)  # of few images: the first entry stands for those that are not there
+        missing = self.entries - len(entries)  # from few images; copies of the first entry fill the memory
         self.fill(torch.cat([entries, entries[:1].expand(missing, -1)]))
 
     @torch.no_grad()
@@ -63,7 +68,7 @@ class PatchMemory(nn.Module):
             part.copy_(values.T)
 
     def _average(self, values: Tensor) -> Tensor:
-        """Fewer positions at the border."""
+        """Mean over the context, which is smaller at the border."""
         if self.context == 1:
             return values
         return F.avg_pool2d(values, self.context, 1, self.context // 2, count_include_pad=False)
@@ -71,10 +76,10 @@ class PatchMemory(nn.Module):
 
 @torch.inference_mode()
 def coreset(patches: Tensor, count: int) -> Tensor:
-    """Indices of ``count`` of the patches [N, D] such that none of the others is far from all of them.
+    """Indices of up to ``count`` of the patches [N, D] that represent the others.
 
-    Greedy k-centre: the next one is always that with the greatest distance to those chosen so far; the first one is
-    that with the greatest distance to the mean.
+    Greedy k-centre: first the patch with the greatest distance to the mean, then always the patch with the greatest
+    distance to those chosen so far.
     """
     count = min(count, len(patches))
     norms = patches.square().sum(1)
@@ -83,9 +88,9 @@ def coreset(patches: Tensor, count: int) -> Tensor:
     for place in range(count):
         index = int(distances.argmax())
         chosen[place] = index
-        to_it = (norms + norms[index]).addmv_(patches, patches[index], alpha=-2)
-        distances = to_it if place == 0 else torch.minimum(distances, to_it)
-        distances[index] = -1  # never again, even where patches are equal
+        new_distances = (norms + norms[index]).addmv_(patches, patches[index], alpha=-2)
+        distances = new_distances if place == 0 else torch.minimum(distances, new_distances)
+        distances[index] = -1  # never chosen again, even if patches are equal
     return chosen
 
 
@@ -100,10 +105,10 @@ def principal_components(patches: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 @torch.inference_mode()
 def standardized_components(patches: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The first principal components of patches [N, D] whose channels have deviation 1, as a linear map of the patches.
+    """The first principal components of standardised patches, as a linear map of the patches [N, D].
 
     Returns:
-        Its weight [count, D] and its bias [count], with which the components have mean 0.
+        The weight [count, D] and the bias [count], with which the components have mean 0.
     """
     scale = 1 / patches.std(0).clamp(min=1e-6)
     mean, vectors = principal_components(patches * scale, count)

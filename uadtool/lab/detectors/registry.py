@@ -1,4 +1,4 @@
-"""Detection methods by name, and building a detector from its metadata."""
+"""The detection methods by name, and building a detector from its metadata."""
 
 import inspect
 import math
@@ -16,39 +16,38 @@ from uadtool.lab.detectors.uninformed_students import UninformedStudents
 from uadtool.metadata import Metadata
 
 Method = Callable[..., Detector]
-"""A subclass of ``Detector``, called with (teacher, image_size, classes, **options); every option has a default."""
+"""A subclass of ``Detector``, called with (teacher, image_size, classes, **options). Every option has a default."""
 
 BUILT_IN: dict[str, Method] = {"stfpm": STFPM, "rd": ReverseDistillation, "us": UninformedStudents,
                                "dinomaly": Dinomaly, "duet": Duet}
 
 PLUG_INS = "uadtool.detectors"
-"""Group of the entry points with which other packages add methods: name -> subclass of ``Detector``."""
-
+"""Entry point group in which other packages add methods: name -> subclass of ``Detector``."""
 
 
 def find_method(name: str) -> Method:
-    """The detector class of a method, built in or of an installed package.
+    """The detector class of a method, built in or from an installed package.
 
     Raises:
-        UadtoolError: there is none of this name, or its package cannot be imported.
+        UadtoolError: no method has this name, or its package cannot be imported.
     """
     if name in BUILT_IN:
         return BUILT_IN[name]
     plug_ins = {point.name: point for point in entry_points(group=PLUG_INS)}
     if name not in plug_ins:
-        raise UadtoolError(f"unknown method {name!r}; there are {', '.join([*BUILT_IN, *plug_ins])}")
+        raise UadtoolError(f"unknown method {name!r}; take one of {', '.join([*BUILT_IN, *plug_ins])}")
     try:
         method: Method = plug_ins[name].load()
-    except Exception as error:  # any, of code that is not ours
+    except Exception as error:  # code of another package may raise anything
         raise UadtoolError(f"method {name!r} cannot be loaded from {plug_ins[name].value}: {error}") from error
     return method
 
 
 def method_options(method: str, given: Mapping[str, str]) -> dict[str, Any]:
-    """All options of a method, the given ones in place of the defaults, converted to the types of these.
+    """All options of a method: the given values, converted to the types of the defaults, and the other defaults.
 
     Raises:
-        UadtoolError: the method has no such option, or a value is not of its type.
+        UadtoolError: the method has no such option, or a value does not have its type.
     """
     _, _, _, *parameters = inspect.signature(find_method(method)).parameters.values()
     options = {parameter.name: parameter.default for parameter in parameters}
@@ -59,7 +58,7 @@ def method_options(method: str, given: Mapping[str, str]) -> dict[str, Any]:
         try:
             options[name] = {"true": True, "false": False}[value] if kind is bool else kind(value)
         except (KeyError, ValueError) as error:
-            raise UadtoolError(f"option {name} of {method} is no {kind.__name__}: {value!r}") from error
+            raise UadtoolError(f"option {name} of {method} must be of type {kind.__name__}, not {value!r}") from error
         if kind is float and not math.isfinite(options[name]):
             raise UadtoolError(f"option {name} of {method} must be finite, not {value}")
     return options
@@ -69,7 +68,7 @@ def build_detector(metadata: Metadata) -> Detector:
     """The detector that the metadata describes, in its deployed form (batch norm folded), with random weights.
 
     Raises:
-        UadtoolError: this version does not know the method or the teacher.
+        UadtoolError: this version does not have the method or the teacher, or cannot build it with these options.
     """
     method = find_method(metadata.method)
     try:
@@ -77,6 +76,6 @@ def build_detector(metadata: Metadata) -> Detector:
         return detector.fold_batch_norm()
     except UadtoolError:
         raise
-    except Exception as error:  # of torch, which complains in many ways of sizes that cannot be
-        raise UadtoolError(f"the model has options {metadata.options!s:.200} that this version does not know; "
+    except Exception as error:  # torch raises many types for impossible sizes
+        raise UadtoolError(f"the model has options {metadata.options!s:.200} that this version does not support; "
                            "use the version of uadtool that made it") from error

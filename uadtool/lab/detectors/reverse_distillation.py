@@ -1,7 +1,7 @@
 """Reverse Distillation (Deng and Li, CVPR 2022, arXiv 2201.10703).
 
-A bottleneck squeezes the teacher's feature maps into one, and a decoder, the student, gives them back from that. What
-never occurred does not pass the bottleneck, so there teacher and student differ.
+The student reconstructs the teacher's feature maps through a bottleneck that blocks patterns unseen in training. Where
+teacher and student differ, there is an anomaly.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,6 @@ from uadtool.lab.detectors.stfpm import distance_maps, distillation_loss
 from uadtool.lab.training.loop import Outcome, Run
 
 LEAST_WIDTH = 0.125
-
 LEARNING_RATE, BETAS, WEIGHT_DECAY = 5e-3, (0.5, 0.999), 1e-5
 """As in arXiv 2407.02968 (table 1) and the authors' code."""
 
@@ -29,21 +28,21 @@ class ReverseDistillation(Detector):
         teacher: name of a timm CNN.
         image_size: (height, width) of the input in pixels.
         classes: number of classes.
-        width: channels of the decoder's stages, in those of the feature maps that they give.
+        width: channels of the decoder's stages, relative to the feature maps that they give.
 
     Raises:
-        UadtoolError: there is no such teacher, an option is out of range, or a side is no multiple of 32.
+        UadtoolError: the teacher is unknown or unsuitable, the width is too small, or a side is not a multiple of 32.
     """
 
     def __init__(self, teacher: str, image_size: tuple[int, int], classes: int, width: float = 2.0) -> None:
         check_size("rd", image_size, 32)
         if width < LEAST_WIDTH:
             raise UadtoolError(f"the option width of rd must be at least {LEAST_WIDTH}, not {width:g}")
-        network = build_backbone(teacher, image_size)
-        shapes = feature_shapes(network, image_size)
+        backbone = build_backbone(teacher, image_size)
+        shapes = feature_shapes(backbone, image_size)
         channels, map_size = [shape[0] for shape in shapes], shapes[0][1:]
         super().__init__(classes, sum(channels), map_size, *normalization(teacher), maps=3)
-        self.teacher = network
+        self.teacher = backbone
         self.student: nn.Module = Student(channels, width)
         self.smooth = Smoothing(3, map_size[0] / image_size[0])
 
@@ -69,10 +68,10 @@ class ReverseDistillation(Detector):
 
 
 class Student(nn.Module):
-    """From feature maps at strides 4, 8 and 16 through one at stride 32 back to them.
+    """Bottleneck and decoder: feature maps at strides 4, 8 and 16 -> one map at stride 32 -> the same feature maps.
 
-    The decoder enlarges by nearest neighbours and convolves, where the paper has transposed convolutions: every runtime
-    has that in integers, and it draws no checkerboards.
+    The decoder enlarges by nearest neighbours and convolves, instead of the paper's transposed convolutions: every
+    runtime has this in integers, and it avoids checkerboard patterns.
     """
 
     def __init__(self, channels: Sequence[int], width: float) -> None:

@@ -1,8 +1,8 @@
 """Uninformed Students (Bergmann et al., CVPR 2020, arXiv 1911.02357).
 
-The teacher, a small network that sees patches of 32 x 32 pixels, learns what a pretrained backbone says of them. Three
-students of the same architecture learn the teacher's descriptors. Where they are wrong on average, or disagree, there
-is an anomaly.
+The teacher, a small network that sees patches of 32 x 32 pixels, learns to describe them as a pretrained backbone does.
+Three students of the same architecture learn the teacher's descriptors. Where they are wrong on average, or disagree,
+there is an anomaly.
 """
 
 from collections import OrderedDict
@@ -23,24 +23,25 @@ from uadtool.lab.training.precision import autocast
 
 STUDENTS = 3
 STRIDE = 4
-"""Of the descriptors, in pixels."""
+"""Stride of the descriptors, in pixels."""
 CROP = 128
-"""Side, in pixels, of the part of each image that a step trains on: four times as many steps in the same time."""
+"""Side, in pixels, of the part of each image that a step trains on. It allows four times the steps in the same time."""
 LEARNING_RATE, WEIGHT_DECAY = 1e-3, 1e-5
-"""The rate is ten times that of the paper, whose batches have one image."""
+"""The learning rate is ten times the paper's, whose batches have one image."""
 
 
 class UninformedStudents(Detector):
-    """Teacher and students, patch networks all; the backbone is there for training alone.
+    """Teacher and students, all patch networks. The backbone is used in training only.
 
     Args:
-        teacher: name of a timm CNN, the backbone.
+        teacher: name of the backbone, a timm CNN.
         image_size: (height, width) of the input in pixels.
         classes: number of classes.
-        width: channels of the patch networks, in those of the paper.
+        width: channels of the patch networks, relative to the paper.
 
     Raises:
-        UadtoolError: there is no such backbone, or the width leaves no descriptors or longer ones than its features.
+        UadtoolError: the backbone is unknown or unsuitable, or descriptors of this width would be empty or longer than
+            the backbone's features.
     """
 
     def __init__(self, teacher: str, image_size: tuple[int, int], classes: int, width: float = 0.125) -> None:
@@ -59,8 +60,8 @@ class UninformedStudents(Detector):
         return self.backbone
 
     def raw_maps_and_descriptor(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Squared error of the students' mean and their variance (eq. 8-10), as means over channels; and the mean of
-        the teacher's descriptors.
+        """Maps: squared error of the students' mean, and their variance (eq. 8-10), as means over channels. Descriptor:
+        the mean of the teacher's descriptors.
         """
         descriptors = self.teacher(pixels)
         differences = torch.stack([student(pixels) for student in self.student]) - descriptors
@@ -69,20 +70,21 @@ class UninformedStudents(Detector):
         return torch.stack([error, differences.square().mean((0, 4)) - error], dim=1), pooled_descriptor([descriptors])
 
     def fit(self, run: Run) -> Outcome:
-        """Train the teacher and, towards what it says by then, the students."""
+        """Train the teacher and, towards its current descriptors, the students."""
         networks = nn.ModuleDict({"teacher": self.teacher, "student": self.student})
         optimizer = torch.optim.Adam(networks.parameters(), LEARNING_RATE, weight_decay=WEIGHT_DECAY)
         components = whitened_components((features for _, features in run.training.batches()),
-                                             self.prototypes.shape[1])
+                                         self.prototypes.shape[1])
 
         def loss_of(images: Tensor, features: Sequence[Tensor]) -> Tensor:
             with autocast(run.device, run.dtype):
                 pixels = self.prepare(images.to(run.device))
                 descriptors = self.teacher(pixels).float()
-                learned = torch.stack([student(pixels) for student in self.student]).float()
-            told = components([f.to(run.device) for f in features])
-            wanted = F.interpolate(told, size=descriptors.shape[2:], mode="bilinear")
-            return F.mse_loss(descriptors, wanted) + F.mse_loss(learned, descriptors.detach().expand_as(learned))
+                predictions = torch.stack([student(pixels) for student in self.student]).float()
+            targets = components([feature_map.to(run.device) for feature_map in features])
+            targets = F.interpolate(targets, size=descriptors.shape[2:], mode="bilinear")
+            return (F.mse_loss(descriptors, targets)
+                    + F.mse_loss(predictions, descriptors.detach().expand_as(predictions)))
 
         def training_loss(step: int) -> Tensor:
             return loss_of(*_crop(*run.training_batch(step), np.random.default_rng((run.seed, step))))
@@ -102,12 +104,12 @@ class UninformedStudents(Detector):
 class PatchNetwork(nn.Sequential):
     """Descriptors [N, 128 width, H/4, W/4] of the patches of 32 x 32 pixels around the cells of a grid of stride 4.
 
-    It has the paper's layers, but ReLU, which every runtime fuses into integer convolutions, instead of
-    LeakyReLU(0.005). (Of the paper's 33 rows and columns its pools drop the last.) Strided pools give all descriptors
-    at once; padding keeps their patches centred.
+    The layers are the paper's, with ReLU instead of LeakyReLU(0.005), because every runtime fuses ReLU into integer
+    convolutions. (The paper's pools drop the last of 33 rows and columns.) Strided pools give all descriptors at once;
+    padding keeps their patches centred.
 
     Args:
-        width: channels, in those of the paper.
+        width: channels, relative to the paper.
     """
 
     def __init__(self, width: float) -> None:
@@ -126,9 +128,9 @@ def _convolution(inputs: int, outputs: int, size: int, padding: int) -> nn.Conv2
 
 
 def whitened_components(training: Iterable[Sequence[Tensor]], count: int) -> Callable[[Sequence[Tensor]], Tensor]:
-    """What maps feature maps at strides 4, 8 and 16 to the first principal components of those at strides 8 and 16.
+    """A function from feature maps at strides 4, 8 and 16 to principal components of the maps at strides 8 and 16.
 
-    The components, [N, count, h, w] at stride 8, have mean 0 and deviation 1 on the training features given.
+    The components, [N, count, h, w] at stride 8, have mean 0 and deviation 1 on the ``training`` features.
     """
     def joined(features: Sequence[Tensor]) -> Tensor:
         fine, coarse = features[1].float(), features[2].float()
@@ -147,7 +149,7 @@ def whitened_components(training: Iterable[Sequence[Tensor]], count: int) -> Cal
 
 
 def _crop(images: Tensor, features: Sequence[Tensor], generator: np.random.Generator) -> tuple[Tensor, list[Tensor]]:
-    """The same random part of all images [N, H, W, 3] and of their feature maps at strides 4, 8 and 16."""
+    """The same random part of images [N, H, W, 3] and of their feature maps at strides 4, 8 and 16."""
     height, width = features[-1].shape[2:]
     rows, columns = min(CROP // 16, height), min(CROP // 16, width)
     top, left = int(generator.integers(height - rows + 1)), int(generator.integers(width - columns + 1))

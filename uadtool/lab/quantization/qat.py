@@ -75,9 +75,9 @@ def fine_tune(plan: QuantizationPlan, ranges: Ranges, target: Target, float_laye
     for name, module in quantize(plan, ranges, target, float_layers, correction).named_modules():
         if isinstance(module, QuantizedLayer):
             tuned.get_submodule(name).bias = nn.Parameter(module.bias.clone(), requires_grad=False)
-    student = tuned.get_submodule(tuned.trained).requires_grad_(True)
+    student = tuned.get_submodule(tuned.trained_network).requires_grad_(True)
     tuned_plan = QuantizationPlan(tuned)
-    model = trainable(tuned_plan, ranges, target, float_layers, tuned.trained)
+    model = trainable(tuned_plan, ranges, target, float_layers, tuned.trained_network)
     points = model.get_submodule("points")
     optimizer = torch.optim.Adam([{"params": list(student.parameters()), "lr": LEARNING_RATE},
                                   {"params": list(points.parameters()), "lr": SCALE_LEARNING_RATE}])

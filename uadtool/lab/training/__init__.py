@@ -1,1 +1,1 @@
-"""Training one model for all classes: the loop, its images, checkpoints, several processes."""
+"""The training loop, its images, checkpoints, several processes, and synthetic anomalies."""

@@ -1,4 +1,4 @@
-"""The state of an interrupted training run, as safetensors: everything that decides how it goes on."""
+"""The state of an interrupted training run, as safetensors: everything needed to continue it exactly."""
 
 import json
 import math
@@ -19,7 +19,7 @@ SCHEMA = "uadtool.checkpoint/1"
 
 def save_checkpoint(path: Path, config: dict[str, Any], progress: dict[str, Any], model: nn.Module,
                     best: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> None:
-    """Write a checkpoint, whole or not at all. ``config`` is what a run that resumes must have in common."""
+    """Write a checkpoint atomically. A run that resumes must have the same ``config``."""
     tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
     tensors |= {f"best.{name}": value for name, value in best.items()}
     for index, state in optimizer.state_dict()["state"].items():
@@ -32,34 +32,34 @@ def save_checkpoint(path: Path, config: dict[str, Any], progress: dict[str, Any]
 
 
 def read_checkpoint(path: Path, config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The progress and all tensors that a checkpoint holds, for ``restore``.
+    """The progress and the tensors of a checkpoint, for ``restore``.
 
     Raises:
-        UadtoolError: the file is no checkpoint, of a newer uadtool, or of a run with another ``config``.
+        UadtoolError: the file is not a checkpoint, was written by a newer uadtool, or belongs to a run with another
+            ``config``.
     """
     try:
         with safe_open(str(path), framework="pt") as file:
-            before, progress = read_header(file.metadata(), str(path))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - safe_open is no dict
+            saved_config, progress = read_header(file.metadata(), str(path))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - safe_open is not a dict
     except (OSError, SafetensorError, ValueError) as error:
         raise UadtoolError(f"{path} is not a checkpoint of uadtool: {error}; remove it to start anew") from error
-    config = json.loads(json.dumps(config))  # so that tuples compare as the lists they became
-    changed = [name for name in config if before.get(name) != config[name]]
-    if changed:
-        name = changed[0]
-        raise UadtoolError(f"{path} is of a run with {name} {before.get(name)!r:.200}, this one has "
-                           f"{config[name]!r:.200}; use the same, or start anew without --resume")
+    config = json.loads(json.dumps(config))  # turns tuples into lists, as in the file
+    for name, value in config.items():
+        if saved_config.get(name) != value:
+            raise UadtoolError(f"{path} belongs to a run with {name} {saved_config.get(name)!r:.200}, this run has "
+                               f"{value!r:.200}; use the same, or start anew without --resume")
     return progress, tensors
 
 
-def restore(found: tuple[dict[str, Any], dict[str, Tensor]], model: nn.Module,
+def restore(checkpoint: tuple[dict[str, Any], dict[str, Tensor]], model: nn.Module,
             optimizer: torch.optim.Optimizer) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Restore model and optimizer, in place, from what ``read_checkpoint`` found; returns (progress, best).
+    """Restore model and optimizer, in place, from the result of ``read_checkpoint``; returns (progress, best).
 
     Raises:
-        UadtoolError: the tensors are not those of this model and optimizer.
+        UadtoolError: the tensors do not fit this model and optimizer.
     """
-    progress, tensors = found
+    progress, tensors = checkpoint
 
     def part(prefix: str) -> dict[str, Tensor]:
         return {name[len(prefix):]: value for name, value in tensors.items() if name.startswith(prefix)}
@@ -71,21 +71,20 @@ def restore(found: tuple[dict[str, Any], dict[str, Tensor]], model: nn.Module,
             index, entry = name.split(".")
             state["state"].setdefault(int(index), {})[entry] = value
         optimizer.load_state_dict(state)
-        if progress["best_loss"] != math.inf:  # there is no best one before the first evaluation
+        if progress["best_loss"] != math.inf:  # before the first evaluation no best state exists
             model.load_state_dict(best)
         model.load_state_dict(part("model."))
     except (KeyError, RuntimeError, ValueError) as error:
-        raise UadtoolError("the tensors of the checkpoint are not those of this run; remove it to start anew"
-                           ) from error
+        raise UadtoolError("the tensors of the checkpoint do not fit this run; remove it to start anew") from error
     return progress, best
 
 
 def read_header(metadata: Optional[dict[str, str]], source: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The ``config`` and the ``progress`` that ``save_checkpoint`` wrote into the header of the file ``source``.
+    """The ``config`` and the ``progress`` in the header of a checkpoint, the file ``source``.
 
     Raises:
-        ValueError: they are not there.
-        UadtoolError: they are of a newer uadtool.
+        ValueError: the header lacks them.
+        UadtoolError: a newer uadtool wrote the file.
     """
     try:
         header = json.loads((metadata or {})[KEY])
@@ -95,5 +94,5 @@ def read_header(metadata: Optional[dict[str, str]], source: str) -> tuple[dict[s
     except (KeyError, RecursionError, TypeError) as error:
         raise ValueError(f"its header lacks {error}") from error
     if not isinstance(config, dict) or kinds != [int, int, float]:
-        raise ValueError("its header is not that of one")
+        raise ValueError("its header is invalid")
     return config, progress

@@ -22,7 +22,9 @@ Teacher = Callable[[Tensor], Sequence[Tensor]]
 """uint8 images [N, H, W, 3] -> feature maps [N, C, h, w]."""
 
 MEMORY_SHARE = 0.5
+"""Share of the main memory that images and features may fill."""
 CHUNK = 32
+"""Images that are read and passed through a network at once."""
 
 log = logging.getLogger("uadtool")
 
@@ -31,7 +33,7 @@ def read_images(samples: Sequence[Sample], image_size: tuple[int, int], threads:
     """Decode the images of the samples: uint8 [N, H, W, 3].
 
     Raises:
-        ImageError: one of them cannot be read; training does not go on without an image it was given.
+        ImageError: an image cannot be read.
     """
     images = []
     for _, image in read_ahead(lambda sample: read_image(sample.path, image_size), samples, threads, 2 * threads):
@@ -42,31 +44,31 @@ def read_images(samples: Sequence[Sample], image_size: tuple[int, int], threads:
 
 
 def split_training(samples: Sequence[Sample], share: float, seed: int) -> tuple[list[Sample], list[Sample]]:
-    """``split_held_out``, but a class of one image, which cannot spare it, has it on both sides."""
-    rest, held_out = split_held_out(samples, share, seed)
+    """``split_held_out``, except that the only image of a class is used on both sides: (training, held out)."""
+    training, held_out = split_held_out(samples, share, seed)
     classes = {sample.class_name for sample in held_out}
-    return rest, held_out + [sample for sample in rest if sample.class_name not in classes]
+    return training, held_out + [sample for sample in training if sample.class_name not in classes]
 
 
 def names_digest(samples: Sequence[Sample]) -> str:
-    """Of the class and the name of each image, in order: what a data set keeps wherever it lies."""
+    """Digest of the class and the file name of each image, in order. It survives moving the data set."""
     return list_digest(f"{sample.class_name}/{Path(sample.path).name}" for sample in samples)
 
 
 def split_again(metadata: Metadata, samples: Sequence[Sample]) -> tuple[list[Sample], list[Sample]]:
-    """``split_training`` as the run did it that trained this model.
+    """``split_training`` as in the run that trained this model.
 
     Raises:
-        UadtoolError: the metadata do not tell, or these are other samples, of which others would be held out.
+        UadtoolError: the metadata do not record the split, or the samples are not those of the run.
     """
     origin = metadata.provenance[0] if metadata.provenance else {}
     share, seed = origin.get("held_out"), origin.get("seed")
     if not isinstance(share, float) or not 0 < share < 1 or not isinstance(seed, int):
-        raise UadtoolError("the model does not tell which images were held out when it was trained; train it again")
+        raise UadtoolError("the model does not record which images were held out when it was trained; train it again")
     names = names_digest(samples)
     if origin.get("names", names) != names:
         raise UadtoolError("these are not the good images that the model was trained on: some were added, removed or "
-                           "renamed, so nobody can tell which were held out; give them as they were, or train again")
+                           "renamed; give the original images, or train again")
     return split_training(samples, share, seed)
 
 
@@ -77,72 +79,73 @@ def image_batches(samples: Sequence[Sample], image_size: tuple[int, int],
     Raises:
         ImageError: as ``read_images``.
     """
-    for places in chunks(len(samples)):
-        part = samples[places.start:places.stop]
-        yield part, read_images(part, image_size, threads)
+    for indices in chunks(len(samples)):
+        batch = samples[indices.start:indices.stop]
+        yield batch, read_images(batch, image_size, threads)
 
 
 def chunks(total: int) -> list[range]:
-    """The indices of so many images, in ranges of at most 32."""
+    """The indices of ``total`` images, in ranges of at most 32."""
     return [range(start, min(start + CHUNK, total)) for start in range(0, total, CHUNK)]
 
 
 class TeacherFeatures:
-    """Images with the teacher's feature maps of them, by index.
+    """Images and the teacher's feature maps, by index.
 
-    When both fit into half of the main memory they are computed once, at the start; else batch by batch. Processes
-    that train together compute a share each, and then all of them have all.
+    If they fit into half of the main memory, they are computed once, at the start; otherwise batch by batch. Processes
+    that train together compute a share each and exchange the results.
 
     Args:
-        most_images: how many images there are with those of other instances, which share the memory.
+        all_images: number of images of all instances that share the memory.
     """
 
     def __init__(self, samples: Sequence[Sample], image_size: tuple[int, int], teacher: Teacher, threads: int,
-                 most_images: int) -> None:
+                 all_images: int) -> None:
         self.samples, self.image_size, self.teacher, self.threads = samples, image_size, teacher, threads
         self._cache: tuple[Tensor, list[Tensor]] | None = None
-        first = self._compute([0])
-        one = sum(t.nbytes for t in (first[0], *first[1]))
-        most = MEMORY_SHARE * usable_memory() / distributed.processes_here()
-        if distributed.any_of_them(one * most_images >= most):
+        images, features = self._compute([0])
+        bytes_per_image = sum(tensor.nbytes for tensor in (images, *features))
+        available = MEMORY_SHARE * usable_memory() / distributed.local_processes()
+        if distributed.any_process(bytes_per_image * all_images >= available):
             log.info("the images do not fit into memory; they are read again in every epoch")
         else:
-            self._cache = self._fill(first)
+            self._cache = self._compute_all(images, features)
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def batch(self, indices: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
-        """Images [N, H, W, 3] and the teacher's feature maps of them."""
+        """Images [N, H, W, 3] and the teacher's feature maps."""
         if self._cache is None:
             return self._compute(indices)
         images, features = self._cache
-        chosen = torch.as_tensor(indices)
-        return images[chosen], [f[chosen] for f in features]
+        rows = torch.as_tensor(indices)
+        return images[rows], [feature_map[rows] for feature_map in features]
 
     def batches(self) -> Iterator[tuple[Tensor, list[Tensor]]]:
         """All images in order, in batches of at most 32."""
-        for part in chunks(len(self)):
-            yield self.batch(part)
+        for indices in chunks(len(self)):
+            yield self.batch(indices)
 
     def _compute(self, indices: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
         images = read_images([self.samples[i] for i in indices], self.image_size, self.threads)
-        return images, [f.cpu() for f in self.teacher(images)]
+        return images, [feature_map.cpu() for feature_map in self.teacher(images)]
 
-    def _fill(self, first: tuple[Tensor, list[Tensor]]) -> tuple[Tensor, list[Tensor]]:
+    def _compute_all(self, image: Tensor, image_features: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """The images and features of all processes, in tensors like those of one image."""
         total = len(self.samples)
-        images, *features = (t.new_empty(total, *t.shape[1:]) for t in (first[0], *first[1]))
-        features = [f.contiguous(memory_format=torch.channels_last) for f in features]
-        parts = chunks(total)
-        own = distributed.share(parts)
-        with Progress("teacher features", sum(map(len, own))) as progress:
-            for indices in own:
-                part, part_features = self._compute(indices)
-                for whole, piece in zip((images, *features), (part, *part_features)):
-                    whole[indices.start:indices.stop] = piece
+        images, *features = (example.new_empty(total, *example.shape[1:]) for example in (image, *image_features))
+        features = [feature_map.contiguous(memory_format=torch.channels_last) for feature_map in features]
+        batches = chunks(total)
+        own_batches = distributed.share(batches)
+        with Progress("teacher features", sum(map(len, own_batches))) as progress:
+            for indices in own_batches:
+                batch_images, batch_features = self._compute(indices)
+                for whole, batch in zip((images, *features), (batch_images, *batch_features)):
+                    whole[indices.start:indices.stop] = batch
                 progress.update(len(indices))
         if distributed.world_size() > 1:
-            for number, indices in enumerate(parts):
-                for whole in (images, *(f.permute(0, 2, 3, 1) for f in features)):
+            for number, indices in enumerate(batches):
+                for whole in (images, *(feature_map.permute(0, 2, 3, 1) for feature_map in features)):
                     distributed.broadcast(whole[indices.start:indices.stop], number % distributed.world_size())
         return images, features

@@ -1,4 +1,4 @@
-"""Where and in which number format torch computes, chosen by what was measured to be fast."""
+"""The device and the number format that torch computes in, chosen by measured speed, and the usable memory."""
 
 import contextlib
 import os
@@ -12,23 +12,23 @@ from torch import Tensor, nn
 from uadtool.errors import UadtoolError
 
 CGROUP_LIMITS = [Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")]
-"""Of a container's memory in bytes, by cgroups 2 and 1."""
+"""Files with a container's memory limit in bytes, of cgroups 2 and 1."""
 
 
 def choose_device(name: str) -> torch.device:
-    """``auto`` is cuda when there is one, else cpu.
+    """The device of this name; ``auto`` is cuda if available, otherwise cpu.
 
     Raises:
-        UadtoolError: cuda was asked for and there is none.
+        UadtoolError: ``name`` is cuda and no CUDA device is available.
     """
     available = torch.cuda.is_available()
     if name == "cuda" and not available:
-        raise UadtoolError("no CUDA device can be used here; take --device cpu (or auto)")
+        raise UadtoolError("no CUDA device is available; take --device cpu (or auto)")
     return torch.device("cuda" if available and name != "cpu" else "cpu")
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 where the processor computes it natively (twice as fast or more), else float32."""
+    """bfloat16 if the processor computes it natively (at least twice as fast), otherwise float32."""
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
@@ -49,8 +49,8 @@ def autocast(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
 def large_depthwise_float(network: nn.Module) -> Iterator[None]:
     """Within the block, depthwise convolutions that are strided or larger than 3 x 3 compute in float32.
 
-    On a CPU their bfloat16 gradients are 3 to 9 times slower than the float32 ones (oneDNN has no such kernel),
-    which would cost a third of the training time of EfficientNet-Lite0.
+    On a CPU their gradients are 3 to 9 times slower in bfloat16 (oneDNN has no kernel for it). That would cost a third
+    of the training time of EfficientNet-Lite0.
     """
     slow = [module for module in network.modules() if isinstance(module, nn.Conv2d) and module.groups > 1
             and (module.kernel_size[0] > 3 or module.stride[0] > 1)]
@@ -72,9 +72,9 @@ def _without_autocast(forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor],
 
 
 def usable_memory() -> int:
-    """Bytes of main memory that the machine has, or that this process may use of it (in a container, say)."""
-    found = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
-    for limit in CGROUP_LIMITS:
+    """Bytes of main memory that this process may use; a container can limit it below the machine's."""
+    limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    for file in CGROUP_LIMITS:
         with contextlib.suppress(OSError, ValueError):  # the other version of cgroups, or no limit
-            found.append(int(limit.read_text()))
-    return min(found)
+            limits.append(int(file.read_text()))
+    return min(limits)

@@ -1,7 +1,7 @@
-"""Synthetic anomalies: good images with local defects drawn into them, and where they are.
+"""Synthetic anomalies: good images with local defects drawn into them, and their masks.
 
-They stand in for the defective images that nobody has: so calibration sees how far anomalous features go, and a
-segmentation head has something to learn from. No kind is a model of a real defect; the variety is what counts.
+They replace missing defective images: calibration sees the range of anomalous features, and a segmentation head has
+something to learn from. No kind models a real defect; the variety matters.
 """
 
 import math
@@ -20,9 +20,9 @@ Kind = Callable[[Floats, Floats, Generator], Floats]
 """(image, donor, generator) -> the image with one more defect."""
 
 MOST, OWN_SHARE = 3, 0.6
-"""Defects in an image, and how often the donor of one is the image itself."""
+"""Most defects in an image, and how often the donor of a defect is the image itself."""
 LEAST_CHANGE, LEAST_AREA = 8, 0.0005
-"""Levels of 255 that a pixel changes by, or keeps its value, and the share of pixels that must change."""
+"""Pixels that change by fewer levels (of 255) keep their value; at least this share of pixels must change."""
 
 
 def synthetic_anomaly(image: NDArray[np.uint8], others: Sequence[NDArray[np.uint8]],
@@ -31,11 +31,11 @@ def synthetic_anomaly(image: NDArray[np.uint8], others: Sequence[NDArray[np.uint
 
     Args:
         image: RGB, uint8 [H, W, 3].
-        others: good images of the same size, of any class, whose parts may appear in it; may be empty.
+        others: good images of the same size, of any class, as donors; may be empty.
         generator: source of all randomness.
 
     Returns:
-        The anomalous image, uint8 [H, W, 3], and its mask, bool [H, W]: true exactly where the two differ; never empty.
+        The anomalous image, uint8 [H, W, 3], and its mask, bool [H, W], true exactly where they differ, never empty.
     """
     original = image.astype(np.float32)
     while True:
@@ -56,7 +56,7 @@ def synthetic_anomalies(
     """``synthetic_anomaly`` for each of the images [N, H, W, 3], without the masks."""
     others = list(donors)
     anomalous = [synthetic_anomaly(image, others, generator)[0] for image in images]
-    return np.array(anomalous, np.uint8).reshape(images.shape)  # of no image, too
+    return np.array(anomalous, np.uint8).reshape(images.shape)  # also for no images
 
 
 def cut_paste(image: Floats, donor: Floats, generator: Generator) -> Floats:
@@ -110,7 +110,7 @@ def perlin_texture(image: Floats, donor: Floats, generator: Generator) -> Floats
 
 
 def stain(image: Floats, donor: Floats, generator: Generator) -> Floats:
-    """A soft blob of a colour that covers, tints or lights up what is below."""
+    """A soft blob of colour that covers, tints or brightens the image."""
     colour, way = _colour(image, generator), generator.integers(3)
     content = colour if way == 0 else image * colour / 255 if way == 1 else image + _shift(generator)
     return _blend(image, content, generator.uniform(0.3, 1) * _blob(image, generator))
@@ -160,7 +160,7 @@ def warp(image: Floats, donor: Floats, generator: Generator) -> Floats:
 
 
 def missing(image: Floats, donor: Floats, generator: Generator) -> Floats:
-    """A part that is not there, but the colour of the image's rim, which often is the background."""
+    """A missing part: a region in the colour of the image's rim, which often is the background."""
     rim = np.concatenate([image[0], image[-1], image[:, 0], image[:, -1]])
     grain = 2 * generator.standard_normal((*image.shape[:2], 1), dtype=np.float32)
     return _blend(image, generator.choice(rim) + grain, _region(image, generator))
@@ -175,20 +175,24 @@ def _blend(image: Floats, content: Floats, alpha: Floats) -> Floats:
 
 
 def _side(image: Floats) -> int:
-    """The unit of lengths, so that defects grow with the image."""
+    """The shorter side, the unit of lengths: defects grow with the image."""
     return int(min(image.shape[:2]))
 
 
 def _place(image: Floats, generator: Generator) -> tuple[int, int]:
-    """A random (y, x), preferably where there is something to see and no plain background."""
+    """A random (y, x), preferably on structure instead of a plain background."""
     reach = max(1, _side(image) // 32)
-    places = generator.integers(image.shape[:2], size=(3, 2)).tolist()
-    y, x = max(places, key=lambda p: image[max(0, p[0] - reach):p[0] + reach, max(0, p[1] - reach):p[1] + reach].std())
+
+    def contrast(place: Sequence[int]) -> float:
+        y, x = place
+        return float(image[max(0, y - reach):y + reach, max(0, x - reach):x + reach].std())
+
+    y, x = max(generator.integers(image.shape[:2], size=(3, 2)).tolist(), key=contrast)
     return y, x
 
 
 def _shift(generator: Generator) -> float:
-    """Levels that make things clearly lighter or darker."""
+    """A change of levels that is clearly lighter or darker."""
     return float(generator.choice([-1, 1]) * generator.uniform(40, 140))
 
 
@@ -199,7 +203,7 @@ def _colour(image: Floats, generator: Generator) -> Floats:
 
 
 def _elsewhere(donor: Floats, generator: Generator) -> Floats:
-    """The donor, shifted, mirrored, and with another contrast and brightness."""
+    """The donor, shifted, mirrored, with another contrast and brightness."""
     shift = [int(generator.uniform(0.1, 0.9) * side) for side in donor.shape[:2]]
     moved = np.roll(donor, shift, (0, 1))[::generator.choice([-1, 1]), ::generator.choice([-1, 1])]
     return moved * generator.uniform(0.7, 1.3) + generator.uniform(-30, 30)
@@ -210,7 +214,7 @@ def _region(image: Floats, generator: Generator) -> Floats:
 
 
 def _rectangle(image: Floats, generator: Generator, sides: tuple[float, float] | None = None) -> Floats:
-    """Rotated at random; sides relative to the image's."""
+    """A rectangle, rotated at random; sides relative to the image's."""
     along, across = _side(image) / 2 * np.array(sides or generator.uniform(0.04, 0.25, 2))
     angle, (y, x) = generator.uniform(0, math.pi), _place(image, generator)
     u, v = along * np.array([math.cos(angle), math.sin(angle)]), across * np.array([-math.sin(angle), math.cos(angle)])
@@ -219,7 +223,7 @@ def _rectangle(image: Floats, generator: Generator, sides: tuple[float, float] |
 
 
 def _line(image: Floats, points: Floats, width: float) -> Floats:
-    """Through points (y, x); width relative to the image's side, at least a pixel."""
+    """A line through points (y, x); width relative to the image's side, at least a pixel."""
     flat, pixels = points[:, ::-1].ravel().tolist(), max(1, round(width * _side(image)))
     return _drawn(image, lambda draw: draw.line(flat, fill=255, width=pixels))
 
@@ -227,7 +231,7 @@ def _line(image: Floats, points: Floats, width: float) -> Floats:
 def _drawn(image: Floats, draw: Callable[[ImageDraw.ImageDraw], None]) -> Floats:
     canvas = Image.new("L", image.shape[1::-1])
     draw(ImageDraw.Draw(canvas))
-    return np.asarray(canvas.filter(ImageFilter.GaussianBlur(0.6)), np.float32) / 255  # as soft as a camera draws
+    return np.asarray(canvas.filter(ImageFilter.GaussianBlur(0.6)), np.float32) / 255  # as soft as in a photograph
 
 
 def _blob(image: Floats, generator: Generator, radii: tuple[float, float] = (0.03, 0.14),
@@ -248,7 +252,7 @@ def _perlin(image: Floats, cells: int, generator: Generator) -> Floats:
     angles = generator.uniform(0, 2 * math.pi, (cells + 1, cells + 1)).astype(np.float32)
 
     def along(side: int) -> tuple[Floats, Floats]:
-        """How far each pixel is from each lattice line, in cells, and the line's weight there: [side, cells + 1]."""
+        """Distance of each pixel to each lattice line, in cells, and the line's weight: [side, cells + 1]."""
         distance = np.arange(side, dtype=np.float32)[:, None] * (cells / side) - np.arange(cells + 1, dtype=np.float32)
         near = (1 - np.abs(distance)).clip(0)
         return distance, near ** 3 * (near * (near * 6 - 15) + 10)
