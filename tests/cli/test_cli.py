@@ -107,19 +107,19 @@ def test_scoring_does_not_load_the_lab(detector, mvtec):
     (["invent"], "No such command 'invent'"),
     (["train"], "Missing argument 'DATA'"),
     (["train", "data"], "Missing option '-o'"),
-    (["train", "data", "-o", "m", "--epochs", "1", "--steps", "1"], "--epochs and --steps exclude each other"),
+    (["train", "data", "-o", "m", "--epochs", "1", "--steps", "1"], "--epochs and --steps are mutually exclusive"),
     (["train", "data", "-o", "m", "--image-size", "100"], "multiples of 16"),
     (["train", "data", "-o", "m", "--image-size", "64x64x64"], "is not a size such as"),
     (["train", "data", "-o", "m", "--image-size", "big"], "is not a size such as"),
     (["train", "data", "-o", "m", "--held-out", "1"], "not in the range"),
     (["train", "data", "-o", "m", "--seed", "-1"], "not in the range"),
     (["train", "data", "-o", "m", "--teacher-weights", "missing.pth"], "'missing.pth' does not exist"),
-    (["train", "data", "-o", "m", "--target", "openvino"], "--target is of --teacher-int8"),
-    (["train", "data", "-o", "m.onnx"], "train writes a .safetensors file, which export makes an m.onnx of"),
+    (["train", "data", "-o", "m", "--target", "openvino"], "--target requires --teacher-int8"),
+    (["train", "data", "-o", "m.onnx"], "train writes a .safetensors file; export makes m.onnx from it"),
     (["quantize", __file__, "-o", "m.engine", "--precision", "fp16"], "quantize writes a .safetensors file"),
-    (["quantize", __file__, "d", "-o", "m", "--precision", "fp16", "--no-bias-correction"], "is for int8 with DATA"),
-    (["calibrate", __file__, "-o", "r", "--source", "random-normal", "--classes", "a"], "--classes is for --source"),
-    (["calibrate", __file__, "d", "-o", "r", "--percentile", "99.99"], "--percentile is for --method percentile"),
+    (["quantize", __file__, "d", "-o", "m", "--precision", "fp16", "--no-bias-correction"], "requires int8 and DATA"),
+    (["calibrate", __file__, "-o", "r", "--source", "random-normal", "--classes", "a"], "--classes requires --source"),
+    (["calibrate", __file__, "d", "-o", "r", "--percentile", "99.99"], "--percentile requires --method percentile"),
     (["calibrate", "missing.safetensors", "data", "-o", "r"], "'missing.safetensors' does not exist"),
     (["quantize", ".", "-o", "q"], "is a directory"),
     (["export", "missing.safetensors", "-o", "m"], "'missing.safetensors' does not exist"),
@@ -245,7 +245,7 @@ def test_streams_that_are_closed(uadtool, detector, mvtec, tmp_path, line, code)
     assert done.returncode == code
     assert "Traceback" not in done.stderr
     if code == 1 and done.stderr:
-        assert done.stderr == "uadtool: error: there was no image to score\n"
+        assert done.stderr == "uadtool: error: no images to score\n"
     if "-o out" in line:
         assert (tmp_path / "out").read_text() == uadtool("compare", scores).stdout
 

@@ -182,7 +182,7 @@ def test_a_training_that_is_killed_again_and_again_ends_as_if_it_was_not(command
 @pytest.fixture
 def score_killed(commands, detector, mvtec, tmp_path):
     """Score with all files that it can write. Pictures that are there are whole, and lines but the last; then again."""
-    options = [word for name in ("heatmaps", "masks", "copy-anomalous", "link-anomalous")
+    options = [word for name in ("heatmaps", "masks", "copy-anomalous")
                for word in (f"--{name}", tmp_path / name)]
     words = ["score", detector, mvtec, *options, "--contact-sheet", tmp_path / "sheet.png", "--threads", 1]
 

@@ -195,5 +195,5 @@ def test_paths_on_stdin_have_an_end(detector: Path, tmp_path: Path) -> None:
     found = [json.loads(line) for line in done.stdout.splitlines() if "error" in line]
     assert [record["path"] for record in found] == ["a\0b.csv", "c\0d.png"]
     assert all("embedded null byte" in record["error"] for record in found)
-    assert done.stderr == ("uadtool: error: stdin is no list of paths: a line does not end; after find -print0 give "
-                           "-0\n")
+    assert done.stderr == ("uadtool: error: stdin is not a list of paths: a line does not end; after find -print0, "
+                           "use -0\n")

@@ -70,16 +70,12 @@ def test_a_manifest_names_what_lies_beside_it_or_elsewhere(memory: str, mvtec: P
     assert other.path == f"{memory}/green/test/good/000.png"
 
 
-def test_pictures_and_copies_of_what_is_elsewhere(memory: str, detector: Path, tmp_path: Path,
-                                                     caplog: pytest.LogCaptureFixture) -> None:
+def test_pictures_and_copies_of_what_is_elsewhere(memory: str, detector: Path, tmp_path: Path) -> None:
     run_here("score", detector, memory, "--heatmaps", tmp_path / "maps", "--masks", tmp_path / "masks",
              "--copy-anomalous", tmp_path / "copies", "--contact-sheet", tmp_path / "sheet.png")
     assert len(list((tmp_path / "maps").iterdir())) == len(list((tmp_path / "masks").iterdir())) == 16
     for copy in (tmp_path / "copies").iterdir():
         Image.open(copy).load()
-    run_here("score", detector, memory, "--link-anomalous", tmp_path / "links")
-    assert "is elsewhere, where no link leads; take --copy-anomalous" in caplog.text
-    assert list((tmp_path / "links").iterdir()) == []
 
 
 def test_file_urls_are_local_paths(mvtec: Path, tmp_path: Path) -> None:

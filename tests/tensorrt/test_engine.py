@@ -102,9 +102,6 @@ def test_without_a_gpu_one_must_be_named(onnx, uadtool, tmp_path):
 
 @pytest.mark.parametrize(("model", "options", "message"), [
     (("onnxruntime", "int8"), {}, "was quantized for onnxruntime, which TensorRT refuses"),
-    (("tensorrt", "fp32"), {"precision": "fp16"}, "quantize MODEL --precision fp16 --target tensorrt"),
-    (("tensorrt", "fp32"), {"precision": "int8"}, "quantize MODEL --ranges RANGES --target tensorrt"),
-    (("tensorrt", "int8"), {"precision": "fp32"}, "is int8 already, and --precision fp32 cannot change that"),
     (("tensorrt", "fp32"), {"compute_capability": "9.9"}, "cannot build for 9.9; it can for 12.0, .*8.6"),
     (("tensorrt", "fp32"), {"dla": 0}, "there is no DLA core 0; this device has 0"),
 ])
@@ -230,12 +227,11 @@ def test_what_a_dla_does_not_take(jetson, options, precision, message):
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
-    (["model.onnx", "-o", "other.onnx"], "an .onnx file an .engine"),
-    (["model.safetensors", "-o", "x.engine"], "an .onnx file an .engine"),
-    (["model.safetensors", "-o", "x.onnx", "--precision", "fp16"], "--precision is for engines"),
-    (["model.safetensors", "-o", "x.onnx", "--dla", "0"], "--dla is for engines"),
-    (["model.onnx", "-o", "x.engine", "--images", "."], "score checks an engine"),
-    (["model.onnx", "-o", "x.engine", "--gpu-fallback"], "--gpu-fallback goes with --dla"),
+    (["model.onnx", "-o", "other.onnx"], "an .onnx file into an .engine file"),
+    (["model.safetensors", "-o", "x.engine"], "an .onnx file into an .engine file"),
+    (["model.safetensors", "-o", "x.onnx", "--dla", "0"], "--dla requires an .engine output"),
+    (["model.onnx", "-o", "x.engine", "--images", "."], "check an engine with score"),
+    (["model.onnx", "-o", "x.engine", "--gpu-fallback"], "--gpu-fallback requires --dla"),
 ])
 def test_options_that_do_not_go_together(uadtool, tmp_path, arguments, message):
     for name in ("model.onnx", "model.safetensors"):

@@ -11,24 +11,24 @@ def _sizes(ctx: click.Context, param: click.Parameter, value: str) -> List[int]:
     except ValueError:
         sizes = [0]
     if sizes[0] < 1:
-        raise click.BadParameter("give whole numbers from 1, with commas between them")
+        raise click.BadParameter("give positive integers, separated by commas")
     return sizes
 
 
 @click.command()
 @click.argument("models", metavar="MODEL...", nargs=-1, required=True)
 @click.option("--repetitions", type=click.IntRange(1), metavar="N", default=5, show_default=True,
-              help="Rounds; in each one, every model has its turn.")
+              help="Rounds; each round times every model once.")
 @click.option("--duration", type=click.FloatRange(0, min_open=True), metavar="SECONDS", default=3.0, show_default=True,
-              help="How long each model is timed at each batch size, all rounds together.")
+              help="Time for each model and batch size, over all rounds.")
 @click.option("--warmup", type=click.IntRange(0), metavar="N", default=3, show_default=True,
-              help="Runs before each turn, not timed.")
+              help="Untimed runs before each measurement.")
 @click.option("--batch-sizes", metavar="N,N", default="1,8", show_default=True, callback=_sizes,
-              help="Measure throughput at these; latency is always that of one image.")
-@click.option("--layers", is_flag=True, help="Time each layer, too.")
-@click.option("--sweep-threads", "sweep", is_flag=True, help="Time each model on 1, 2, 4, ... threads, too.")
+              help="Batch sizes for throughput; latency is always that of one image.")
+@click.option("--layers", is_flag=True, help="Also time each layer.")
+@click.option("--sweep-threads", "sweep", is_flag=True, help="Also time each model on 1, 2, 4, ... threads.")
 @click.option("--roofline", is_flag=True,
-              help="Set the rate of each model against a matrix product in its runtime and precision (needs onnx).")
+              help="Compare each model with a matrix product in its runtime and precision (requires onnx).")
 @options.runtime
 @options.threads
 @options.verbosity
@@ -36,12 +36,13 @@ def bench(models: Tuple[str, ...], repetitions: int, duration: float, warmup: in
           layers: bool, sweep: bool, roofline: bool, runtime: str, threads: Optional[int]) -> None:
     """Time exported MODELs: latency, throughput, cold start, memory, and energy where it can be read, as JSON.
 
-    Models take turns, round by round, so that a machine that slows down slows all of them. Figures are the median of
-    the rounds with the lowest and the highest, latency has its percentiles over all runs, and ratios to the first model
-    are taken within each round: two models whose ratios lie on both sides of 1 are equally fast as far as this tells;
-    more --repetitions tell more. Cold start is from starting Python to the first score. Images are random: only
-    inference is timed, no decoding. Power and energy come from the sensors of a Jetson, or from the
-    processor's own counters where they may be read; with them go power mode, clocks, temperatures and throttling.
+    The models take turns in each round, so that a slowdown of the machine affects all of them. Each figure is the
+    median of the rounds, with the lowest and the highest round; latency has percentiles over all runs. Ratios to the
+    first model are taken within each round. If the ratios of two models lie on both sides of 1, the measurement cannot
+    tell the models apart; more --repetitions measure more precisely. Cold start is the time from starting Python to the
+    first score. Images are random; only inference is timed, not decoding. Power and energy come from the sensors of a
+    Jetson or from the counters of the processor, if they are readable. Power mode, clocks, temperatures and throttling
+    are reported with them.
 
     \b
     Examples:

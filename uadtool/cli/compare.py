@@ -1,35 +1,37 @@
 import json
-from typing import Optional, Sequence, Tuple
+import logging
+from typing import Any, Dict, Optional, Tuple
 
 import click
 
 from uadtool.cli import options
+from uadtool.errors import GateFailed
 
 
 @click.command()
 @click.argument("files", nargs=-1, required=True, metavar="FILE...")
 @click.option("--format", "style", type=click.Choice(["table", "markdown", "csv", "json", "html"]),
-              help="What to print; html is a page with charts and images  [default: table]")
+              help="Output format; html is a page with charts and images  [default: table]")
 @click.option("--changed", is_flag=True,
-              help="Print the images that changed sides of the threshold instead, as JSON lines.")
+              help="Print only the images that changed sides of the threshold, as JSON lines.")
 @click.option("--gate", "conditions", multiple=True, metavar="EXPR",
               help="Exit with 4 unless METRIC OP NUMBER holds; may be repeated.")
 @click.option("--junit", metavar="FILE", type=click.Path(dir_okay=False),
-              help="Write the gates as JUnit XML, a test case each.")
-@options.output("Write there, not to stdout (-).", required=False)
+              help="Write the gates as JUnit XML, one test case per gate.")
+@options.output("File to write instead of stdout (-).", required=False)
 @options.verbosity
 def compare(files: Tuple[str, ...], style: Optional[str], changed: bool, conditions: Tuple[str, ...],
             junit: Optional[str], output: Optional[str]) -> None:
-    """Set models side by side, each against the first.
+    """Compare models, each with the first.
 
-    FILES are outputs of score and bench, mixed, in any order; results of the same model are joined. `-` is stdin.
-    Scores of the same model for different images (shards) are merged. Metrics have a difference to the first model,
-    image AUROC with its 95% bootstrap interval over the images; speed and size have a ratio.
+    FILES are outputs of score and bench, in any order, joined by model; `-` is stdin. Scores of the same model for
+    different images (shards) are merged. Metrics have a difference to the first model, image AUROC with a 95%
+    bootstrap interval over the images; speed and size have a ratio.
 
-    A gate is METRIC OP NUMBER, OP one of >= <= > <, NUMBER in the unit of the table: a plain number must hold for every
-    model; a signed one is a difference and one with x a ratio to the first model, and must hold for all others. What is
-    judged is the figure itself, not its interval. When a gate is not met, the comparison is printed all the same, each
-    miss is a line on stderr, and the exit code is 4; it is 1 when a gate cannot be decided, since a figure is missing.
+    A gate is METRIC OP NUMBER. OP is >=, <=, > or <. A plain NUMBER, in the unit of the table, must hold for every
+    model. A signed NUMBER is a difference to the first model and NUMBERx a ratio; both must hold for all other models.
+    A gate judges the figure itself, not its interval. If a gate fails, the comparison is still printed, each failure
+    is a line on stderr, and the exit code is 4. If the figure of a gate is missing, the exit code is 1.
 
     \b
     Metrics from score: image_auroc (the mean of the classes), image_auroc.pooled, image_auroc.CLASS,
@@ -44,11 +46,8 @@ def compare(files: Tuple[str, ...], style: Optional[str], changed: bool, conditi
       uadtool compare fp32.jsonl int8.jsonl bench.json --format html -o report.html
       uadtool compare fp32.jsonl int8.jsonl --changed | jq -r .path
     """
-    if changed and style:
-        raise click.UsageError("--changed prints JSON lines; leave out --format.")
-    if junit and not conditions:
-        raise click.UsageError("--junit is about gates; give at least one --gate.")
-
+    options.refuse((changed and style, "--changed prints JSON lines; leave out --format."),
+                   (junit and not conditions, "--junit requires --gate."))
     from uadtool.comparing import comparison
     from uadtool.comparing.gates import Gate, decide
     from uadtool.files import atomic_write, check_writable
@@ -76,31 +75,28 @@ def compare(files: Tuple[str, ...], style: Optional[str], changed: bool, conditi
 
     if changed:
         text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in comparison.changed(models))
-    elif style == "json":
-        text = json.dumps(record, indent=2, allow_nan=False) + "\n"
     elif style == "html":
         from uadtool.comparing.page.page import as_html
 
         text = as_html(models, record, verdicts)
     else:
-        from uadtool.comparing import table
-
-        text = table.as_csv(record) if style == "csv" else table.as_table(record, markdown=style == "markdown")
-    content = text.encode("utf-8", "replace")  # names of files may hold what UTF-8 cannot
+        text = _as_text(record, style)
+    content = text.encode("utf-8", "replace")  # file names may hold bytes that are not UTF-8
     if output:
         with atomic_write(output) as temporary:
             temporary.write_bytes(content)
     else:
         click.echo(content, nl=False)
-    _require([failure for verdict in verdicts for failure in verdict.failures])
-
-
-def _require(failures: Sequence[str]) -> None:
+    failures = [failure for verdict in verdicts for failure in verdict.failures]
+    for failure in failures:
+        logging.getLogger("uadtool").error("gate failed: %s", failure)
     if failures:
-        import logging
-
-        from uadtool.errors import GateFailed
-
-        for failure in failures:
-            logging.getLogger("uadtool").error("gate failed: %s", failure)
         raise GateFailed("the comparison does not meet its gates")
+
+
+def _as_text(record: Dict[str, Any], style: Optional[str]) -> str:
+    from uadtool.comparing.table import as_csv, as_table
+
+    if style == "json":
+        return json.dumps(record, indent=2, allow_nan=False) + "\n"
+    return as_csv(record) if style == "csv" else as_table(record, markdown=style == "markdown")

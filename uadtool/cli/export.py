@@ -8,26 +8,25 @@ from uadtool.errors import require_lab
 
 @click.command()
 @click.argument("model", metavar="MODEL", type=click.Path(exists=True, dir_okay=False))
-@options.output("The detector to write (.onnx), or the engine (.engine).")
-@click.option("--images", metavar="PATH", help="Compare torch and the runtime on images of this folder or data set  "
-                                               "[default: on synthetic ones]")
-@click.option("--precision", type=click.Choice(["fp32", "fp16", "int8"]),
-              help="Of an engine: refuse a graph that has another.")
+@options.output("The ONNX detector (.onnx) or TensorRT engine (.engine) to write.")
+@click.option("--images", metavar="PATH",
+              help="Compare torch and the runtime on images of this folder or data set  [default: synthetic images]")
 @click.option("--workspace", type=click.IntRange(1), metavar="MIB",
-              help="Memory that building an engine may use  [default: all there is]")
+              help="Memory for building an engine  [default: all]")
 @click.option("--max-batch", type=click.IntRange(1), metavar="N", help="Largest batch of an engine  [default: 8]")
 @click.option("--timing-cache", type=click.Path(dir_okay=False), metavar="FILE",
-              help="Read and write what building an engine measures, so that the next one is built faster.")
+              help="Read and write the kernel timings of a build, which speed up the next build.")
 @click.option("--dla", type=click.IntRange(0), metavar="CORE",
-              help="Let this core of the deep-learning accelerator run the engine.")
-@click.option("--gpu-fallback", is_flag=True, help="With --dla: the GPU runs what the accelerator cannot.")
-@click.option("--compute-capability", metavar="X.Y", help="Build for another GPU than the one that is here "
-                                                          "(TensorRT-RTX).")
+              help="Run the engine on this core of the deep-learning accelerator (DLA).")
+@click.option("--gpu-fallback", is_flag=True, default=None,
+              help="Run layers that the DLA does not support on the GPU (with --dla).")
+@click.option("--compute-capability", metavar="X.Y", help="Build for a GPU that is not here (TensorRT-RTX only).")
 @options.verbosity
 def export(model: str, output: str, images: Optional[str], **build: Any) -> None:
-    """Write MODEL as a complete ONNX detector and check that it gives the scores that torch gives.
+    """Write MODEL as a complete ONNX detector and check that its scores match those of torch.
 
-    An ONNX detector becomes a TensorRT engine, on the device that will run it; metadata go beside it, as OUTPUT.json.
+    If MODEL is an ONNX detector, build a TensorRT engine from it, on the device that will run it. The metadata of the
+    engine go into OUTPUT.json.
 
     \b
     Examples:
@@ -37,19 +36,18 @@ def export(model: str, output: str, images: Optional[str], **build: Any) -> None
     from uadtool.files import check_writable
 
     to_engine = output.endswith(".engine")
-    given = [f"--{name.replace('_', '-')}" for name, value in build.items() if value]
-    if to_engine != model.endswith(".onnx") or not output.endswith((".onnx", ".engine")):
-        raise click.UsageError("a .safetensors model becomes an .onnx file, and an .onnx file an .engine")
-    if not to_engine and (given or build["dla"] is not None):
-        raise click.UsageError(f"{(given or ['--dla'])[0]} is for engines")
-    if to_engine and images:
-        raise click.UsageError("--images is for ONNX detectors; score checks an engine")
-    if build["gpu_fallback"] and build["dla"] is None:
-        raise click.UsageError("--gpu-fallback goes with --dla")
-    for path in filter(None, (output, to_engine and f"{output}.json", build["timing_cache"])):
+    build = {name: value for name, value in build.items() if value is not None}
+    options.refuse(
+        (to_engine != model.endswith(".onnx") or not output.endswith((".onnx", ".engine")),
+         "export turns a .safetensors model into an .onnx file, and an .onnx file into an .engine file."),
+        (build and not to_engine, f"--{next(iter(build), '').replace('_', '-')} requires an .engine output."),
+        (images and to_engine, "--images requires an .onnx output; check an engine with score."),
+        ("gpu_fallback" in build and "dla" not in build, "--gpu-fallback requires --dla."),
+    )
+    for path in filter(None, (output, to_engine and f"{output}.json", build.get("timing_cache"))):
         check_writable(path, [model])
     if to_engine:
-        _write_engine(model, output, {name: value for name, value in build.items() if value is not None})
+        _write_engine(model, output, build)
     else:
         _write_onnx(model, output, images)
 
@@ -79,4 +77,4 @@ def _write_onnx(model: str, output: str, images: Optional[str]) -> None:
     save_onnx(proto, output)
     write_json({"schema": "uadtool.export/1", "output": output, "digest": file_digest(output), "model_digest": digest,
                 "precision": metadata.precision, "target": metadata.target,
-                "opset": next(o.version for o in proto.opset_import if o.domain == ""), "parity": parity})
+                "opset": next(opset.version for opset in proto.opset_import if not opset.domain), "parity": parity})

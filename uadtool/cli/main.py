@@ -1,4 +1,4 @@
-"""The command group: commands are imported when they are run, and every way to end has its exit code."""
+"""The command group, which imports a command when it is needed; and the exit code of each way to end."""
 
 import contextlib
 import importlib
@@ -22,11 +22,11 @@ log = logging.getLogger("uadtool")
 
 
 class ReaderGone(Exception):
-    """The reader of stdout went away."""
+    """The reader of stdout closed the pipe."""
 
 
 class Stdout(io.FileIO):
-    """Tells errors of stdout from all others. After the first one it takes everything, and keeps nothing."""
+    """Raises errors of stdout as errors of their own. After the first error it discards all output."""
 
     def write(self, data: Any) -> int:
         try:
@@ -39,7 +39,7 @@ class Stdout(io.FileIO):
 
 
 class LazyGroup(click.Group):
-    """Imports ``uadtool.cli.NAME`` only when NAME is asked for; lists commands in the order of the chain."""
+    """Imports ``uadtool.cli.NAME`` only when NAME is needed; lists commands in the order of the chain."""
 
     def list_commands(self, ctx: click.Context) -> List[str]:
         return COMMANDS
@@ -63,7 +63,7 @@ def cli() -> None:
 
     train -> calibrate -> quantize -> export -> score / bench -> compare
 
-    Every command reads files and writes files; its result goes to stdout as JSON, messages go to stderr.
+    Commands read and write files. Results go to stdout, as JSON unless a command says otherwise; messages go to stderr.
     """
 
 
@@ -73,22 +73,22 @@ def main() -> NoReturn:
     messages = logging.StreamHandler(sys.stderr)
     messages.setFormatter(OneLine("uadtool: %(message)s"))
     logging.basicConfig(handlers=[messages])
-    log.setLevel(logging.INFO)  # of libraries, only warnings
+    log.setLevel(logging.INFO)  # libraries log only warnings
     for number in ending_signals():
         signal.signal(number, _terminate)
     code: Any
     try:
         code = _run()
-    except SystemExit as end:  # a signal
+    except SystemExit as end:  # from _terminate
         code = end.code
     with contextlib.suppress(ReaderGone, UadtoolError):
-        sys.stdout.flush()  # the line that was interrupted
+        sys.stdout.flush()  # a line that a signal interrupted
     sys.exit(code)
 
 
 def _prepare_streams() -> None:
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):  # in this order they get their numbers
-        if getattr(sys, name) is None:  # closed: the next file that is opened would be taken for it
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):  # in the order of their file descriptors
+        if getattr(sys, name) is None:  # closed: the next file opened would get its descriptor
             setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode, closefd=False))
     if not sys.stdout.isatty():
         stdout = io.BufferedWriter(Stdout(sys.stdout.fileno(), "w", closefd=False))

@@ -1,15 +1,16 @@
 """Options that several commands share: one definition each, one spelling everywhere.
 
-``--target``      the runtime whose integer kernels round
-``--seed``        all randomness of the command comes from it
-``--runtime``     what runs an exported model, or auto
-``--threads``     how many cores to use
+``--classes``     the classes of DATA to use
 ``--output/-o``   the file to write; it appears whole or not at all
+``--runtime``     the software that runs an exported model, or auto
+``--seed``        the source of all randomness
+``--target``      the runtime whose integer kernels round
+``--threads``     the number of cores to use
 ``-q`` / ``-v``   warnings only / debug messages and tracebacks, on stderr
 """
 
 import logging
-from typing import Any, Callable, TypeVar
+from typing import Any, Callable, List, Optional, Tuple, TypeVar
 
 import click
 from click.core import ParameterSource
@@ -28,9 +29,9 @@ def _set_level(level: int) -> Callable[[click.Context, click.Parameter, bool], N
 def verbosity(command: F) -> F:
     """``-q/--quiet`` and ``-v/--verbose``."""
     quiet = click.option("-q", "--quiet", is_flag=True, expose_value=False, callback=_set_level(logging.WARNING),
-                         help="No progress, only warnings and errors.")
+                         help="Show only warnings and errors.")
     verbose = click.option("-v", "--verbose", is_flag=True, expose_value=False, callback=_set_level(logging.DEBUG),
-                           help="Debug messages, and a traceback when something fails.")
+                           help="Show debug messages, and a traceback on errors.")
     return quiet(verbose(command))
 
 
@@ -39,24 +40,35 @@ def output(help: str, required: bool = True) -> Callable[[F], F]:
     return click.option("-o", "--output", required=required, metavar="FILE", type=click.Path(dir_okay=False), help=help)
 
 
-def no_exported(ctx: click.Context, output: str) -> None:
-    """Refuse an ``output`` for weights that is named as an exported file, which other commands would take it for."""
+def refuse(*cases: Tuple[object, str]) -> None:
+    """Raise a usage error with the message of the first case whose condition holds."""
+    for condition, message in cases:
+        if condition:
+            raise click.UsageError(message)
+
+
+def refuse_exported_name(ctx: click.Context, output: str) -> None:
+    """Raise a usage error if an ``output`` for weights is named like an exported file."""
     if output.endswith((".onnx", ".engine")):
-        raise click.UsageError(f"{ctx.command.name} writes a .safetensors file, which export makes an {output} of.")
+        raise click.UsageError(f"{ctx.command.name} writes a .safetensors file; export makes {output} from it.")
 
 
 def given(ctx: click.Context, name: str) -> bool:
-    """Was this option given? For one with a default that is of use together with others alone."""
+    """Whether the user gave an option that has a default."""
     return ctx.get_parameter_source(name) is not ParameterSource.DEFAULT
 
 
+def _split(ctx: click.Context, param: click.Parameter, value: Optional[str]) -> Optional[List[str]]:
+    return None if value is None else value.split(",")
+
+
+classes = click.option("--classes", metavar="A,B,...", callback=_split, help="Use only these classes of DATA.")
 target = click.option("--target", type=click.Choice(["onnxruntime", "openvino", "tensorrt"]), default="onnxruntime",
-                      show_default=True, help="Runtime whose integer kernels the model is made for.")
+                      show_default=True, help="Runtime that the int8 model is made for.")
 seed = click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True,
                     help="Source of all randomness.")
 runtime = click.option("--runtime", type=click.Choice(["auto", "onnxruntime", "openvino", "tensorrt", "torch"]),
                        default="auto", show_default=True,
-                       help="What runs the model; auto goes by the kind of file, for speed, and what is installed, and "
-                            "says on stderr which it took where there was a choice.")
-threads = click.option("--threads", type=click.IntRange(1), metavar="N",
-                       help="Cores to use  [default: all]")
+                       help="Runtime of the model; auto takes the fastest installed runtime for this kind of file, and "
+                            "names it on stderr if there was a choice.")
+threads = click.option("--threads", type=click.IntRange(1), metavar="N", help="Cores to use  [default: all]")

@@ -12,21 +12,25 @@ from uadtool.errors import require_lab
 @click.argument("model", metavar="MODEL", type=click.Path(exists=True, dir_okay=False))
 @click.argument("data", metavar="[DATA]", required=False)
 @click.option("--ranges", "ranges_file", metavar="FILE",
-              help="Activation ranges that `uadtool calibrate` recorded with this model (- is stdin).")
+              help="Activation ranges that `uadtool calibrate` recorded from MODEL (- is stdin).")
 @options.output("The quantized model to write (.safetensors).")
 @click.option("--precision", type=click.Choice(["int8", "fp16"]), default="int8", show_default=True,
-              help="Of the networks; fp16 needs no ranges.")
+              help="Precision of the networks; fp16 needs no ranges.")
 @options.target
 @click.option("--scope", type=click.Choice(["all", "student"]), default="all", show_default=True,
               help="Networks to quantize.")
 @click.option("--keep-float", "kept", metavar="PATTERN", multiple=True,
-              help="Layers that stay float, by name (teacher.conv_stem, *.conv_dw), or auto:N, the N most sensitive.")
-@click.option("--sensitivity", is_flag=True, help="Also tell how far each layer alone, quantized, moves the maps.")
+              help="Layers to keep in float, by name (teacher.conv_stem, *.conv_dw), or auto:N, the N most sensitive; "
+                   "may be repeated.")
+@click.option("--sensitivity", is_flag=True,
+              help="Also report how far each layer moves the anomaly maps if only this layer is quantized.")
 @click.option("--bias-correction/--no-bias-correction", default=True, show_default=True,
-              help="With DATA: shift biases so that each channel keeps its mean.")
+              help="Shift biases so that each channel keeps its mean (with DATA).")
 @click.option("--qat", is_flag=True, help="Fine-tune the student with its quantizers (quantization-aware training).")
-@click.option("--steps", type=click.IntRange(1), default=200, show_default=True, help="Of --qat: batches of 16 images.")
-@click.option("--resume", is_flag=True, help="Of --qat: go on from OUTPUT.checkpoint, if an interrupted run left one.")
+@click.option("--steps", type=click.IntRange(1), default=200, show_default=True,
+              help="Batches of 16 images to fine-tune on (with --qat).")
+@click.option("--resume", is_flag=True,
+              help="Continue from OUTPUT.checkpoint, if an interrupted run left it (with --qat).")
 @options.seed
 @options.verbosity
 @click.pass_context
@@ -35,9 +39,9 @@ def quantize(ctx: click.Context, model: str, data: Optional[str], ranges_file: O
              qat: bool, steps: int, resume: bool, seed: int) -> None:
     """Quantize a float MODEL to int8: weights per channel, activations per tensor, the score head in float.
 
-    With DATA, the data set that MODEL was trained on, its good images serve to correct the biases and, held-out ones
-    too, to take score statistics and threshold anew, since rounding shifts the scores of the classes apart. No label is
-    used. Layers that stay float are fp16 for tensorrt.
+    DATA is the data set that MODEL was trained on. If it is given, its good images correct the biases, and renew the
+    score statistics and the threshold, since rounding shifts the scores of the classes apart. Labels are not used.
+    Layers that stay float are fp16 for tensorrt.
 
     \b
     Examples:
@@ -46,21 +50,21 @@ def quantize(ctx: click.Context, model: str, data: Optional[str], ranges_file: O
       uadtool quantize fp32.safetensors mvtec/ --ranges r.json -o q.safetensors --qat
       uadtool quantize fp32.safetensors -o half.safetensors --precision fp16 --target tensorrt
     """
-    numbers = [int(match[1]) for match in (re.fullmatch("auto:([1-9][0-9]*)", one) for one in kept) if match]
-    patterns = [one for one in kept if not one.startswith("auto:")]
-    if len(numbers) + len(patterns) < len(kept) or len(numbers) > 1:
-        raise click.UsageError("--keep-float auto:N wants a number of layers, once.")
-    if precision == "int8" and not ranges_file:
-        raise click.UsageError("Missing option '--ranges': int8 needs activation ranges from `uadtool calibrate`.")
-    if precision == "fp16" and (ranges_file or kept or sensitivity or qat or scope != "all"):
-        raise click.UsageError("--ranges, --scope, --keep-float, --sensitivity and --qat are for int8.")
-    if not data and (numbers or sensitivity or qat):
-        raise click.UsageError("Missing argument 'DATA': auto:N, --sensitivity and --qat take good images from there.")
-    if not qat and (options.given(ctx, "steps") or resume):
-        raise click.UsageError("--steps and --resume are for --qat.")
-    if not bias_correction and (not data or precision == "fp16"):
-        raise click.UsageError("--no-bias-correction is for int8 with DATA: else there is none.")
-    options.no_exported(ctx, output)
+    numbers = [int(match[1]) for match in (re.fullmatch("auto:([1-9][0-9]*)", keep) for keep in kept) if match]
+    patterns = [keep for keep in kept if not keep.startswith("auto:")]
+    options.refuse(
+        (len(numbers) + len(patterns) < len(kept) or len(numbers) > 1,
+         "--keep-float auto:N takes one positive integer and may be given once."),
+        (precision == "int8" and not ranges_file,
+         "Missing option '--ranges': int8 requires activation ranges from `uadtool calibrate`."),
+        (precision == "fp16" and (ranges_file or kept or sensitivity or qat or scope != "all"),
+         "--ranges, --scope, --keep-float, --sensitivity and --qat require int8."),
+        (not data and (numbers or sensitivity or qat),
+         "Missing argument 'DATA': --keep-float auto:N, --sensitivity and --qat require it."),
+        (not qat and (options.given(ctx, "steps") or resume), "--steps and --resume require --qat."),
+        (not bias_correction and (not data or precision == "fp16"), "--no-bias-correction requires int8 and DATA."),
+    )
+    options.refuse_exported_name(ctx, output)
     require_lab()
     from uadtool.files import check_writable, file_digest, unchanged, write_json
     from uadtool.host import keep_freed_memory

@@ -1,5 +1,5 @@
 from pathlib import Path
-from typing import Dict, Optional, Tuple
+from typing import Dict, List, Optional, Tuple
 
 import click
 
@@ -31,40 +31,40 @@ def _pairs(ctx: click.Context, param: click.Parameter, value: Tuple[str, ...]) -
 @click.option("--method", default="stfpm", show_default=True, metavar="NAME",
               help="Detection method: stfpm, rd, us, dinomaly, duet, or one that an installed package adds.")
 @click.option("--option", "method_options", metavar="NAME=VALUE", multiple=True, callback=_pairs,
-              help="Of the method: stfpm has fusion, dcam and shared_stages; rd and us have width; dinomaly width, "
-                   "depth, bottleneck and dropout; duet small, large, components and width. The README explains them.")
+              help="Option of the method: stfpm has fusion, dcam and shared_stages; rd and us have width; dinomaly has "
+                   "width, depth, bottleneck and dropout; duet has small, large, components and width.")
 @click.option("--teacher", default="tf_efficientnet_lite0", show_default=True, metavar="NAME",
-              help="A CNN of timm, by name; for dinomaly a vision transformer, too.")
+              help="Name of a timm CNN; dinomaly also takes a vision transformer.")
 @click.option("--teacher-weights", metavar="FILE", type=click.Path(exists=True, dir_okay=False),
               help="ImageNet weights of the teacher (.pth, .safetensors)  [default: from an installed package or timm]")
 @click.option("--image-size", default="256", show_default=True, metavar="SIZE", callback=_size,
-              help="Pixels that images are resized to: SIZE or HEIGHTxWIDTH.")
-@click.option("--classes", metavar="A,B,...", help="Train on these classes only.")
+              help="Pixels to resize images to: SIZE or HEIGHTxWIDTH.")
+@options.classes
 @click.option("--epochs", type=click.IntRange(1), default=40, show_default=True, help="Passes over the images.")
-@click.option("--steps", type=click.IntRange(1), help="Instead of epochs: batches of 16 images.")
+@click.option("--steps", type=click.IntRange(1), help="Batches of 16 images to train on, instead of --epochs.")
 @click.option("--held-out", type=click.FloatRange(0.01, 0.9), default=0.2, show_default=True, metavar="SHARE",
-              help="Share of the good images that chooses the checkpoint and sets the threshold.")
+              help="Share of the good images to hold out; they choose the checkpoint and set the threshold.")
 @click.option("--false-positive-rate", type=click.FloatRange(0, 0.5), default=0.01, show_default=True, metavar="SHARE",
               help="Share of held-out good images above the threshold.")
 @click.option("--teacher-int8", "teacher_ranges", metavar="RANGES",
-              help="Quantize first: the student learns the teacher in int8, with ranges of a model that has it, too; "
-                   "--target is of this.")
+              help="Quantize the teacher before training, with ranges of a model that has this teacher; the student "
+                   "learns its int8 features for --target.")
 @options.target
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True,
-              help="Where torch computes.")
+              help="Device that torch computes on.")
 @options.seed
-@click.option("--resume", is_flag=True, help="Go on from OUTPUT.checkpoint, if an interrupted run left one.")
+@click.option("--resume", is_flag=True, help="Continue from OUTPUT.checkpoint, if an interrupted run left it.")
 @options.verbosity
 @click.pass_context
 def train(ctx: click.Context, data: str, output: str, method: str, method_options: Dict[str, str], teacher: str,
-          teacher_weights: Optional[str], image_size: Tuple[int, int], classes: Optional[str], epochs: int,
+          teacher_weights: Optional[str], image_size: Tuple[int, int], classes: Optional[List[str]], epochs: int,
           steps: Optional[int], held_out: float, false_positive_rate: float,
           teacher_ranges: Optional[str], target: str, device: str, seed: int, resume: bool) -> None:
-    """Train one detector for all classes of DATA, from good images alone.
+    """Train one detector for all classes of DATA, only from good images.
 
-    DATA is a folder in MVTec layout (CLASS/train/good), one such class folder, or a manifest (CSV, JSONL). What ends
-    the run early leaves OUTPUT.checkpoint, from which --resume goes on to the same result. Several processes, also of
-    several machines, that torchrun starts share the work.
+    DATA is a folder in MVTec layout (CLASS/train/good), one such class folder, or a manifest (CSV, JSONL). An
+    interrupted run leaves OUTPUT.checkpoint, and --resume continues from it to the same result. Processes that torchrun
+    starts share the work, also on several machines.
 
     \b
     Examples:
@@ -74,11 +74,12 @@ def train(ctx: click.Context, data: str, output: str, method: str, method_option
       uadtool train mvtec/ -o first.safetensors --teacher-int8 ranges.json
       torchrun --nproc-per-node 4 -m uadtool train mvtec/ -o unified.safetensors
     """
-    if steps and options.given(ctx, "epochs"):
-        raise click.UsageError("--epochs and --steps exclude each other.")
-    if not teacher_ranges and options.given(ctx, "target"):
-        raise click.UsageError("--target is of --teacher-int8; a float model is for every runtime.")
-    options.no_exported(ctx, output)
+    options.refuse(
+        (steps and options.given(ctx, "epochs"), "--epochs and --steps are mutually exclusive."),
+        (not teacher_ranges and options.given(ctx, "target"),
+         "--target requires --teacher-int8; a float model runs on every runtime."),
+    )
+    options.refuse_exported_name(ctx, output)
     require_lab()
     from uadtool.data.dataset import training_samples
     from uadtool.files import check_writable, file_digest, write_json
@@ -93,7 +94,7 @@ def train(ctx: click.Context, data: str, output: str, method: str, method_option
     with process_group(device):
         on_first(lambda: check_writable(output, [data, teacher_weights, teacher_ranges]))
         ranges = RangesFile.read(teacher_ranges).ranges if teacher_ranges else None
-        samples = training_samples(data, classes.split(",") if classes is not None else None)
+        samples = training_samples(data, classes)
         checkpoint = Path(f"{output}.checkpoint")
         result = run(samples, TrainingOptions(
             method=method, method_options=method_options, teacher=teacher, teacher_weights=teacher_weights,

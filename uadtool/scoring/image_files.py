@@ -74,31 +74,20 @@ class Masks:
 
 
 class AnomalousImages:
-    """Copies anomalous images into ``directory``, or puts links to them there."""
+    """Copies anomalous images into ``directory``."""
 
-    def __init__(self, directory: str, link: bool = False) -> None:
-        self._folder, self._link = OutputFolder(directory), link
+    def __init__(self, directory: str) -> None:
+        self._folder = OutputFolder(directory)
 
     def add(self, record: Dict[str, Any], anomaly_map: np.ndarray, threshold: float) -> Dict[str, str]:
-        """Copy the image of a record if it is anomalous; returns the record's ``copy``, or ``link``."""
+        """Copy the image of a record if it is anomalous; returns the record's ``copy``."""
         if not record["anomalous"]:
             return {}
         path = self._folder.path(record["path"], Path(without_query(record["path"])).suffix)
-        if self._link:
-            if is_url(record["path"]):
-                raise ImageError(f"{record['path']} is elsewhere, where no link leads; take --copy-anomalous")
-            try:
-                temporary = path.with_name(f".{path.name}.link")
-                temporary.unlink(missing_ok=True)
-                temporary.symlink_to(Path(record["path"]).resolve())
-                temporary.replace(path)
-            except OSError as error:
-                raise UadtoolError(f"cannot write {path}: {error.strerror}") from error
-        else:
-            try:
-                image = open_file(record["path"])
-            except (OSError, ValueError) as error:
-                raise ImageError(f"{record['path']} is gone, and was not copied") from error
-            with image, atomic_write(path, durable=False) as temporary, temporary.open("wb") as copy:
-                shutil.copyfileobj(image, copy)
-        return {"link" if self._link else "copy": str(path)}
+        try:
+            image = open_file(record["path"])
+        except (OSError, ValueError) as error:
+            raise ImageError(f"{record['path']} is gone, and was not copied") from error
+        with image, atomic_write(path, durable=False) as temporary, temporary.open("wb") as copy:
+            shutil.copyfileobj(image, copy)
+        return {"copy": str(path)}

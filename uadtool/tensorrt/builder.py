@@ -29,14 +29,12 @@ log = logging.getLogger("uadtool")
 class BuildOptions:
     """How to build an engine.
 
-    ``precision`` is fp32, fp16 or int8, which the graph must have, or None: whatever it has. ``workspace`` is in
-    MiB, None: as much as there is. Batches have 1 to ``max_batch`` images. ``timing_cache`` is a file that is read, if
-    it is there, and written: so the next build is faster. ``dla`` is the number of a DLA core, which takes batches of
-    ``max_batch`` alone; ``gpu_fallback`` lets the GPU compute what that cannot. ``compute_capability`` is that of the
-    GPU, None: of the one that is here; only TensorRT-RTX builds for others.
+    ``workspace`` is in MiB, None: as much as there is. Batches have 1 to ``max_batch`` images. ``timing_cache`` is a
+    file that is read, if it is there, and written: so the next build is faster. ``dla`` is the number of a DLA core,
+    which takes batches of ``max_batch`` alone; ``gpu_fallback`` lets the GPU compute what that cannot.
+    ``compute_capability`` is that of the GPU, None: of the one that is here; only TensorRT-RTX builds for others.
     """
 
-    precision: Optional[str] = None
     workspace: Optional[int] = None
     max_batch: int = 8
     timing_cache: Optional[str] = None
@@ -58,12 +56,12 @@ def build_engine(onnx: str, metadata: Metadata, options: BuildOptions) -> Engine
     """Build an engine from the graph in the file ``onnx``.
 
     Raises:
-        UadtoolError: the graph is not for TensorRT or not of this precision, there is no GPU to build for, or TensorRT
-            refuses something; with the reason.
+        UadtoolError: the graph is not for TensorRT, there is no GPU to build for, or TensorRT refuses something; with
+            the reason.
         MissingPackage: there is no TensorRT.
     """
     trt = import_tensorrt()
-    precision = _precision(onnx, metadata, options.precision)
+    precision = _precision(onnx, metadata)
     gpu = current_gpu()
     capability = options.compute_capability or (gpu.compute_capability if gpu else None)
     if capability is None:
@@ -98,23 +96,16 @@ def build_engine(onnx: str, metadata: Metadata, options: BuildOptions) -> Engine
             temporary.write_bytes(bytes(timing.serialize()))
     return Engine(bytes(plan), {
         "package": trt.__name__, "version": trt.__version__, "gpu": gpu.name if gpu else None,
-        **asdict(options), "compute_capability": capability, "precision": precision, "dla_fallback": on_gpu})
+        "precision": precision, **asdict(options), "compute_capability": capability, "dla_fallback": on_gpu})
 
 
-def _precision(onnx: str, metadata: Metadata, wanted: Optional[str]) -> str:
-    """The precision to build with, which the graph must allow."""
-    has = "int8" if metadata.precision == "mixed" else metadata.precision
-    if has == "int8" and metadata.target != "tensorrt":
+def _precision(onnx: str, metadata: Metadata) -> str:
+    """The precision of the graph, which TensorRT must support."""
+    precision = "int8" if metadata.precision == "mixed" else metadata.precision
+    if precision == "int8" and metadata.target != "tensorrt":
         raise UadtoolError(f"{onnx} was quantized for {metadata.target}, which TensorRT refuses; quantize the float "
                            "model with --target tensorrt")
-    if wanted in (None, has):
-        return has
-    if has == "fp32":
-        means = "--ranges RANGES" if wanted == "int8" else "--precision fp16"
-        raise UadtoolError(f"{onnx} has fp32 layers alone, and the precision is in the graph; make it with: uadtool "
-                           f"quantize MODEL {means} --target tensorrt")
-    raise UadtoolError(f"{onnx} is {metadata.precision} already, and --precision {wanted} cannot change that; "
-                       "start from the float model")
+    return precision
 
 
 def _use_timing_cache(config: Any, path: Path) -> Any:

@@ -647,8 +647,8 @@ def test_the_quantized_file_tells_where_its_ranges_come_from(trained, calibrated
 
 
 @pytest.mark.parametrize(("options", "message"), [
-    (["--steps", "200"], "--steps and --resume are for --qat"), (["--resume"], "--steps and --resume are for --qat"),
-    (["--no-bias-correction"], "--no-bias-correction is for int8 with DATA"),
+    (["--steps", "200"], "--steps and --resume require --qat"), (["--resume"], "--steps and --resume require --qat"),
+    (["--no-bias-correction"], "--no-bias-correction requires int8 and DATA"),
 ])
 def test_options_that_would_do_nothing(trained, calibrated, tmp_path, options, message):
     with pytest.raises(click.UsageError, match=message):
@@ -748,11 +748,11 @@ def test_fine_tuning_ends_in_the_same_kind_of_file(trained, calibrated, textures
 
 
 @pytest.mark.parametrize(("options", "message"), [
-    (["--keep-float", "auto:0"], "auto:N wants a number of layers, once"),
+    (["--keep-float", "auto:0"], "auto:N takes one positive integer"),
     (["--keep-float", "auto:2"], "Missing argument 'DATA'"),
     (["--sensitivity"], "Missing argument 'DATA'"),
     (["--qat"], "Missing argument 'DATA'"),
-    (["--precision", "fp16"], "are for int8"),
+    (["--precision", "fp16"], "require int8"),
 ])
 def test_options_that_do_not_fit_are_wrong_usage(trained, calibrated, tmp_path, options, message):
     with pytest.raises(click.UsageError, match=message):

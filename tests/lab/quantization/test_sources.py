@@ -224,8 +224,8 @@ def test_the_percentile_decides_the_ranges(calibrate):
 @pytest.mark.parametrize(("arguments", "message"), [
     ([], "Missing argument 'DATA'"),
     (["--source", "random-normal", "--source", "synthetic-anomalies"], "Missing argument 'DATA'"),
-    (["data", "--source", "bad"], "'bad' is none of good, synthetic-anomalies, random-normal and images:PATH"),
-    (["data", "--source", "images:"], "'images:' is none of"),
+    (["data", "--source", "bad"], "'bad' is not good, synthetic-anomalies, random-normal or images:PATH"),
+    (["data", "--source", "images:"], "'images:' is not good"),
     (["data", "--source", "good", "--source", "good"], "the same source is given twice"),
     (["data", "--source", "good", "--source", "random-normal", "--count", 1], "--count 1 is too few for 2 sources"),
     (["data", "--percentile", 99], "--percentile is for --method percentile"),

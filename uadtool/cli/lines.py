@@ -1,0 +1,69 @@
+"""Lines of ``score``: records to stdout as JSON or CSV, and paths from stdin."""
+
+import csv
+import io
+import json
+import os
+import sys
+from typing import Any, Callable, Dict, Iterable, Iterator, TextIO
+
+from uadtool.errors import UadtoolError
+from uadtool.terminal import printable
+
+COLUMNS = ("path", "class", "label", "score", "raw_score", "anomalous", "nearest_class", "milliseconds", "heatmap",
+           "mask", "copy", "error")
+"""Columns of CSV output."""
+
+LONGEST_PATH = 1 << 20
+"""Bytes on stdin without a separator after which it is not a list of paths."""
+
+Writer = Callable[[Dict[str, Any]], None]
+
+
+def json_writer(stdout: TextIO) -> Writer:
+    """Write each record as a line of JSON."""
+    def write(record: Dict[str, Any]) -> None:
+        if stdout.isatty():
+            record.pop("pixels", None)  # kilobytes of histograms
+        print(json.dumps(record, allow_nan=False), file=stdout, flush=True)
+
+    return write
+
+
+def csv_writer(stdout: TextIO) -> Writer:
+    """Write a header now, and each ``image`` record as a line; other records are ignored."""
+    if isinstance(stdout, io.TextIOWrapper):
+        stdout.reconfigure(errors="surrogateescape")  # file names are bytes
+
+    def write_row(values: Iterable[Any]) -> None:
+        line = io.StringIO(newline="")
+        csv.writer(line).writerow(values)  # ends with CR LF, so it quotes both in names
+        stdout.write(line.getvalue()[:-2] + "\n")
+        stdout.flush()
+
+    def shown(value: Any) -> Any:
+        return printable(value) if isinstance(value, str) and stdout.isatty() else value
+
+    def write(record: Dict[str, Any]) -> None:
+        if record["type"] == "image":
+            write_row(shown(record.get(name)) for name in COLUMNS)
+
+    write_row(COLUMNS)
+    return write
+
+
+def stdin_paths(separator: bytes) -> Iterator[str]:
+    """Yield each path on stdin as soon as it is complete.
+
+    Raises:
+        UadtoolError: stdin is not a list of paths.
+    """
+    # Not through sys.stdin: Python aborts at exit while a thread still reads from it.
+    rest = b""
+    while chunk := os.read(sys.stdin.fileno(), 1 << 16):
+        if len(rest) > LONGEST_PATH:
+            raise UadtoolError("stdin is not a list of paths: a line does not end; after find -print0, use -0")
+        *paths, rest = (rest + chunk).split(separator)
+        yield from (os.fsdecode(path) for path in paths if path)
+    if rest:
+        yield os.fsdecode(rest)
