@@ -1,31 +1,47 @@
-"""The images that two models see most differently, and those that the last one is most wrong about, small."""
+"""Thumbnails of the images about which models disagree most, and which the last model gets most wrong."""
 
 import base64
 import io
+from pathlib import PurePath
 from typing import Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple
 
 from PIL import Image
 
 from uadtool.comparing.comparison import Model, changed
-from uadtool.comparing.results import Result, ScoredImage
+from uadtool.comparing.results import Result
 from uadtool.data.images import fitted, image_size, read_image
 from uadtool.errors import UadtoolError
 
 GROUP = 6
-"""Images of each kind."""
+"""Images of a group at most."""
 
 SIDE = 160
-"""Pixels of the longer side of a thumbnail."""
+"""Longer side of a thumbnail, in pixels."""
 
 
 class Shown(NamedTuple):
-    """An image worth a look: what happened to it in words, and by model label what it scores and its threshold."""
+    """An image worth a look: the finding in words, and a model label, a score and a threshold for each model."""
 
     path: str
     class_name: Optional[str]
     label: Optional[str]
     finding: str
     scores: Tuple[Tuple[str, float, float], ...]
+
+    @property
+    def kind(self) -> str:
+        """The label as the page calls it."""
+        return {"good": "good", "anomalous": "defective"}.get(self.label or "", "unlabelled")
+
+    @property
+    def name(self) -> str:
+        """The end of the path."""
+        return "/".join(PurePath(self.path).parts[-3:])
+
+    @property
+    def description(self) -> str:
+        """The alternative text of the thumbnail."""
+        return f"{self.kind} image{f' of {self.class_name}' if self.class_name else ''}, {self.name}"
 
 
 class Group(NamedTuple):
@@ -37,9 +53,9 @@ class Group(NamedTuple):
 
 
 def disagreements(models: Sequence[Model]) -> List[Group]:
-    """What changed sides between the first model and others, and what the last one misses and alarms falsely about.
+    """Images that changed sides between the first model and others; misses and false alarms of the last model.
 
-    The farthest come first: those that moved farthest, and those farthest from the threshold.
+    Those that moved farthest, or lie farthest from the threshold, come first.
     """
     scored = [(model.label, model.scores) for model in models if model.scores]
     if not scored:
@@ -59,33 +75,34 @@ def disagreements(models: Sequence[Model]) -> List[Group]:
 
 
 def _moved(models: Sequence[Model]) -> List[Shown]:
-    words = {(True, "anomalous"): "now found", (False, "anomalous"): "now missed", (True, "good"): "new false alarm",
-             (False, "good"): "no false alarm any more", (True, None): "now anomalous", (False, None): "now good"}
+    """The images that changed sides, each once: where it moved farthest, with all models for which it moved."""
+    findings = {(True, "anomalous"): "now found", (False, "anomalous"): "now missed", (True, "good"): "new false alarm",
+                (False, "good"): "no longer a false alarm", (True, None): "now anomalous", (False, None): "now good"}
     try:
         records = changed(models)
-    except UadtoolError:  # of different images; the table has told already
+    except UadtoolError:  # the models scored different images, and the comparison has warned about it
         return []
-    shown: Dict[str, Shown] = {}  # an image once, where it moved farthest, with all models that it moved for
+    shown: Dict[str, Shown] = {}
     for record in records:
+        path, label = record["path"], record.get("label")
         first, other = zip(record["models"], record["scores"], record["thresholds"])
-        if record["path"] in shown:
-            image = shown[record["path"]]
-            shown[record["path"]] = image._replace(scores=(*image.scores, other))
+        if path in shown:
+            shown[path] = shown[path]._replace(scores=(*shown[path].scores, other))
         else:
-            shown[record["path"]] = Shown(record["path"], record.get("class"), record.get("label"),
-                                          words[other[1] > other[2], record.get("label")], (first, other))
+            shown[path] = Shown(path, record.get("class"), label, findings[other[1] > other[2], label], (first, other))
     return list(shown.values())
 
 
 def _shown(path: str, finding: str, scored: Sequence[Tuple[str, Result]]) -> Shown:
-    image: ScoredImage = scored[-1][1].images[path]
-    both = [scored[0], scored[-1]] if len(scored) > 1 else [scored[-1]]
+    image = scored[-1][1].images[path]
+    first_and_last = [scored[0], scored[-1]] if len(scored) > 1 else scored
     return Shown(path, image.class_name, image.label, finding, tuple(
-        (label, result.images[path].score, result.threshold) for label, result in both if path in result.images))
+        (label, result.images[path].score, result.threshold) for label, result in first_and_last
+        if path in result.images))
 
 
 def thumbnail(path: str) -> Optional[str]:
-    """A JPEG of at most ``SIDE`` x ``SIDE`` pixels as a data URI, or None when the image cannot be read any more."""
+    """A JPEG of at most ``SIDE`` x ``SIDE`` pixels as a data URI; None if the image can no longer be read."""
     try:
         size = image_size(path)
         pixels = read_image(path, fitted(size, min(SIDE, max(size))))
