@@ -204,7 +204,7 @@ def test_records_of_the_real_commands_are_understood(make_detector, mvtec, tmp_p
     (lines(score_records("m.onnx")[:5] * 2), ":6: .* 'uadtool.score/1' is not expected here"),
     (lines([score_records("m.onnx")[0], {"type": "summary", "metrics": {"recall": float("nan")}}]), ":2: .* nan"),
     (lines([score_records("m.onnx")[0], {"type": "summary", "metrics": []}]), ":2: not a record"),
-    (lines([score_records("m.onnx")[0], {"type": "summary", "images": 0}]), "no labels, and there is no bench file"),
+    (lines([score_records("m.onnx")[0], {"type": "summary", "images": 0}]), "no labels; score labelled images, or give"),
 ])
 def test_other_files_are_refused_naming_file_and_line(tmp_path, text, message):
     path = tmp_path / "given.jsonl"
@@ -368,7 +368,7 @@ def test_failures_tell_model_metric_value_and_wanted():
 
 @pytest.mark.parametrize(("gate", "values", "message"), [
     ("aupro>=0.9", (0.9, 0.9), "hold no aupro; they hold recall"),
-    ("recall>=-0.1", (0.9,), "second one"),
+    ("recall>=-0.1", (0.9,), "second model"),
     ("recall>=0.9", (0.9, None), "cannot be decided for b"),
     ("recall>=-0.1", (None, 0.9), "cannot be decided for b"),
     ("recall>=1x", (0, 0.9), "cannot be decided for b"),
@@ -582,7 +582,7 @@ def test_images_without_labels_change_sides_too(files):
 
 def test_changed_images_need_two_models_with_scores_of_the_same_images(files):
     Path("other.jsonl").write_text(lines(score_records("other.onnx", folder="elsewhere")))
-    for arguments, message in ((["fp32.jsonl", "bench.json"], "not two models with scores"),
+    for arguments, message in ((["fp32.jsonl", "bench.json"], "need the scores of two models"),
                                (["fp32.jsonl", "other.jsonl"], "no image in common")):
         found = run(*arguments, "--changed")
         assert (found.returncode, found.stdout, found.stderr.count("\n")) == (1, "", 1)

@@ -4,9 +4,9 @@ from typing import Callable, Dict, NamedTuple, Optional, Sequence
 
 import numpy as np
 
-from uadtool.scoring.metrics import checked
+from uadtool.scoring.metrics import validated
 
-_BATCH = 50  # resamples worked on at a time: bounds the memory
+_BATCH = 50  # resamples at a time, to bound the memory
 
 
 class Interval(NamedTuple):
@@ -18,9 +18,9 @@ class Interval(NamedTuple):
 
 
 class Differences(NamedTuple):
-    """Of the image AUROC over all images in one list (``pooled``), of each class that has both labels, of their mean.
+    """Differences of the image AUROC: over all images in one list (``pooled``), and of each class with both labels.
 
-    ``mean`` is None where no class has both.
+    ``mean`` is the difference of the mean over these classes, None without such a class.
     """
 
     pooled: Interval
@@ -37,62 +37,62 @@ def paired_bootstrap(
     seed: int = 0,
     confidence: float = 0.95,
 ) -> Differences:
-    """How far the image AUROC of b minus that of a could be chance: percentile intervals over resamples of the images.
+    """The image AUROC of b minus that of a, with percentile intervals over resamples of the images.
 
-    Images are drawn with replacement within each class and label, the same draw for both models and all figures.
+    Images are drawn with replacement within each class and label. Both models and all figures share each draw.
 
     Raises:
         ValueError: the lengths differ, or a label is missing.
     """
-    truth, a = checked(labels, scores_a)
-    b = checked(labels, scores_b)[1]
+    truth, a = validated(labels, scores_a)
+    _, b = validated(labels, scores_b)
     names = np.zeros(len(truth)) if classes is None else np.asarray(classes)
     members = {name: np.flatnonzero(names == name) for name in np.unique(names)}
-    strata = [index[truth[index] == label] for index in members.values() for label in np.unique(truth[index])]
-    both = {} if classes is None else {str(name): index for name, index in members.items()
-                                       if truth[index].any() and not truth[index].all()}
-    areas = [(_weighted_area(truth, a, index), _weighted_area(truth, b, index))
-             for index in (np.arange(len(truth)), *both.values())]
+    strata = [images[truth[images] == label] for images in members.values() for label in np.unique(truth[images])]
+    with_both_labels = {} if classes is None else {str(name): images for name, images in members.items()
+                                                   if truth[images].any() and not truth[images].all()}
+    areas = [(_weighted_auroc(truth, a, images), _weighted_auroc(truth, b, images))
+             for images in (np.arange(len(truth)), *with_both_labels.values())]
 
     def differences(weights: np.ndarray) -> np.ndarray:
         """[1 + classes, resamples]: pooled, then each class."""
-        return np.stack([of_b(weights) - of_a(weights) for of_a, of_b in areas])
+        return np.stack([area_b(weights) - area_a(weights) for area_a, area_b in areas])
 
     random = np.random.default_rng(seed)
-    resampled = []
+    batches = []
     for start in range(0, repetitions, _BATCH):
         weights = np.empty((min(_BATCH, repetitions - start), len(truth)))
-        for index in strata:
-            even = np.full(len(index), 1 / len(index))
-            weights[:, index] = random.multinomial(len(index), even, size=len(weights))
-        resampled.append(differences(weights))
-    observed, drawn = differences(np.ones((1, len(truth))))[:, 0], np.concatenate(resampled, axis=1)
+        for images in strata:
+            uniform = np.full(len(images), 1 / len(images))
+            weights[:, images] = random.multinomial(len(images), uniform, size=len(weights))
+        batches.append(differences(weights))
+    observed, resampled = differences(np.ones((1, len(truth))))[:, 0], np.concatenate(batches, axis=1)
 
-    def interval(difference: float, drawn: np.ndarray) -> Interval:
-        low, high = np.quantile(drawn, [(1 - confidence) / 2, (1 + confidence) / 2])
+    def interval(difference: float, resampled: np.ndarray) -> Interval:
+        low, high = np.quantile(resampled, [(1 - confidence) / 2, (1 + confidence) / 2])
         return Interval(float(difference), float(low), float(high))
 
     return Differences(
-        interval(observed[0], drawn[0]),
-        interval(observed[1:].mean(), drawn[1:].mean(axis=0)) if both else None,
-        {name: interval(*found) for name, *found in zip(both, observed[1:], drawn[1:])},
+        interval(observed[0], resampled[0]),
+        interval(observed[1:].mean(), resampled[1:].mean(axis=0)) if with_both_labels else None,
+        {name: interval(*figures) for name, *figures in zip(with_both_labels, observed[1:], resampled[1:])},
     )
 
 
-def _weighted_area(truth: np.ndarray, scores: np.ndarray, index: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
-    """A function of weights [resamples, images], which gives the AUROC [resamples] of the images ``index``.
+def _weighted_auroc(truth: np.ndarray, scores: np.ndarray, images: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+    """A function from weights [resamples, all images] to the AUROC [resamples] of ``images`` (indices).
 
-    It counts, for each anomalous image, the weight of the good ones below it. All sorting is done once, here.
+    For each anomalous image it counts the weight of the good images with lower scores. All sorting is done here, once.
     """
-    good, anomalous = (index[truth[index] == label] for label in (False, True))
-    good, anomalous = (of[np.argsort(scores[of], kind="stable")] for of in (good, anomalous))
+    good, anomalous = (images[truth[images] == label] for label in (False, True))
+    good, anomalous = (group[np.argsort(scores[group], kind="stable")] for group in (good, anomalous))
     below, upto = (np.searchsorted(scores[good], scores[anomalous], side) for side in ("left", "right"))
 
     def area(weights: np.ndarray) -> np.ndarray:
-        reached = np.zeros((len(weights), len(good) + 1))
-        np.cumsum(weights[:, good], axis=1, out=reached[:, 1:])
-        chosen = weights[:, anomalous]
-        won = np.sum(chosen * (reached[:, below] + reached[:, upto]), axis=1) / 2
-        return np.asarray(won / (reached[:, -1] * chosen.sum(axis=1)))
+        cumulative = np.zeros((len(weights), len(good) + 1))
+        np.cumsum(weights[:, good], axis=1, out=cumulative[:, 1:])
+        anomalous_weights = weights[:, anomalous]
+        wins = np.sum(anomalous_weights * (cumulative[:, below] + cumulative[:, upto]), axis=1) / 2
+        return np.asarray(wins / (cumulative[:, -1] * anomalous_weights.sum(axis=1)))
 
     return area

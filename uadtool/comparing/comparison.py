@@ -1,4 +1,4 @@
-"""Score and bench results of several models, joined and set against the first one."""
+"""Score and bench results of several models, joined and compared with the first model."""
 
 import logging
 from collections import Counter
@@ -17,7 +17,7 @@ log = logging.getLogger("uadtool")
 
 
 class Metric(NamedTuple):
-    """``change`` is how a further model is set against the first: by ``difference`` or by ``ratio``."""
+    """``change`` is how other models are compared with the first: by ``difference`` or by ``ratio``."""
 
     label: str
     unit: str
@@ -28,7 +28,7 @@ class Metric(NamedTuple):
 METRICS = {
     "image_auroc": Metric("image AUROC, mean", "", "higher", "difference"),
     "image_auroc.pooled": Metric("image AUROC, pooled", "", "higher", "difference"),
-    # here follow the classes: image_auroc.CLASS
+    # the classes come here: image_auroc.CLASS
     "average_precision": Metric("average precision", "", "higher", "difference"),
     "f1_max": Metric("F1-max", "", "higher", "difference"),
     "pixel_auroc": Metric("pixel AUROC", "", "higher", "difference"),
@@ -49,7 +49,7 @@ METRICS = {
 
 
 class Model(NamedTuple):
-    """A column of the comparison: its ``label``, and its scores, its bench result, or both."""
+    """A column of the comparison: a ``label``, and scores, a bench result, or both."""
 
     label: str
     scores: Optional[Result]
@@ -57,10 +57,10 @@ class Model(NamedTuple):
 
     @property
     def any(self) -> Result:
-        """What is known of the model itself."""
-        found = self.scores or self.bench
-        assert found
-        return found
+        """One of the results, for the facts about the model itself."""
+        result = self.scores or self.bench
+        assert result
+        return result
 
 
 def compare(files: Sequence[str]) -> Dict[str, Any]:
@@ -73,14 +73,14 @@ def compare(files: Sequence[str]) -> Dict[str, Any]:
 
 
 def join(files: Sequence[str]) -> List[Model]:
-    """The models that score and bench files (``-``: stdin) are about, in the order of their first appearance.
+    """The models in score and bench files (``-``: stdin), in the order of their first appearance.
 
-    Results are joined by model digest, runtime and machine; scores of one model for different images are merged. A
-    second score or bench result of the same model opens a second column, as when one file ran on two devices. The only
-    scores and the only bench result of a model are joined also if they are of two machines or runtimes.
+    Results are joined by model digest, runtime and machine. Scores of one model for different images are merged. A
+    second score or bench result of the same model opens a second column, for instance when one file ran on two devices.
+    If a model has only one score result and one bench result, they are joined even across machines and runtimes.
 
     Raises:
-        UadtoolError: a file cannot be read, or scores of one model are about some images twice.
+        UadtoolError: a file cannot be read, or score results of one model overlap in some images only.
     """
     columns: List[Dict[str, Result]] = []  # by kind
     results = merge_shards(result for file in files for result in read_results(file))
@@ -88,7 +88,7 @@ def join(files: Sequence[str]) -> List[Model]:
 
     def belong_together(a: Result, b: Result) -> bool:
         return a.digest == b.digest and ((a.runtime, a.machine) == (b.runtime, b.machine)
-                                         or all(counts[one.digest, one.kind] == 1 for one in (a, b)))
+                                         or all(counts[result.digest, result.kind] == 1 for result in (a, b)))
 
     for result in results:
         column = next((column for column in columns
@@ -101,26 +101,27 @@ def join(files: Sequence[str]) -> List[Model]:
 
 
 def set_side_by_side(models: Sequence[Model]) -> Dict[str, Any]:
-    """The ``uadtool.compare/1`` record (schemas/compare.json): each model's values, and their changes from the first's.
+    """The ``uadtool.compare/1`` record (schemas/compare.json): values of each model, and changes against the first.
 
     Image AUROC differences have bootstrap intervals where both models scored the same images.
 
     Raises:
-        UadtoolError: there is no figure at all.
+        UadtoolError: the results hold no figure.
     """
     values = [{name: value for result in (model.scores, model.bench) if result
                for name, value in result.values.items()} for model in models]
     intervals = [_intervals(models[0], model) if model is not models[0] else {} for model in models]
     rows = []
     for name, metric in _present(values):
-        of_models = [found.get(name) for found in values]
-        row = {"metric": name, **metric._asdict(), "values": of_models,
-               "changes": [None, *(change(metric.change, value, of_models[0]) for value in of_models[1:])]}
-        if any(name in found for found in intervals):
-            row["intervals"] = [found.get(name) for found in intervals]
+        row_values = [model_values.get(name) for model_values in values]
+        row = {"metric": name, **metric._asdict(), "values": row_values,
+               "changes": [None, *(change(metric.change, value, row_values[0]) for value in row_values[1:])]}
+        if any(name in model_intervals for model_intervals in intervals):
+            row["intervals"] = [model_intervals.get(name) for model_intervals in intervals]
         rows.append(row)
     if not rows:
-        raise UadtoolError("nothing to compare: the scored images have no labels, and there is no bench file")
+        raise UadtoolError("nothing to compare: the scored images have no labels; score labelled images, or give a "
+                           "bench file")
     return {
         "schema": "uadtool.compare/1",
         "tool": f"uadtool {__version__}",
@@ -132,27 +133,27 @@ def set_side_by_side(models: Sequence[Model]) -> Dict[str, Any]:
 
 
 def changed(models: Sequence[Model]) -> List[Dict[str, Any]]:
-    """The images that are on different sides of the threshold for the first model and another (schemas/changed.json).
+    """The images on different sides of the threshold for the first model and another (schemas/changed.json).
 
-    The one that moved farthest comes first, its distance taken from the threshold of each model. Images that only one
-    of two models scored are left out, with a warning.
+    The image that moved farthest relative to each model's threshold comes first. Images that only one of two models
+    scored are left out, with a warning.
 
     Raises:
-        UadtoolError: not two models have scores, or of different images altogether.
+        UadtoolError: fewer than two models have scores, or two models have no image in common.
     """
     scored = [(model.label, model.scores) for model in models if model.scores]
     if len(scored) < 2:
-        raise UadtoolError("there are not two models with scores to find changed images in; give a score file of each")
+        raise UadtoolError("changed images need the scores of two models; give a score file of each")
     first, a = scored[0]
     records = []
     for other, b in scored[1:]:
-        both = a.images.keys() & b.images.keys()
-        if not both:
+        common = a.images.keys() & b.images.keys()
+        if not common:
             raise UadtoolError(f"{a.source} and {b.source} have no image in common; score the same paths, spelled the "
                                "same")
-        if len(both) < max(len(a.images), len(b.images)):
-            log.warning("%s and %s share %d images; the others are left out", a.source, b.source, len(both))
-        for path in both:
+        if len(common) < max(len(a.images), len(b.images)):
+            log.warning("%s and %s share %d images; all others are left out", a.source, b.source, len(common))
+        for path in common:
             before, after = a.images[path], b.images[path]
             if before.anomalous != after.anomalous:
                 record = {"type": "changed", "path": path, "class": before.class_name, "label": before.label,
@@ -164,9 +165,9 @@ def changed(models: Sequence[Model]) -> List[Dict[str, Any]]:
 
 
 def change(kind: str, value: Optional[float], first: Optional[float]) -> Optional[float]:
-    """The ``difference`` or ``ratio`` of a value to the first model's, or None if there is none.
+    """The ``difference`` or ``ratio`` between a value and the first model's value; None if one is missing.
 
-    Rounded to nine decimals, so that 0.98 after 0.99 is -0.01 to a gate, too.
+    Rounded to nine decimals: 0.98 - 0.99 must not be less than -0.01 for a gate.
     """
     if value is None or first is None or (kind == "ratio" and first == 0):
         return None
@@ -178,31 +179,31 @@ def _any(column: Dict[str, Result]) -> Result:
 
 
 def _origin(model: Model) -> Dict[str, Any]:
-    known = model.any
+    result = model.any
     files = {"scores": model.scores, "bench": model.bench}
     return {
-        "label": model.label, "path": known.path, "digest": known.digest, "precision": known.precision,
-        "runtime": known.runtime, "machine": known.machine,
-        **({"quantization": known.quantization} if known.quantization else {}),
+        "label": model.label, "path": result.path, "digest": result.digest, "precision": result.precision,
+        "runtime": result.runtime, "machine": result.machine,
+        **({"quantization": result.quantization} if result.quantization else {}),
         "files": {kind: result.file for kind, result in files.items() if result},
         **({"shards": list(model.scores.shards)} if model.scores and model.scores.shards else {}),
     }
 
 
 def _present(values: Iterable[Dict[str, float]]) -> Iterator[Tuple[str, Metric]]:
-    """What some model has a value of, in the order of the table: the classes follow the pooled image AUROC."""
-    names = {name: None for found in values for name in found}  # a set that keeps its order
+    """The metrics with a value, in the order of the table: the classes follow the pooled image AUROC."""
+    names = {name: None for model_values in values for name in model_values}  # a set that keeps its order
     for name, metric in METRICS.items():
         if name in names:
             yield name, metric
         if name == "image_auroc.pooled":
-            for of_class in names:
-                if of_class not in METRICS:
-                    yield of_class, metric._replace(label=f"image AUROC, {of_class[len('image_auroc.'):]}")
+            for class_metric in names:
+                if class_metric not in METRICS:
+                    yield class_metric, metric._replace(label=f"image AUROC, {class_metric[len('image_auroc.'):]}")
 
 
 def _labels(paths: List[str]) -> List[str]:
-    """File names, with as many folders as tell different paths apart; the same path again gets a number."""
+    """File names, with enough folders to tell different paths apart; a repeated path gets a number."""
     parsed = [PurePath(path) for path in paths]
     depth, labels = 1, [path.name for path in parsed]
     while len(set(labels)) < len(set(parsed)):
@@ -213,7 +214,7 @@ def _labels(paths: List[str]) -> List[str]:
 
 
 def _intervals(first: Model, other: Model) -> Dict[str, Tuple[float, float]]:
-    """By metric, the bounds of its difference; empty if not both models have scores of the same labelled images."""
+    """Bounds of the differences by metric; empty unless both models have scores of the same labelled images."""
     a, b = first.scores, other.scores
     if not a or not b:
         return {}
@@ -226,13 +227,13 @@ def _intervals(first: Model, other: Model) -> Dict[str, Tuple[float, float]]:
     anomalous, classes = zip(*truth.values())
     if len(set(anomalous)) == 1:
         return {}
-    from uadtool.comparing.bootstrap import paired_bootstrap
+    from uadtool.comparing.bootstrap import paired_bootstrap  # imports NumPy
 
     scores_a, scores_b = ([result.images[path].score for path in truth] for result in (a, b))
-    found = paired_bootstrap(anomalous, scores_a, scores_b, None if None in classes else classes,
-                             repetitions=RESAMPLES, confidence=CONFIDENCE)
-    intervals = {f"image_auroc.{name}": interval for name, interval in found.per_class.items()}
-    intervals["image_auroc.pooled"] = found.pooled
-    if found.mean:
-        intervals["image_auroc"] = found.mean
+    differences = paired_bootstrap(anomalous, scores_a, scores_b, None if None in classes else classes,
+                                   repetitions=RESAMPLES, confidence=CONFIDENCE)
+    intervals = {f"image_auroc.{name}": interval for name, interval in differences.per_class.items()}
+    intervals["image_auroc.pooled"] = differences.pooled
+    if differences.mean:
+        intervals["image_auroc"] = differences.mean
     return {name: (interval.low, interval.high) for name, interval in intervals.items()}

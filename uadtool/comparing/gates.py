@@ -1,4 +1,4 @@
-"""Conditions on a comparison, such as "the quantized model loses at most 0.01 image AUROC"."""
+"""Conditions on a comparison, for instance "the quantized model loses at most 0.01 image AUROC"."""
 
 import operator
 import re
@@ -17,9 +17,9 @@ _PATTERN = re.compile(
 
 @dataclass(frozen=True)
 class Gate:
-    """``metric operator number``, for a metric's value or for its change against the first model.
+    """``metric operator number``: a condition on the value of a metric, or on its change against the first model.
 
-    ``change`` is None (the value), ``difference`` or ``ratio``; the number is in the unit that the table shows.
+    ``change`` is None (the value), ``difference`` or ``ratio``. The number has the unit of the table.
     """
 
     metric: str
@@ -29,15 +29,15 @@ class Gate:
 
     @classmethod
     def parse(cls, text: str) -> "Gate":
-        """Read ``METRIC OP NUMBER``: a signed number is a difference, one with ``x`` behind it a ratio.
+        """Read ``METRIC OP NUMBER``. A signed number is a difference, a number followed by ``x`` a ratio.
 
         Raises:
             ValueError: the text is not a gate.
         """
         match = _PATTERN.fullmatch(text)
         if not match or (match["sign"] and match["ratio"]):
-            raise ValueError(f"{text!r} is not METRIC OP NUMBER, like 'image_auroc>=0.95', 'image_auroc>=-0.01' "
-                             "(difference to the first model) or 'file_size<=0.3x' (ratio to it)")
+            raise ValueError(f"{text!r} is not METRIC OP NUMBER, such as 'image_auroc>=0.95', 'image_auroc>=-0.01' "
+                             "(difference from the first model) or 'file_size<=0.3x' (ratio to it)")
         kind = "difference" if match["sign"] else "ratio" if match["ratio"] else None
         return cls(match["metric"], match["operator"], float(match["sign"] + match["number"]), kind)
 
@@ -45,27 +45,27 @@ class Gate:
         return f"{self.metric}{self.operator}{self._format(self.number)}"
 
     def failures(self, record: Dict[str, Any]) -> Iterator[str]:
-        """One line for each model of a ``uadtool.compare/1`` record that does not meet the gate.
+        """A line for each model of a ``uadtool.compare/1`` record that does not meet the gate.
 
-        A value is asked of every model, a change of every model but the first.
+        A condition on a value applies to every model, a condition on a change to every model but the first.
 
         Raises:
-            UadtoolError: it cannot be decided: the record lacks the metric, a value of it, or a second model.
+            UadtoolError: the record lacks the metric, a value of it, or a second model.
         """
         rows = {row["metric"]: row for row in record["rows"]}
         if self.metric not in rows:
             raise UadtoolError(f"gate {self}: the files hold no {self.metric}; they hold {', '.join(rows)}")
         labels = [model["label"] for model in record["models"]]
         if self.change and len(labels) == 1:
-            raise UadtoolError(f"gate {self} is relative to the first model; give the files of a second one too")
+            raise UadtoolError(f"gate {self} is relative to the first model; add the files of a second model")
         values = rows[self.metric]["values"]
         for label, value in list(zip(labels, values))[1 if self.change else 0:]:
             measured = change(self.change, value, values[0]) if self.change else value
             if measured is None:
                 raise UadtoolError(f"gate {self} cannot be decided for {label}: a value of {self.metric} is missing")
             if not _OPERATORS[self.operator](measured, self.number):
-                wanted = f"{self.operator} {self._format(self.number)}"
-                yield f"{label}: {self.metric} is {self._format(measured)}, wanted {wanted}"
+                yield (f"{label}: {self.metric} is {self._format(measured)}, wanted {self.operator} "
+                       f"{self._format(self.number)}")
 
     def _format(self, number: float) -> str:
         if self.change == "difference":
@@ -74,9 +74,8 @@ class Gate:
 
 
 class Verdict(NamedTuple):
-    """What came of a gate: met where there are neither ``failures``, a line for each model, nor an ``error``.
-
-    With an ``error`` it could not be decided.
+    """The result of a gate: ``failures``, a line for each model that does not meet it, or the ``error`` of a gate that
+    cannot be decided. Without either it is met.
     """
 
     gate: Gate

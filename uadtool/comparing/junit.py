@@ -11,7 +11,7 @@ _NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
 def as_junit(verdicts: Sequence[Verdict]) -> bytes:
-    """One test case per gate, named like it. Its failure or error has the lines of all models that do not meet it."""
+    """A test case for each gate. Its failure or error holds the lines of all models that do not meet the gate."""
     counts = {
         "tests": str(len(verdicts)),
         "failures": str(sum(bool(verdict.failures) for verdict in verdicts)),
@@ -24,8 +24,8 @@ def as_junit(verdicts: Sequence[Verdict]) -> bytes:
         case = ElementTree.SubElement(suite, "testcase", {"classname": "uadtool.compare", "name": name})
         lines = [_clean(line) for line in ([str(error)] if error else failures)]
         if lines:
-            found = ElementTree.SubElement(case, "error" if error else "failure", {"message": "; ".join(lines)})
-            found.text = "\n".join(lines)
+            problem = ElementTree.SubElement(case, "error" if error else "failure", {"message": "; ".join(lines)})
+            problem.text = "\n".join(lines)
     return b'<?xml version="1.0" encoding="utf-8"?>\n' + bytes(ElementTree.tostring(suites, encoding="utf-8"))
 
 

@@ -1,4 +1,4 @@
-"""A ``uadtool.compare/1`` record as a table to read, or as CSV to compute with."""
+"""A ``uadtool.compare/1`` record as a table for people, or as CSV for programs."""
 
 import csv
 import io
@@ -14,17 +14,17 @@ DECIMALS = {"": 4, "ms": 2, "images/s": 1, "MB": 1, "mJ": 1, "M": 2, "G": 3}
 """Digits after the point, by unit."""
 
 _HEADER_WIDTH = 12
-"""Longer file names are broken after punctuation: three models fit into 100 columns."""
+"""Longer file names break after punctuation, so that three models fit into 100 columns."""
 
 _LINES = 40
-"""Classes have intervals in a table that is no longer with them."""
+"""A table shows the intervals of classes if it has no more lines with them."""
 
 
 def as_table(record: Dict[str, Any], markdown: bool = False) -> str:
-    """A column per model, and after each but the first its change against the first.
+    """A column for each model, followed, except for the first model, by the change against the first.
 
-    Below an image AUROC stands the confidence interval of its change, where there is one; of classes only while all
-    of it still fits on a screen.
+    The confidence interval of a change stands below its image AUROC. Intervals of classes are left out if the table
+    would not fit on a screen.
     """
     def name(text: str) -> str:
         return printable(text).replace("|", "\\|") if markdown else printable(text)
@@ -39,7 +39,7 @@ def as_table(record: Dict[str, Any], markdown: bool = False) -> str:
     lines = []
     for label, cells in _origins(record["models"]):
         first, *others = map(cell, cells)
-        lines.append([label, first, *(part for other in others for part in (other, ""))])
+        lines.append([label, first, *(text for other in others for text in (other, ""))])
     with_interval = [row for row in record["rows"] if "intervals" in row]
     fits = len(lines) + len(record["rows"]) + len(with_interval) <= _LINES
     for row in record["rows"]:
@@ -61,15 +61,15 @@ def as_table(record: Dict[str, Any], markdown: bool = False) -> str:
 
 
 def _origins(models: List[Dict[str, Any]]) -> Iterator[Tuple[str, List[str]]]:
-    """What tells the models apart: rows of text, a cell per model; how they were quantized only if some were, and what
-    ran them only if it differs.
+    """Rows of text that describe the models: quantization only if a model is quantized, runtime and machine only if
+    they differ.
     """
     yield "precision", [model["precision"] for model in models]
-    quantized = [model.get("quantization", {}) for model in models]
+    quantizations = [model.get("quantization", {}) for model in models]
     for label, key in (("quantized by", "method"), ("calibration", "calibration"), ("calibrated on", "source"),
                        ("quantized networks", "scope"), ("layers in float", "float_layers")):
-        if any(quantized):
-            yield label, [str(found.get(key, "-")) for found in quantized]
+        if any(quantizations):
+            yield label, [str(quantization.get(key, "-")) for quantization in quantizations]
     for key in ("runtime", "machine"):
         if len({model[key] for model in models}) > 1:
             yield key, [model[key] for model in models]
@@ -91,7 +91,7 @@ def _change(change: Optional[float], kind: str, decimals: int) -> str:
 
 
 def as_csv(record: Dict[str, Any]) -> str:
-    """One line per metric and model. ``difference`` or ``ratio`` to the first model is filled, as suits the metric."""
+    """A line for each metric and model, with the ``difference`` from the first model or the ``ratio`` to it."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["metric", "unit", "better", "model", "value", "difference", "ratio", "low", "high"])

@@ -1,8 +1,8 @@
-"""How well scores and anomaly maps tell anomalous from good.
+"""How well scores and anomaly maps separate anomalous images from good ones.
 
-Everywhere a label is True for anomalous, a higher score means more anomalous, and scores are finite. Every curve here
-is made of counts at ascending thresholds, so images (one threshold per distinct score) and pixels (one per histogram
-bin) share the code, and equal scores count half by the trapezoid rule.
+A label is True for anomalous, a higher score means more anomalous, and scores are finite. Every curve consists of
+counts at ascending thresholds. Images (a threshold for each distinct score) and pixels (a threshold for each histogram
+bin) therefore share the code, and the trapezoid rule counts equal scores half.
 """
 
 from typing import Sequence, Tuple
@@ -11,13 +11,15 @@ import numpy as np
 
 
 def auroc(labels: Sequence[bool], scores: Sequence[float]) -> float:
-    """Area under the ROC curve: how often an anomalous image scores above a good one; equal scores count half.
+    """Area under the ROC curve: the share of pairs in which the anomalous image scores above the good image.
+
+    Equal scores count half.
 
     Raises:
         ValueError: the lengths differ, or a label is missing (both are needed).
     """
-    _, good, anomalous = _counts(*checked(labels, scores))
-    return roc_area(good, anomalous)
+    _, good, anomalous = _counts(labels, scores)
+    return area_under_roc(good, anomalous)
 
 
 def average_precision(labels: Sequence[bool], scores: Sequence[float]) -> float:
@@ -26,18 +28,18 @@ def average_precision(labels: Sequence[bool], scores: Sequence[float]) -> float:
     Raises:
         ValueError: as ``auroc``.
     """
-    _, good, anomalous = _counts(*checked(labels, scores))
+    _, good, anomalous = _counts(labels, scores)
     false, true = counts_above(good), counts_above(anomalous)
     return float(np.sum(np.diff(true) * true[1:] / (true[1:] + false[1:])) / true[-1])
 
 
 def f1_max(labels: Sequence[bool], scores: Sequence[float]) -> Tuple[float, float]:
-    """The best F1 over all thresholds, and the highest threshold that has it (scores equal to it are anomalous).
+    """The best F1 over all thresholds, and the highest threshold with it. Scores equal to it count as anomalous.
 
     Raises:
         ValueError: as ``auroc``.
     """
-    thresholds, good, anomalous = _counts(*checked(labels, scores))
+    thresholds, good, anomalous = _counts(labels, scores)
     false, true = counts_above(good)[1:], counts_above(anomalous)[1:]
     f1 = 2 * true / (true + false + true[-1])
     best = int(np.argmax(f1))
@@ -45,14 +47,14 @@ def f1_max(labels: Sequence[bool], scores: Sequence[float]) -> Tuple[float, floa
 
 
 def roc_curve(labels: Sequence[bool], scores: Sequence[float], points: int = 200) -> Tuple[np.ndarray, np.ndarray]:
-    """The false-positive rates and true-positive rates, both from 0 to 1, of thresholds from high to low.
+    """False-positive rates and true-positive rates, both from 0 to 1, of thresholds from high to low.
 
-    Of more than ``points`` thresholds those are kept that lie evenly along the curve.
+    With more than ``points`` thresholds, the result has only ``points`` that lie evenly along the curve.
 
     Raises:
         ValueError: as ``auroc``.
     """
-    _, good, anomalous = _counts(*checked(labels, scores))
+    _, good, anomalous = _counts(labels, scores)
     false, true = counts_above(good), counts_above(anomalous)
     false, true = false / false[-1], true / true[-1]
     if len(false) > points:
@@ -61,7 +63,12 @@ def roc_curve(labels: Sequence[bool], scores: Sequence[float], points: int = 200
     return false, true
 
 
-def checked(labels: Sequence[bool], scores: Sequence[float]) -> Tuple[np.ndarray, np.ndarray]:
+def validated(labels: Sequence[bool], scores: Sequence[float]) -> Tuple[np.ndarray, np.ndarray]:
+    """The labels, bool [N], and the scores, float64 [N].
+
+    Raises:
+        ValueError: as ``auroc``.
+    """
     truth, values = np.asarray(labels, bool), np.asarray(scores, float)
     if truth.shape != values.shape:
         raise ValueError(f"{len(truth)} labels for {len(values)} scores")
@@ -70,23 +77,25 @@ def checked(labels: Sequence[bool], scores: Sequence[float]) -> Tuple[np.ndarray
     return truth, values
 
 
-def _counts(labels: np.ndarray, scores: np.ndarray) -> Tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The distinct scores, ascending, and how many good and how many anomalous images have each."""
-    distinct, place = np.unique(scores, return_inverse=True)
-    good, anomalous = (np.bincount(place[chosen], minlength=len(distinct)) for chosen in (~labels, labels))
+def _counts(labels: Sequence[bool], scores: Sequence[float]) -> Tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The distinct scores, ascending, and the numbers of good and of anomalous images with each."""
+    truth, values = validated(labels, scores)
+    distinct, place = np.unique(values, return_inverse=True)
+    good, anomalous = (np.bincount(place[truth == label], minlength=len(distinct)) for label in (False, True))
     return distinct, good, anomalous
 
 
 def counts_above(counts: np.ndarray) -> np.ndarray:
-    """How many lie at or above each threshold, from the highest threshold (after a leading zero) to the lowest."""
+    """The sums of ``counts`` at or above each threshold, after a leading zero, from the highest threshold down."""
     return np.append(0.0, np.cumsum(counts[::-1], dtype=float))
 
 
-def trapezoid_area(x: np.ndarray, y: np.ndarray) -> float:
+def area_under(x: np.ndarray, y: np.ndarray) -> float:
     """The area under y(x), by the trapezoid rule."""
     return float(np.sum(np.diff(x) * (y[1:] + y[:-1])) / 2)
 
 
-def roc_area(good: np.ndarray, anomalous: np.ndarray) -> float:
+def area_under_roc(good: np.ndarray, anomalous: np.ndarray) -> float:
+    """AUROC of the numbers of good and of anomalous images, or pixels, at ascending thresholds."""
     false, true = counts_above(good), counts_above(anomalous)
-    return float(trapezoid_area(false, true) / (false[-1] * true[-1]))
+    return float(area_under(false, true) / (false[-1] * true[-1]))

@@ -7,27 +7,27 @@ from typing import Any, Dict, Optional
 
 import numpy as np
 
-from uadtool.scoring.metrics import counts_above, roc_area, trapezoid_area
+from uadtool.scoring.metrics import area_under, area_under_roc, counts_above
 
-_UNPACKED = 8 << 20  # bytes of pixel counts at most: 65,536 bins have less
+_UNPACKED = 8 << 20  # bytes of unpacked pixel counts at most: 65,536 bins take less
 
 
 class PixelMetrics:
-    """Pixel AUROC and AUPRO of a stream of anomaly maps, in about 1.5 MB whatever the number of images.
+    """Pixel AUROC and AUPRO of a stream of anomaly maps, in about 1.5 MB for any number of images.
 
-    Pixels are counted in a fixed grid of 65,536 bins: the upper half of float32 in its numeric order. A bin is at most
-    1/128 of its value wide, so no range has to be known beforehand. The grid is finest around zero, where the scores of
-    good images lie: figures are within 0.0005 of the exact ones there, and useless for a map whose whole spread is less
-    than 1/128 of its offset.
+    Pixels are counted in a fixed grid of 65,536 bins: the upper half of float32 in numeric order. A bin is at most
+    1/128 of its value wide, so the range need not be known beforehand. The grid is finest around zero, where the scores
+    of good images lie. Figures are within 0.0005 of the exact figures there, but useless for a map whose whole spread
+    is less than 1/128 of its offset.
     """
 
     _BINS = 1 << 16
-    _REGION = 1 << 40  # what a region weighs: in integers, so that no order of images changes a sum
+    _REGION = 1 << 40  # weight of a region, an integer so that sums do not depend on the order of images
 
     def __init__(self) -> None:
         self._good = np.zeros(self._BINS, np.int64)
         self._anomalous = np.zeros(self._BINS, np.int64)
-        self._overlap = np.zeros(self._BINS, np.int64)  # each pixel of a region weighs 1 / area of the region
+        self._overlap = np.zeros(self._BINS, np.int64)  # a pixel weighs _REGION / area of its region
         self._regions = 0
 
     def update(self, anomaly_map: np.ndarray, mask: np.ndarray) -> None:
@@ -44,7 +44,7 @@ class PixelMetrics:
         self._good += np.bincount(bins[~mask], minlength=self._BINS)
         if not mask.any():
             return
-        from scipy.ndimage import label
+        from scipy.ndimage import label  # slow to import, and needed only with masks
 
         regions, count = label(mask, structure=np.ones((3, 3)))
         regions, bins = regions[mask], bins[mask]
@@ -54,17 +54,17 @@ class PixelMetrics:
         self._regions += count
 
     def merge(self, other: "PixelMetrics") -> None:
-        """Add the images that ``other`` has seen."""
+        """Add the images of ``other``."""
         self._good += other._good
         self._anomalous += other._anomalous
         self._overlap += other._overlap
         self._regions += other._regions
 
     def to_json(self) -> Dict[str, Any]:
-        """All that was counted, to be merged elsewhere: usually 5 to 35 KB of text, whatever the number of images.
+        """All counts, to be merged elsewhere: usually 5 to 35 KB of text for any number of images.
 
-        ``regions`` is their number. ``bins`` is the base64 of the zlib-compressed JSON text of four lists about the
-        bins that are not empty, ascending: distance to the bin before, good pixels, anomalous ones, their overlap.
+        ``regions`` is the number of regions. ``bins`` is the base64 of zlib-compressed JSON: four lists about the bins
+        that are not empty, ascending: distance from the previous bin, good pixels, anomalous pixels, overlap.
         """
         filled = np.flatnonzero(self._good + self._anomalous)
         lists = [np.diff(filled, prepend=0), self._good[filled], self._anomalous[filled], self._overlap[filled]]
@@ -76,40 +76,33 @@ class PixelMetrics:
         """The opposite of ``to_json``.
 
         Raises:
-            ValueError: that did not write it.
+            ValueError: ``to_json`` did not write it.
         """
-        found = cls()
+        pixels = cls()
         try:
-            unpacking = zlib.decompressobj()
-            text = unpacking.decompress(base64.b64decode(counted["bins"], validate=True), _UNPACKED)
-            if not unpacking.eof:
-                raise ValueError("the bins are cut short, or too many")
-            lists = np.array(json.loads(text))
-            if lists.ndim != 2 or len(lists) != 4 or (lists.size and lists.dtype.kind != "i") or (lists < 0).any():
-                raise ValueError("not four lists of counts")
-            distances, *counts = lists.astype(np.int64)
-            filled = np.cumsum(distances)
+            distances, good, anomalous, overlap = _unpacked(counted["bins"])
+            bins = np.cumsum(distances)
             if not distances[1:].all():
-                raise ValueError("a bin is there twice")
-            if max((values.sum(dtype=float) for values in counts[:2]), default=0) >= 2 ** 53:
-                raise ValueError("there are more pixels than can be")
-            regions, anomalous = counted["regions"], int(counts[1].sum())
-            if type(regions) is not int or not 0 <= regions <= anomalous:
-                raise ValueError(f"{regions!r:.40} is no number of regions in {anomalous} anomalous pixels")
-            # each pixel's weight was rounded; the float sum keeps the exact one from running over
-            if counts[2].sum(dtype=float) >= 2 ** 62 or int(counts[2].sum()) > cls._REGION * regions + anomalous:
-                raise ValueError(f"the overlap is more than {regions} regions have")
-            found._good[filled], found._anomalous[filled], found._overlap[filled] = counts
-            found._regions = regions
+                raise ValueError("a bin occurs twice")
+            if max(good.sum(dtype=float), anomalous.sum(dtype=float)) >= 2 ** 53:
+                raise ValueError("too many pixels")
+            regions, area = counted["regions"], int(anomalous.sum())
+            if type(regions) is not int or not 0 <= regions <= area:
+                raise ValueError(f"{area} anomalous pixels cannot have {regions!r:.40} regions")
+            # The weight of each pixel was rounded. The float sum finds an integer sum that would overflow.
+            if overlap.sum(dtype=float) >= 2 ** 62 or int(overlap.sum()) > cls._REGION * regions + area:
+                raise ValueError(f"the overlap exceeds that of {regions} regions")
+            pixels._good[bins], pixels._anomalous[bins], pixels._overlap[bins] = good, anomalous, overlap
+            pixels._regions = regions
         except (IndexError, KeyError, OverflowError, RecursionError, TypeError, ValueError, zlib.error) as error:
             raise ValueError(f"its pixel counts cannot be read: {error}") from error
-        return found
+        return pixels
 
     def auroc(self) -> Optional[float]:
-        """Pixel AUROC, or None without good or without anomalous pixels."""
+        """Pixel AUROC; None without good or without anomalous pixels."""
         if not self._good.any() or not self._anomalous.any():
             return None
-        return roc_area(self._good, self._anomalous)
+        return area_under_roc(self._good, self._anomalous)
 
     def aupro(self, limit: float = 0.3) -> Optional[float]:
         """Area under the per-region overlap curve up to the false-positive rate ``limit``, divided by ``limit``.
@@ -124,12 +117,24 @@ class PixelMetrics:
         overlap = counts_above(self._overlap) / (self._REGION * self._regions)
         inside = rate <= limit
         at_limit = np.interp(limit, rate, overlap)
-        return trapezoid_area(np.append(rate[inside], limit), np.append(overlap[inside], at_limit)) / limit
+        return area_under(np.append(rate[inside], limit), np.append(overlap[inside], at_limit)) / limit
 
     @staticmethod
     def _bins(values: np.ndarray) -> np.ndarray:
-        # Read as a signed integer, float32 is in order once all but the sign of negative numbers is inverted. Adding
-        # zero makes -0.0 equal to 0.0.
+        # Read as signed integers, float32 values are in order once all bits but the sign of negative numbers are
+        # inverted. Adding zero makes -0.0 equal to 0.0.
         bits = (values.astype(np.float32, copy=False) + np.float32(0)).view(np.int32)
         ordered = bits ^ ((bits >> 31) & np.int32(0x7FFFFFFF))
         return np.asarray((ordered >> 16).astype(np.intp) + (PixelMetrics._BINS >> 1))
+
+
+def _unpacked(bins: str) -> np.ndarray:
+    """The four lists of ``PixelMetrics.to_json``, int64 [4, bins]."""
+    decompressor = zlib.decompressobj()
+    text = decompressor.decompress(base64.b64decode(bins, validate=True), _UNPACKED)
+    if not decompressor.eof:
+        raise ValueError("the bins are cut short, or too many")
+    lists = np.array(json.loads(text))
+    if lists.ndim != 2 or len(lists) != 4 or (lists.size and lists.dtype.kind != "i") or (lists < 0).any():
+        raise ValueError("not four lists of counts")
+    return lists.astype(np.int64)
