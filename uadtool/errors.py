@@ -1,4 +1,4 @@
-"""What can go wrong, and the exit code each kind ends with. Messages are one line: what was wrong, what to do."""
+"""Errors and their exit codes. A message is one line: what was wrong, then what to do."""
 
 import importlib
 import importlib.util
@@ -18,16 +18,16 @@ class MissingPackage(UadtoolError):
 
 
 class GateFailed(UadtoolError):
-    """A gate that the user set (``--fail-above``, ``--gate``) was not met."""
+    """A gate (``--fail-above``, ``--gate``) failed."""
 
     exit_code = 4
 
 
 def require(module: str, extra: str) -> ModuleType:
-    """Import an optional ``module``; ``extra`` is the extra of uadtool that installs it.
+    """Import an optional ``module``, which the ``extra`` of uadtool installs.
 
     Raises:
-        MissingPackage: naming the module and the install line.
+        MissingPackage: the module is not installed; with the install line.
     """
     try:
         return importlib.import_module(module)
@@ -37,7 +37,7 @@ def require(module: str, extra: str) -> ModuleType:
 
 
 def require_lab() -> None:
-    """Require what train, calibrate, quantize and export need beyond the edge half.
+    """Require the packages of train, calibrate, quantize and export.
 
     Raises:
         MissingPackage: as ``require``.

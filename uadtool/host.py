@@ -1,4 +1,4 @@
-"""What ran, when and where: the opening of every record of a run."""
+"""The machine and the process: cores, memory, signals, and the opening of every record."""
 
 import contextlib
 import ctypes
@@ -13,14 +13,14 @@ from typing import Any, Dict, List
 from uadtool import __version__
 
 CPUINFO_KEYS = ("model name", "Model", "Hardware", "cpu model")
-"""Keys of /proc/cpuinfo that name the processor on x86, on most ARM boards, on older ones, and on MIPS."""
+"""Keys of /proc/cpuinfo that name the processor on x86, on most ARM boards, on older ARM boards, and on MIPS."""
 
 BOARD = Path("/proc/device-tree/model")
-"""What a board calls itself, where the firmware describes it: "NVIDIA Jetson Xavier NX Developer Kit"."""
+"""The name of a board, if the firmware gives it: "NVIDIA Jetson Xavier NX Developer Kit"."""
 
 
 def available_cores() -> int:
-    """How many cores this process may use."""
+    """The number of cores that this process may use."""
     try:
         return len(os.sched_getaffinity(0))
     except AttributeError:  # macOS, Windows
@@ -28,10 +28,10 @@ def available_cores() -> int:
 
 
 def keep_freed_memory() -> None:
-    """Let this process keep the memory it frees, for its next request.
+    """Let this process reuse the memory it frees.
 
-    glibc returns large blocks to the system at once, and every new tensor costs page faults: up to three quarters of
-    the time that torch takes on a CPU. Does nothing with other C libraries.
+    glibc returns large blocks to the system at once, so every new tensor causes page faults, which take up to three
+    quarters of the time of torch on a CPU. Does nothing with other C libraries.
     """
     trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD and M_MMAP_MAX of malloc.h
     with contextlib.suppress(OSError, AttributeError):
@@ -50,8 +50,8 @@ def opening() -> Dict[str, Any]:
 
 
 def describe_host() -> Dict[str, Any]:
-    """The ``host`` object of a record: system, machine, cpu, board (of a Jetson, ...), cores (available) and python."""
-    found = {
+    """The ``host`` object of a record: system, machine, cpu, board (such as a Jetson), available cores and python."""
+    host = {
         "system": f"{platform.system()} {platform.release()}",
         "machine": platform.machine(),
         "cpu": _cpu(),
@@ -59,17 +59,17 @@ def describe_host() -> Dict[str, Any]:
         "python": platform.python_version(),
     }
     with contextlib.suppress(OSError):
-        found["board"] = BOARD.read_text(encoding="utf-8", errors="replace").strip("\0\n ")
-    return found
+        host["board"] = BOARD.read_text(encoding="utf-8", errors="replace").strip("\0\n ")
+    return host
 
 
 def peak_memory() -> int:
-    """The most memory, in bytes, that this process has held (resident)."""
+    """The peak resident memory of this process, in bytes."""
     try:
-        # On Linux getrusage counts what the parent held before exec, too.
+        # On Linux, getrusage also counts the memory of the parent before exec.
         status = Path("/proc/self/status").read_text(encoding="utf-8")
         return 1024 * int(status.partition("VmHWM:")[2].split()[0])
-    except (OSError, IndexError):  # gVisor's status lacks it
+    except (OSError, IndexError):  # gVisor's status lacks VmHWM
         import resource
 
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
@@ -88,6 +88,6 @@ def _cpu() -> str:
 
 
 def ending_signals() -> List[signal.Signals]:
-    """Those that ask a process to end: SIGTERM, and SIGHUP when the terminal closes, unless nohup has it ignored."""
-    hangs_up = hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN
-    return [signal.SIGTERM, signal.SIGHUP] if hangs_up else [signal.SIGTERM]
+    """The signals that ask a process to end: SIGTERM, and SIGHUP when the terminal closes unless nohup ignores it."""
+    has_hangup = hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN
+    return [signal.SIGTERM, signal.SIGHUP] if has_hangup else [signal.SIGTERM]

@@ -1,4 +1,4 @@
-"""Progress on stderr: a bar on a terminal, a log line now and then elsewhere."""
+"""Progress on stderr: a bar on a terminal, otherwise a log line now and then."""
 
 import contextlib
 import logging
@@ -12,14 +12,14 @@ log = logging.getLogger("uadtool")
 
 BAR_WIDTH = 24
 FIRST_BAR, NEXT_BAR, LINE = 0.5, 0.1, 20.0
-"""Seconds until the bar is drawn, between two drawings, and between two log lines. What ends sooner shows nothing."""
+"""Seconds until the bar is drawn, between two drawings, and between two log lines. A shorter run shows nothing."""
 
 
 class Progress:
-    """Counts ``what`` is being done, as a context manager.
+    """A context manager that counts the items of the task ``what``.
 
-    With ``total`` it tells the share and the time left. ``start`` of the total were done earlier (a resumed run); they
-    count for the share and not for the rate. Silent when the ``uadtool`` logger does not take INFO messages.
+    With ``total`` it shows the share and the time left. ``start`` items were done earlier, by an interrupted run; they
+    count for the share but not for the rate. Silent if the ``uadtool`` logger ignores INFO messages.
     """
 
     def __init__(self, what: str, total: Optional[int] = None, start: int = 0) -> None:
@@ -38,7 +38,7 @@ class Progress:
         return self
 
     def update(self, count: int = 1, note: str = "") -> None:
-        """Add ``count`` to what is done; ``note`` stands at the end of the bar until the next one comes."""
+        """Count more items; ``note`` stays at the end of the bar until the next note."""
         self.count += count
         self.note = note or self.note
         now = time.monotonic()
@@ -62,7 +62,7 @@ class Progress:
             log.info("%s", self._text())
 
     def _make_room(self, record: logging.LogRecord) -> bool:
-        """A log message goes where the bar was; the bar comes back below it."""
+        """Clear the bar for a log message; it is drawn again below the message."""
         if self._shown:
             _draw("\r\x1b[K")
         return True
@@ -86,7 +86,7 @@ class Progress:
 
 
 def _draw(layout: str, text: str = "") -> None:
-    """Print on the terminal, cut to its width; one that was closed takes nothing, and the work goes on."""
+    """Print on the terminal, cut to its width; a closed terminal is ignored."""
     with contextlib.suppress(OSError):
         columns = os.get_terminal_size(sys.stderr.fileno()).columns or 80
         print(layout.format(text[:columns - 1]), end="", file=sys.stderr, flush=True)

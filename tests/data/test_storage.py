@@ -137,7 +137,7 @@ def test_what_is_not_there(memory: str, detector: Path) -> None:
 
 
 def test_training_is_local(memory: str) -> None:
-    with pytest.raises(UadtoolError, match="is elsewhere, and training reads its images again and again: copy them"):
+    with pytest.raises(UadtoolError, match="is remote, but training rereads its images every epoch; copy them"):
         training_samples(memory)
 
 
@@ -145,7 +145,7 @@ def test_training_is_local(memory: str) -> None:
 def test_what_trains_is_local(tmp_path: Path, row: str) -> None:
     Image.new("RGB", (40, 40)).save(tmp_path / "a.png")
     (tmp_path / "parts.csv").write_text(f"path,label,mask\na.png,good,\n{row}\n")
-    with pytest.raises(UadtoolError, match=r"^memory://bucket/.*png is elsewhere, and training reads its images"):
+    with pytest.raises(UadtoolError, match=r"^memory://bucket/.*png is remote, but training rereads its images"):
         training_samples(str(tmp_path / "parts.csv"))
 
 

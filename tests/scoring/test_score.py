@@ -310,7 +310,7 @@ def test_a_watch_that_died_ends_the_run(tmp_path):
     pytest.importorskip("watchdog")
     watch = Watch(str(tmp_path))
     watch._observer.stop()
-    with pytest.raises(UadtoolError, match="can be followed no longer; start again"):
+    with pytest.raises(UadtoolError, match="cannot be followed any longer; start again"):
         next(iter(watch))
 
 
@@ -369,7 +369,7 @@ def test_a_half_written_image_is_waited_for(following, mvtec, name):
 
 @pytest.mark.parametrize(("arguments", "code", "message"), [
     (["--follow", "a", "b"], 2, "--follow takes one folder"),
-    (["--follow", "missing"], 1, "missing is no folder to follow"),
+    (["--follow", "missing"], 1, "missing is not a directory"),
 ])
 def test_what_cannot_be_followed(uadtool, detector, arguments, code, message):
     pytest.importorskip("watchdog")

@@ -215,15 +215,13 @@ class Result:
 
     def check(self, may_be_empty: bool) -> None:
         """Raise the error that the run ends with, if any."""
-        unscored = ""
-        if self._errors:
-            unscored = f"{self._errors} of {self._images} images could not be scored; first: {self._first_error}"
+        unscored = f"{self._errors} of {self._images} images could not be scored; first: {self._first_error}"
         if self._above:
-            if unscored:
+            if self._errors:
                 logging.getLogger("uadtool").error("error: %s", unscored)
             raise GateFailed(f"{self._above} of {self._images} images score above {self._limit:g}; worst: "
                              f"{self._worst[1]} with {self._worst[0]:g}")
-        if unscored:
+        if self._errors:
             raise UadtoolError(unscored)
         if not self._images and not may_be_empty:
             raise UadtoolError("no images to score")

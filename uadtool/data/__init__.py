@@ -1,1 +1,1 @@
-"""From what the user points at to samples and pixels."""
+"""From paths and URLs to samples and pixels."""

@@ -1,16 +1,16 @@
-"""From what the user points at to samples: which images there are, of which class, good or not, with which mask.
+"""From a path or URL to samples: images, each with its class, label and mask as far as they are known.
 
-Understood are
+Supported are
 
 - a folder of classes as in MVTec AD: ``CLASS/train/good/*``, ``CLASS/test/good/*``, ``CLASS/test/DEFECT/*``, and masks
   ``CLASS/ground_truth/DEFECT/STEM_mask.png`` (or ``STEM.png``);
 - one such class folder;
 - a manifest, CSV with a header or JSON Lines: ``path`` and, if known, ``class``, ``label`` (good, normal, ok, 0 or
-  false; anything else is anomalous; empty is unknown), ``mask`` and ``split`` (train or test). Relative paths start at
-  the manifest. Without a class anywhere, the manifest's name is the class. Rows without a split are in both splits;
-- for scoring also any folder of images, and single images.
+  false; empty is unknown; anything else is anomalous), ``mask`` and ``split`` (train or test). Relative paths start at
+  the manifest's folder. If no row has a class, the manifest's name is the class. Rows without a split are in both;
+- for scoring, also any folder of images, and single images.
 
-For scoring, all of them may also lie at a URL. Hidden files and folders are left out.
+For scoring, all of them may be at a URL. Hidden files and folders are ignored.
 """
 
 import logging
@@ -29,20 +29,20 @@ SUFFIXES = {
     ".avif", ".bmp", ".dib", ".gif", ".j2k", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm", ".pfm", ".pgm", ".png",
     ".pnm", ".ppm", ".tga", ".tif", ".tiff", ".webp",
 }
-GOOD_LABELS = {"good", "normal", "ok", "0", "0.0", "false"}  # 0.0: what pandas writes when other labels are missing
+GOOD_LABELS = {"good", "normal", "ok", "0", "0.0", "false"}  # pandas writes 0.0 when other labels are missing
 
 PLACES = ("train", "test", "ground_truth")
-"""The folders in that of a class."""
+"""The folders in a class folder."""
 
 log = logging.getLogger("uadtool")
 
 
 @dataclass(frozen=True)
 class Sample:
-    """An image and what the layout tells about it.
+    """An image and what the layout says about it.
 
-    ``label`` is "good", "anomalous" or None (unknown). ``mask`` is the path of the ground truth, also where the layout
-    wants one and it is missing. ``problem`` is why there is nothing to read at ``path``, where that is known already.
+    ``label`` is "good", "anomalous" or None (unknown). ``mask`` is the path of the ground truth, even of a missing file
+    if the layout requires it. ``problem`` is the reason why ``path`` cannot be read, if it is already known.
     """
 
     path: str
@@ -53,7 +53,7 @@ class Sample:
 
 
 class Layout(NamedTuple):
-    """A data set as it was found. A class may have no rows; the split of a row is "train", "test" or "" (both)."""
+    """The content of a data set. A class may have no rows; the split of a row is "train", "test" or "" (both)."""
 
     classes: Set[str]
     rows: List[Tuple[Sample, str]]
@@ -62,61 +62,59 @@ class Layout(NamedTuple):
 def training_samples(data: str, classes: Optional[Sequence[str]] = None) -> List[Sample]:
     """The good training images of a data set, sorted by class and path; each has a class.
 
-    The data set is checked as a whole, so that no long run starts on a broken one; ``classes`` limits it to these.
+    The whole data set is checked, so that no long run starts on a broken one; ``classes`` limits it to these classes.
 
     Raises:
-        UadtoolError: there are no images, or a class has none to train on, or is unknown; an image is empty or
-            missing; a mask is missing or has another size than its image; an image is in train and in test.
+        UadtoolError: no images exist; a class is unknown or has no training images; an image is empty or missing; a
+            mask is missing or differs in size from its image; an image is in train and in test.
     """
     data = storage.local(data)
-    _require_here(data)
+    _require_local(data)
     if not storage.exists(data):
         raise UadtoolError(f"{data} does not exist")
     layout = _read_layout(data, _folder(data))
     if layout is None or not layout.classes:
         raise UadtoolError(
-            f"no images to train on in {data}: wanted is a folder with CLASS/train/good/*, one such CLASS folder, or "
-            "a manifest (.csv, .jsonl)"
+            f"no images to train on in {data}; give a folder with CLASS/train/good/*, one such CLASS folder, or a "
+            "manifest (.csv, .jsonl)"
         )
-    chosen = set(classes or layout.classes)
-    if chosen - layout.classes:
-        raise UadtoolError(f"{data} has no class {_names(chosen - layout.classes)}; it has {_names(layout.classes)}")
+    names = set(classes or layout.classes)
+    if names - layout.classes:
+        raise UadtoolError(f"{data} has no class {_names(names - layout.classes)}; it has {_names(layout.classes)}")
     nameless = [sample.path for sample, _ in layout.rows if not sample.class_name]
     if nameless and not classes:
-        raise UadtoolError(f"{data} gives no class for {nameless[0]}, but for other images")
-    rows = [(sample, split) for sample, split in layout.rows if sample.class_name in chosen]
+        raise UadtoolError(f"{data} gives classes, but none for {nameless[0]}")
+    rows = [(sample, split) for sample, split in layout.rows if sample.class_name in names]
     for sample, _ in rows:
-        _require_here(sample.path)
-        _require_here(sample.mask or "")
+        _require_local(sample.path)
+        _require_local(sample.mask or "")
     if any(sample.label == "anomalous" and not split for sample, split in rows):
-        log.warning("%s names no split for some images: the good ones of these train, and score tests them, too; to "
-                    "compare models fairly, give them the split train or test", data)
+        log.warning("%s gives some images no split, so they are used for training and for testing; to compare models "
+                    "fairly, give each image the split train or test", data)
     training = list(dict.fromkeys(sample for sample, split in rows if split != "test" and sample.label == "good"))
-    for name in sorted(chosen - {sample.class_name for sample in training}):
+    for name in sorted(names - {sample.class_name for sample in training}):
         others = sum(sample.class_name == name for sample, _ in rows)
-        found = f"no good training images, only {others} others" if others else "no images"
-        raise UadtoolError(
-            f"class {name} of {data} has {found}: put good ones into its train/good (or label them good in the "
-            "manifest), or choose other classes"
-        )
+        problem = f"no good training images, only {others} other images" if others else "no images"
+        raise UadtoolError(f"class {name} of {data} has {problem}; put good images into its train/good (or label them "
+                           "good in the manifest), or choose other classes")
     _check_masks(sample for sample, split in rows if split != "train")
     _check_apart(training, [sample for sample, split in rows if split == "test"])
     return sorted(training, key=lambda sample: (sample.class_name, sample.path))
 
 
 def scoring_samples(paths: Iterable[str], strict: bool = True) -> Iterator[Sample]:
-    """The images to score, path by path as ``paths`` gives them.
+    """Yield the images to score, path by path.
 
-    A data set gives its test split, with classes, labels and masks; another folder all images in it. Any other path
-    is an image, even if it does not exist: reading it will tell. So do URLs, but that what ends as an image does is
-    one.
+    A data set yields its test split, with classes, labels and masks; any other folder yields all its images. Any other
+    path is an image, even if it does not exist: reading it reports the error. The same holds for URLs, except that a
+    URL that ends like an image is not asked whether it is a folder.
 
     Args:
-        strict: raise errors; else a path that gives no images is a sample with this ``problem``.
+        strict: raise errors; otherwise a path without images yields a sample with the error as ``problem``.
 
     Raises:
-        UadtoolError: a folder without images to score, or a broken manifest.
-        MissingPackage: what fsspec needs for a kind of URL is not installed.
+        UadtoolError: a folder has no images to score, or a manifest is broken.
+        MissingPackage: the package that fsspec needs for a kind of URL is not installed.
     """
     for name in map(storage.local, paths):
         try:
@@ -129,15 +127,14 @@ def scoring_samples(paths: Iterable[str], strict: bool = True) -> Iterator[Sampl
 
 
 def _samples_of(name: str) -> List[Sample]:
-    """What there is to score at a path or URL."""
+    """The images to score at a path or URL."""
     folder = _folder(name)
     layout = _read_layout(name, folder)
     if layout is not None:
         samples = [sample for sample, split in layout.rows if split != "train"]
-        left_out = _outside(folder) if folder else 0
-        if left_out:
-            log.warning("%s is a data set: %d images that lie outside of CLASS/train and CLASS/test are left out", name,
-                        left_out)
+        ignored = _outside(folder) if folder else 0
+        if ignored:
+            log.warning("%s is a data set; %d images outside of CLASS/train and CLASS/test are ignored", name, ignored)
     else:
         samples = [Sample(folder.path(image)) for image in _images(folder)] if folder else [Sample(name)]
     if not samples:
@@ -146,7 +143,7 @@ def _samples_of(name: str) -> List[Sample]:
 
 
 def _outside(folder: Folder) -> int:
-    """How many images lie in no place of the layout, nor are masks. The places, which are large, are not listed."""
+    """The number of images outside of ``PLACES``, which are large and therefore not listed."""
     if _is_class(folder):
         return len(_images(folder, PLACES))
     children = folder.folders()
@@ -158,14 +155,14 @@ def _names(classes: Iterable[str]) -> str:
 
 
 def _folder(name: str) -> Optional[Folder]:
-    """The folder ``name``, unless it is a URL that ends as an image or a manifest does, which need not be asked."""
+    """The folder ``name`` if it is one. A URL that ends like an image or a manifest is taken for a file."""
     if storage.is_url(name) and storage.suffix(name) in SUFFIXES | manifest.SUFFIXES:
         return None
     return storage.open_folder(name)
 
 
 def _read_layout(name: str, folder: Optional[Folder]) -> Optional[Layout]:
-    """The data set of this path or URL, which is ``folder`` if it is one; None if it is something else."""
+    """The data set in ``folder``, or in the manifest ``name`` if that is not a folder; None if it is neither."""
     if folder is None:
         return _read_manifest(name) if storage.suffix(name) in manifest.SUFFIXES else None
     if _is_class(folder):
@@ -194,8 +191,8 @@ def _read_class(folder: Folder, name: str) -> Iterator[Tuple[Sample, str]]:
 def _mask(folder: Folder, image: PurePath) -> Optional[str]:
     if not folder.has(PurePath(image.parts[0])):
         return None
-    usual, other = image.with_name(f"{image.stem}_mask.png"), image.with_suffix(".png")
-    return folder.path(other if folder.has(other) and not folder.has(usual) else usual)
+    usual, short = image.with_name(f"{image.stem}_mask.png"), image.with_suffix(".png")
+    return folder.path(short if folder.has(short) and not folder.has(usual) else usual)
 
 
 def _images(folder: Folder, without: Collection[str] = ()) -> List[PurePath]:
@@ -204,23 +201,23 @@ def _images(folder: Folder, without: Collection[str] = ()) -> List[PurePath]:
 
 def _read_manifest(name: str) -> Layout:
     rows = manifest.read_manifest(name)
-    one_class = PurePath(storage.without_query(name)).stem if not any(row["class"] for row in rows) else None
+    only_class = PurePath(storage.without_query(name)).stem if not any(row["class"] for row in rows) else None
     samples = []
     for row in rows:
         label = row["label"].lower()
         samples.append((Sample(
             path=storage.beside(name, row["path"]),
-            class_name=row["class"] or one_class,
+            class_name=row["class"] or only_class,
             label=("good" if label in GOOD_LABELS else "anomalous") if label else None,
             mask=storage.beside(name, row["mask"]) if row["mask"] else None,
         ), row["split"]))
     return Layout({sample.class_name for sample, _ in samples if sample.class_name}, samples)
 
 
-def _require_here(name: str) -> None:
+def _require_local(name: str) -> None:
     if storage.is_url(name):
-        raise UadtoolError(f"{name} is elsewhere, and training reads its images again and again: copy them to this "
-                           "machine first")
+        raise UadtoolError(f"{name} is remote, but training rereads its images every epoch; copy them to this machine "
+                           "first")
 
 
 def _check_masks(samples: Iterable[Sample]) -> None:
@@ -238,7 +235,7 @@ def _check_masks(samples: Iterable[Sample]) -> None:
 
 
 def _check_apart(training: Iterable[Sample], test: Iterable[Sample]) -> None:
-    """Require that no image, by its bytes, is in both. Only files of equal size are read."""
+    """Require that no image is in both, by its bytes. Only files of equal size are read."""
     by_size: Dict[int, Tuple[List[str], List[str]]] = defaultdict(lambda: ([], []))
     for side, samples in enumerate((training, test)):
         for sample in samples:
@@ -251,8 +248,8 @@ def _check_apart(training: Iterable[Sample], test: Iterable[Sample]) -> None:
     twins = sorted((path, twin) for path, twin in twins if twin)
     if twins:
         raise UadtoolError(
-            f"{len(twins)} training images are test images too, which would flatter the model; first: "
-            f"{twins[0][0]} and {twins[0][1]}"
+            f"{len(twins)} training images are also test images, which would flatter the model; first: {twins[0][0]} "
+            f"and {twins[0][1]}"
         )
 
 

@@ -14,13 +14,13 @@ KEYS = ("path", "class", "label", "mask", "split")
 
 
 def read_manifest(name: str) -> List[Dict[str, str]]:
-    """The rows of a manifest: all of ``KEYS``, as text without spaces around it, "" where a row has none.
+    """The rows of a manifest: all ``KEYS``, as text without surrounding spaces, "" if missing.
 
-    ``name`` is its path or URL. ``path`` is always given; ``split`` is "train", "test" or "". Other columns are left
-    out. Bytes that are not UTF-8 (in file names) come as Python's surrogate escapes.
+    ``name`` is its path or URL. ``path`` is never empty; ``split`` is "train", "test" or "". Other columns are ignored.
+    Bytes that are not UTF-8 (in file names) become Python's surrogate escapes.
 
     Raises:
-        MissingPackage: what fsspec needs for this kind of URL is not installed.
+        MissingPackage: the package that fsspec needs for this kind of URL is not installed.
         UadtoolError: the file cannot be read, or a line is broken; the message names the line.
     """
     read = _csv_rows if storage.suffix(name) == ".csv" else _jsonl_rows
@@ -30,7 +30,7 @@ def read_manifest(name: str) -> List[Dict[str, str]]:
             return [_checked(name, number, fields) for number, fields in read(file, name)]
     except OSError as error:
         raise UadtoolError(f"cannot read {name}: {error.strerror}") from error
-    except ValueError as error:  # a null byte in the path, or no regular file
+    except ValueError as error:  # a null byte in the path, or not a regular file
         raise UadtoolError(f"cannot read {name}: {error}") from error
 
 
@@ -39,7 +39,7 @@ def _csv_rows(file: TextIO, path: str) -> Iterator[Tuple[int, Dict[str, Any]]]:
     try:
         for fields in reader:
             if None in fields:
-                _refuse(path, reader.line_num, "has more fields than the header; quote a path that has commas")
+                _refuse(path, reader.line_num, "has more fields than the header; quote a path with commas")
             yield reader.line_num, fields
     except csv.Error as error:
         _refuse(path, reader.reader.line_num, f"is not CSV: {error}")
@@ -68,15 +68,15 @@ def _checked(manifest: str, number: int, fields: Dict[str, Any]) -> Dict[str, st
     if not row["path"]:
         _refuse(manifest, number, f"has no path; its fields are {', '.join(fields)[:200]}")
     if row["split"] not in ("", "train", "test"):
-        _refuse(manifest, number, f"has the split {row['split']!r:.80}; known are train and test")
+        _refuse(manifest, number, f"has the split {row['split']!r:.80}; use train or test")
     return row
 
 
 def _is_plain(text: str) -> bool:
-    """Can it be a part of a path?"""
+    """Whether a path can contain the text."""
     try:
         return b"\0" not in os.fsencode(text)
-    except UnicodeEncodeError:  # a surrogate that stands for no byte
+    except UnicodeEncodeError:  # a surrogate that is not an escaped byte
         return False
 
 

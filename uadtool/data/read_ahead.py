@@ -1,4 +1,4 @@
-"""Computing what is asked for next in threads, in order."""
+"""Computing the next items in threads, in order."""
 
 import queue
 import threading
@@ -8,31 +8,28 @@ from typing import Callable, Iterable, Iterator, Optional, Set, Tuple, TypeVar, 
 from uadtool.errors import UadtoolError
 
 T = TypeVar("T")
-
-
 R = TypeVar("R")
 
 
 def read_ahead(
     function: Callable[[T], R], items: Iterable[T], threads: int, ahead: int
 ) -> Iterator[Tuple[T, Union[R, UadtoolError]]]:
-    """Yield each item, in order, with ``function(item)``, computed in ``threads`` threads before it is asked for.
+    """Yield each item with ``function(item)``, in order, computed in advance in ``threads`` threads.
 
     At most ``ahead`` items (at least 1) are taken from ``items`` beyond those yielded. A result is yielded as soon as
-    it and those before it are known, even while ``items`` blocks, and closing the generator does not wait for
-    ``items`` either, but for the calls of ``function`` that have begun. ``items`` is iterated in these threads, by one
-    at a time.
+    it and all earlier results are known, even while ``items`` blocks. Closing the generator waits for running calls of
+    ``function``, but not for ``items``. The threads iterate ``items``, one at a time.
 
-    A UadtoolError that ``function`` raises is yielded in place of a result; other exceptions of ``function``, and all
-    those of ``items``, are raised.
+    A UadtoolError that ``function`` raises is yielded in place of its result. Other exceptions of ``function``, and all
+    exceptions of ``items``, are raised.
     """
     source = iter(items)
-    taking, beginning = threading.Lock(), threading.Lock()
+    taking, starting = threading.Lock(), threading.Lock()
     room = threading.Semaphore(ahead)
-    line: "queue.SimpleQueue[Optional[Tuple[T, Future[Union[R, UadtoolError]]]]]" = queue.SimpleQueue()
+    results: "queue.SimpleQueue[Optional[Tuple[T, Future[Union[R, UadtoolError]]]]]" = queue.SimpleQueue()
     running: "Set[Future[Union[R, UadtoolError]]]" = set()
     over = threading.Event()
-    failure = []
+    failures = []
 
     def work() -> None:
         while True:
@@ -44,16 +41,16 @@ def read_ahead(
                     item = next(source)
                 except BaseException as error:
                     if not isinstance(error, StopIteration):
-                        failure.append(error)
+                        failures.append(error)
                     over.set()
-                    line.put(None)
+                    results.put(None)
                     return
                 future: "Future[Union[R, UadtoolError]]" = Future()
-                with beginning:
+                with starting:
                     if over.is_set():
                         return
                     running.add(future)
-                line.put((item, future))
+                results.put((item, future))
             try:
                 future.set_result(function(item))
             except UadtoolError as error:
@@ -62,22 +59,22 @@ def read_ahead(
                 future.set_exception(error)
             running.discard(future)
 
-    # Not a ThreadPoolExecutor: the interpreter would wait at exit for a thread that waits for items.
+    # Not a ThreadPoolExecutor: at exit, the interpreter would wait for a thread that waits for items.
     workers = [threading.Thread(target=work, daemon=True) for _ in range(threads)]
     for worker in workers:
         worker.start()
     exhausted = False
     try:
-        for item, future in iter(line.get, None):
+        for item, future in iter(results.get, None):
             result = future.result()
             room.release()
             yield item, result
         exhausted = True
-        for error in failure:
+        for error in failures:
             raise error
     finally:
-        # None may be at work when the interpreter ends: it stops threads anywhere, and native code aborts at that.
-        with beginning:
+        # No call may run when the interpreter ends: it stops threads anywhere, which makes native code abort.
+        with starting:
             over.set()
         for _ in workers:
             room.release()

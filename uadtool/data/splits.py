@@ -1,4 +1,4 @@
-"""Which samples are held out, and a choice of samples in which the classes take turns."""
+"""Choosing samples: those to hold out, and a number of them balanced over the classes."""
 
 import itertools
 import random
@@ -8,26 +8,27 @@ from typing import Dict, Iterable, List, Optional, Sequence, Set, Tuple
 from uadtool.data.dataset import Sample
 
 LEAST_HELD_OUT = 3
-"""Images of a class: one or two do not tell how far its good images differ."""
+"""Images of a class: one or two do not show how far its good images differ."""
 
 
 def split_held_out(samples: Sequence[Sample], share: float, seed: int) -> Tuple[List[Sample], List[Sample]]:
-    """Hold out ``share`` (0 to 1) of each class, chosen at random: (the rest, held out), both in the order given.
+    """Hold out ``share`` (0 to 1) of each class at random; returns (the rest, held out), both in the given order.
 
-    At least ``LEAST_HELD_OUT`` are, or half of a class that has fewer than twice as many; the only image of a class is
-    not.
+    At least ``LEAST_HELD_OUT`` images of a class are held out, or half of a class that has fewer than twice as many.
+    The only image of a class is not held out.
     """
     held_out: Set[Sample] = set()
     for name, members in _by_class(samples).items():
         least = min(LEAST_HELD_OUT, len(members) // 2)
         count = min(max(round(share * len(members)), least), len(members) - 1)
-        # Each class has its own randomness: the choice in one does not depend on which others there are.
+        # Each class has its own randomness, so the choice does not depend on the other classes.
         held_out.update(random.Random(f"{seed} {name}").sample(members, count))
-    return [s for s in samples if s not in held_out], [s for s in samples if s in held_out]
+    return ([sample for sample in samples if sample not in held_out],
+            [sample for sample in samples if sample in held_out])
 
 
 def balanced(samples: Sequence[Sample], count: int, seed: int) -> List[Sample]:
-    """Choose ``count`` samples (all, if there are fewer) at random; the classes take turns, in random order."""
+    """Choose ``count`` samples at random, or all if there are fewer; the classes take turns, in random order."""
     rng = random.Random(seed)
     groups = list(_by_class(samples).values())
     rng.shuffle(groups)

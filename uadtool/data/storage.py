@@ -1,7 +1,7 @@
-"""Where files lie: on this machine, or at a URL of anything that fsspec knows (s3://, gs://, https://, memory://), but
-for its chained ones (zip://a.png::s3://...).
+"""Files on this machine, or at any URL that fsspec supports (s3://, gs://, https://, memory://) except chained URLs
+(zip://a.png::s3://...).
 
-The one module that reads what lies elsewhere; the others have names of files.
+Only this module reads remote files; other modules pass names of files to it.
 """
 
 import errno
@@ -18,31 +18,31 @@ from urllib.parse import unquote, urlsplit
 
 from uadtool.errors import MissingPackage, UadtoolError, require
 
-_URL = re.compile(r"[a-z][a-z0-9+.-]+://")  # C:\ is none
+_URL = re.compile(r"[a-z][a-z0-9+.-]+://")  # not C:\
 
 
 def is_url(name: str) -> bool:
-    """Does it name something elsewhere? ``file://`` names a local file, see ``local``."""
+    """Whether the name is a URL. For local files at ``file://``, see ``local``."""
     return bool(_URL.match(name))
 
 
 def local(name: str) -> str:
-    """The path that a ``file://`` URL stands for; any other name as it is."""
+    """The path of a ``file://`` URL; any other name as it is."""
     return unquote(name[len("file://"):]) if name.startswith("file:///") else name
 
 
 def suffix(name: str) -> str:
-    """That of a path or URL, in lower case."""
+    """The suffix of a path or URL, in lower case."""
     return PurePath(without_query(name)).suffix.lower()
 
 
 def without_query(name: str) -> str:
-    """A path or URL without what the web puts behind one (``?X-Amz-Signature=...``)."""
+    """A path or URL without query and fragment (``?X-Amz-Signature=...``)."""
     return urlsplit(name)._replace(query="", fragment="").geturl() if name.startswith(("http://", "https://")) else name
 
 
 def beside(file: str, name: str) -> str:
-    """What ``name``, a path, absolute or relative to ``file``, or a URL, stands for in ``file``."""
+    """Resolve ``name``, as it stands in ``file``: a URL, or a path that is absolute or relative to ``file``."""
     if is_url(name):
         return local(name)
     if is_url(file):
@@ -51,19 +51,19 @@ def beside(file: str, name: str) -> str:
 
 
 def exists(name: str) -> bool:
-    """Is there such a local file or folder?"""
+    """Whether a local file or folder exists."""
     try:
         return Path(name).exists()
-    except OSError:  # too long a name, say
+    except OSError:  # a name that is too long, for example
         return False
 
 
 def open_file(name: str) -> BinaryIO:
-    """Open a file for reading; one at a URL is fetched whole, in one request.
+    """Open a file for reading. A file at a URL is fetched whole, in one request.
 
     Raises:
-        OSError, ValueError: it cannot be read, or is no regular file (to open a FIFO would block).
-        MissingPackage: what fsspec needs for this kind of URL is not installed.
+        OSError, ValueError: the file cannot be read, or is not a regular file (opening a FIFO would block).
+        MissingPackage: the package that fsspec needs for this kind of URL is not installed.
     """
     if is_url(name):
         system, path = _file_system(name)
@@ -75,60 +75,56 @@ def open_file(name: str) -> BinaryIO:
 
 
 class Folder(Protocol):
-    """A folder that can be listed, hidden files and folders left out. Files in it go by their path from here."""
+    """A folder that can be listed without its hidden files and folders. Files are given by their path in it."""
 
     @property
     def name(self) -> str:
         """The last part of its path."""
 
     def __truediv__(self, name: str) -> "Folder":
-        """A folder in it, whether it exists or not."""
+        """A folder in this folder, whether it exists or not."""
 
     def exists(self) -> bool:
-        """Is there such a folder?"""
+        """Whether the folder exists."""
 
     def folders(self) -> List[str]:
-        """The names of the folders in it, sorted."""
+        """The names of the folders in this folder, sorted."""
 
     def files(self, without: Collection[str] = ()) -> List[PurePath]:
-        """The files in it and below it, sorted, but for what lies in folders ``without``; none if there is no such
-        folder.
-        """
+        """All files below this folder, sorted, except those in its folders ``without``; none if it does not exist."""
 
     def has(self, file: PurePath) -> bool:
-        """Is there such a file, or folder?"""
+        """Whether a file or folder exists."""
 
     def path(self, file: PurePath) -> str:
         """The path or URL of a file."""
 
 
 def open_folder(name: str) -> Optional[Folder]:
-    """The folder of this path or URL; None if there is none. All that a URL holds is listed at once.
+    """The folder at this path or URL, or None if it does not exist. At a URL, all files are listed at once.
 
     Raises:
-        UadtoolError: it cannot be listed.
+        UadtoolError: the folder cannot be listed.
         MissingPackage: as ``open_file``.
     """
     if is_url(name):
         try:
             system, path = _file_system(name)
             with _as_os_error():
-                found = system.find(path)
+                files = system.find(path)
         except FileNotFoundError:
             return None
         except OSError as error:
             raise UadtoolError(f"cannot read {name}: {error.strerror}") from error
         root = f"{path.rstrip('/')}/"
         tree: Tree = {}
-        for file in found:
+        for file in files:
             *folders, last = parts = file[len(root):].split("/")
             if not file.startswith(root) or any(part.startswith(".") for part in parts):
                 continue
             place = tree
             for part in folders:
-                inside = place.get(part)
-                if inside is None:
-                    inside = place[part] = {}
+                inside = place[part] = place.get(part) or {}
                 place = inside
             place.setdefault(last, None)
         return ListedFolder(name if name.endswith("/") else f"{name}/", tree) if tree else None
@@ -138,7 +134,7 @@ def open_folder(name: str) -> Optional[Folder]:
 
 @dataclass(frozen=True)
 class LocalFolder:
-    """A ``Folder`` of this machine. Links to folders are followed, each folder once."""
+    """A ``Folder`` on this machine. Links to folders are followed, but each folder is listed once."""
 
     place: Path
 
@@ -152,7 +148,7 @@ class LocalFolder:
     def exists(self) -> bool:
         try:
             return self.place.is_dir()
-        except OSError:  # too long a name, say
+        except OSError:  # a name that is too long, for example
             return False
 
     def folders(self) -> List[str]:
@@ -173,7 +169,7 @@ class LocalFolder:
             for here, folders, files in os.walk(self.place, followlinks=True, onerror=cannot_list):
                 try:
                     status = Path(here).stat()
-                except FileNotFoundError:  # gone again
+                except FileNotFoundError:  # just removed
                     continue
                 if (status.st_dev, status.st_ino) in seen:
                     folders.clear()
@@ -183,7 +179,7 @@ class LocalFolder:
                 folders[:] = sorted(name for name in folders
                                     if not name.startswith(".") and (inside.parts or name not in without))
                 found += [inside / name for name in files if not name.startswith(".")]
-        except RecursionError as error:  # of os.walk, before Python 3.12
+        except RecursionError as error:  # from os.walk, before Python 3.12
             raise UadtoolError(f"cannot read {self.place}: its folders are nested too deeply") from error
         return sorted(found)
 
@@ -195,11 +191,11 @@ class LocalFolder:
 
 
 Tree = Dict[str, Optional["Tree"]]
-"""What is in a folder by name: a folder's tree, or None of a file."""
+"""The content of a folder by name: the tree of a folder, or None for a file."""
 
 
 class ListedFolder(NamedTuple):
-    """A ``Folder`` at ``url``, which ends with a slash, that was listed."""
+    """A ``Folder`` with a known ``tree`` at ``url``, which ends with a slash."""
 
     url: str
     tree: Tree
@@ -235,7 +231,7 @@ class ListedFolder(NamedTuple):
 
 
 def _file_system(url: str) -> Tuple[Any, str]:
-    """Fsspec's file system of a URL, and the path in it."""
+    """The fsspec file system of a URL, and the path in it."""
     fsspec = require("fsspec", "remote")
     try:
         with _as_os_error():
@@ -247,7 +243,7 @@ def _file_system(url: str) -> Tuple[Any, str]:
 
 @contextmanager
 def _as_os_error() -> Iterator[None]:
-    """Whatever a file system raises is an OSError with a text; but for packages that it lacks."""
+    """Turn any error of a file system into an OSError with a text, except for a missing package."""
     try:
         yield
     except ImportError:
