@@ -11,7 +11,7 @@ from conftest import METADATA
 
 import uadtool
 from uadtool.benchmarking import bench as benchmark
-from uadtool.benchmarking.bench import _thread_counts, bench
+from uadtool.benchmarking.bench import Settings, _thread_counts, bench
 from uadtool.errors import UadtoolError
 from uadtool.files import file_digest
 from uadtool.host import peak_memory
@@ -57,7 +57,7 @@ def test_threads_of_the_sweep(most, counts):
 
 
 def test_a_sweep_over_threads(detector):
-    record = bench([str(detector)], repetitions=1, duration=0.02, threads=2, sweep=True)
+    record = bench([str(detector)], Settings(1, 0.02, threads=2, sweep=True))
     jsonschema.validate(record, SCHEMA, cls=jsonschema.Draft202012Validator)
     assert [one["threads"] for one in record["models"][0]["threads"]] == [1, 2]
 
@@ -78,14 +78,14 @@ def test_every_model_is_opened_before_anything_is_timed(uadtool, detector, tmp_p
 def test_a_fresh_process_that_fails_is_reported(detector, monkeypatch):
     monkeypatch.setattr(sys, "executable", "/bin/false")
     with pytest.raises(UadtoolError, match="cannot be run in a fresh process"):
-        bench([str(detector)], repetitions=1, duration=0.01)
+        bench([str(detector)], Settings(1, 0.01))
 
 
 def test_a_fresh_process_finds_what_this_one_finds_and_may_say_much(detector, tmp_path, monkeypatch):
     (tmp_path / "numpy.py").write_text("raise SystemExit('code of the folder was run')")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONVERBOSE", "1")  # megabytes on stderr
-    record = bench([str(detector)], repetitions=1, duration=0.01)
+    record = bench([str(detector)], Settings(1, 0.01))
     assert record["models"][0]["peak_rss_bytes"] > 10e6
 
 
@@ -134,4 +134,4 @@ def test_a_model_that_is_replaced_meanwhile_has_no_figures(uadtool, detector, ma
     path = make_detector(tmp_path / "model.onnx")
     monkeypatch.setattr(benchmark, "_cold_start", lambda runtime: (make_detector(path), (1.0, 1))[1])
     with pytest.raises(UadtoolError, match=r"model.onnx was replaced while this ran; run it again"):
-        bench([str(path)], 1, 0.01)
+        bench([str(path)], Settings(1, 0.01))

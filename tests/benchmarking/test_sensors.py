@@ -6,7 +6,7 @@ import time
 import pytest
 from conftest import validate
 
-from uadtool.benchmarking.bench import bench
+from uadtool.benchmarking.bench import Settings, bench
 from uadtool.benchmarking.sensors import PowerMeter, Sensors, total
 from uadtool.comparing.comparison import compare
 
@@ -138,7 +138,7 @@ def test_without_sensors_there_is_no_energy(machine):
 
 
 def test_bench_tells_the_energy_of_an_image(machine, detector, tmp_path):
-    record = bench([str(detector)], repetitions=2, duration=0.2, warmup=0, threads=1, sensors=machine(XAVIER_JETPACK_5))
+    record = bench([str(detector)], Settings(2, 0.2, warmup=0, threads=1), machine(XAVIER_JETPACK_5))
     validate(record, "bench")
     assert record["machine"]["before"]["power_mode"] == "20W_6CORE"
     assert record["machine"]["idle_watts"] == pytest.approx({"VDD_IN": 8, "VDD_CPU_GPU_CV": 2.5, "total": 8}, rel=0.05)
@@ -154,7 +154,7 @@ def test_bench_tells_the_energy_of_an_image(machine, detector, tmp_path):
 
 
 def test_bench_without_sensors_tells_none(detector, machine):
-    record = bench([str(detector)], repetitions=1, duration=0.01, warmup=0, threads=1, sensors=machine({}))
+    record = bench([str(detector)], Settings(1, 0.01, warmup=0, threads=1), machine({}))
     validate(record, "bench")
     assert record["machine"] == {"before": {}, "after": {}}
     assert all("watts" not in load for load in record["models"][0]["throughput"])

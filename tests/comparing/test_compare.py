@@ -170,7 +170,7 @@ def test_what_one_model_lacks_is_null(files):
 
 
 def test_records_of_the_real_commands_are_understood(make_detector, mvtec, tmp_path):
-    from uadtool.benchmarking.bench import bench
+    from uadtool.benchmarking.bench import Settings, bench
     from uadtool.data.dataset import scoring_samples
     from uadtool.runtimes.opening import open_model
     from uadtool.scoring.records import score
@@ -179,7 +179,7 @@ def test_records_of_the_real_commands_are_understood(make_detector, mvtec, tmp_p
     for path in paths:
         records = score(open_model(str(path)), scoring_samples([str(mvtec)]))
         path.with_suffix(".jsonl").write_text(lines(list(records)))
-    measured = bench([str(path) for path in paths], repetitions=1, duration=0.01, warmup=0)
+    measured = bench([str(path) for path in paths], Settings(repetitions=1, duration=0.01, warmup=0))
     (tmp_path / "bench.json").write_text(json.dumps(measured))
     record = compare([str(path.with_suffix(".jsonl")) for path in paths] + [str(tmp_path / "bench.json")])
     assert len(record["rows"]) == 18
@@ -204,7 +204,7 @@ def test_records_of_the_real_commands_are_understood(make_detector, mvtec, tmp_p
     (lines(score_records("m.onnx")[:5] * 2), ":6: .* 'uadtool.score/1' is not expected here"),
     (lines([score_records("m.onnx")[0], {"type": "summary", "metrics": {"recall": float("nan")}}]), ":2: .* nan"),
     (lines([score_records("m.onnx")[0], {"type": "summary", "metrics": []}]), ":2: not a record"),
-    (lines([score_records("m.onnx")[0], {"type": "summary", "images": 0}]), "no labels; score labelled images, or give"),
+    (lines([score_records("m.onnx")[0], {"type": "summary", "images": 0}]), "no labels; score labelled images"),
 ])
 def test_other_files_are_refused_naming_file_and_line(tmp_path, text, message):
     path = tmp_path / "given.jsonl"

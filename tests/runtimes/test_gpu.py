@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flavours import flavour
 
-from uadtool.benchmarking.bench import bench
+from uadtool.benchmarking.bench import Settings, bench
 from uadtool.data.dataset import scoring_samples
 from uadtool.data.images import read_image
 from uadtool.files import file_digest
@@ -90,7 +90,7 @@ def test_memory_stays_while_it_runs_and_is_freed(files):
 def test_layers_and_latencies(files, capsys):
     """The table that `make test-gpu` shows."""
     paths = [files(detector, precision)[1] for detector in DETECTORS for precision in TOLERANCE]
-    record = bench(paths, repetitions=2, duration=0.5, layers=True)
+    record = bench(paths, Settings(repetitions=2, duration=0.5, layers=True))
     with capsys.disabled():
         print(f"\n{current_gpu().name}, 64 px: p50 ms, images per second in batches of 8, MB on the GPU")
         for path, model in zip(paths, record["models"]):

@@ -50,7 +50,9 @@ def bench(models: Tuple[str, ...], repetitions: int, duration: float, warmup: in
       uadtool bench model.onnx --threads 1 | jq '.models[0].latency_ms.p50'
       uadtool bench model.onnx --layers | jq -c '.models[0].layers | sort_by(-.milliseconds)[:5][]'
     """
+    from uadtool.benchmarking.bench import Settings
     from uadtool.benchmarking.bench import bench as measure
     from uadtool.files import write_json
 
-    write_json(measure(models, repetitions, duration, warmup, batch_sizes, threads, runtime, layers, sweep, roofline))
+    write_json(measure(models, Settings(repetitions, duration, warmup, batch_sizes, threads, runtime, layers, sweep,
+                                        roofline)))
