@@ -64,7 +64,7 @@ def test_bytes_of_a_graph(tmp_path):
 
 
 def test_other_runtimes_are_refused(trained):
-    with pytest.raises(UadtoolError, match="--roofline measures ONNX Runtime and OpenVINO, and not torch"):
+    with pytest.raises(UadtoolError, match="--roofline supports ONNX Runtime and OpenVINO, not torch"):
         require_peak(open_model(str(trained.path), 1, "torch"))
 
 

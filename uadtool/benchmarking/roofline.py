@@ -1,4 +1,4 @@
-"""How much of what a machine can do a detector uses (Williams et al., "Roofline", CACM 52, 2009)."""
+"""The share of the peak rate of a machine that a detector reaches (Williams et al., "Roofline", CACM 52, 2009)."""
 
 import tempfile
 import time
@@ -11,26 +11,26 @@ from uadtool.errors import UadtoolError, require
 from uadtool.runtimes.contract import Runtime
 
 SIZE = 1024
-"""Rows, columns and depth of the matrix product that shows the peak."""
+"""Rows, columns and depth of the matrix product that measures the peak rate."""
 ROUNDS = 10
 INTEGERS = ("int8", "mixed")
-"""Precisions whose peak is that of integers."""
+"""Precisions that are compared with the peak rate of integers."""
 
 
 def require_peak(runtime: Runtime) -> None:
-    """Require, before any long work, that ``roofline`` can measure the runtime.
+    """Require that ``roofline`` supports the runtime, before any long work.
 
     Raises:
-        UadtoolError: it cannot.
+        UadtoolError: it does not.
         MissingPackage: onnx is not installed.
     """
     if runtime.name not in ("onnxruntime", "openvino"):
-        raise UadtoolError(f"--roofline measures ONNX Runtime and OpenVINO, and not {runtime.name}")
+        raise UadtoolError(f"--roofline supports ONNX Runtime and OpenVINO, not {runtime.name}; leave it out")
     require("onnx", "roofline")
 
 
 def roofline(runtime: Runtime, seconds: float) -> Dict[str, Any]:
-    """The ``roofline`` of a bench record: the work of one image, and the share of the peak that is reached with it.
+    """The ``roofline`` of a bench record: the work for one image, and the share of the peak rate that it reaches.
 
     Args:
         seconds: latency of one image.
@@ -44,8 +44,9 @@ def roofline(runtime: Runtime, seconds: float) -> Dict[str, Any]:
 
 
 def graph_bytes(path: str) -> int:
-    """Bytes that the operators of an ONNX file read and write for one image, activations that a runtime keeps in its
-    cache or fuses away included. What is quantized counts as the integers that it is.
+    """Bytes that the operators of an ONNX file read and write for one image.
+
+    The sum includes activations that a runtime keeps in cache or fuses away. Quantized tensors count as integers.
     """
     onnx = require("onnx", "roofline")
     model = onnx.load(path)
@@ -71,7 +72,7 @@ def _bytes(kind: int, dims: Any) -> int:
 
 
 def _peak(runtime: Runtime, integers: bool) -> float:
-    """Multiply-accumulates per second of a matrix product in the runtime, on as many threads."""
+    """Multiply-accumulates per second of a matrix product in the same runtime, on the same number of threads."""
     with tempfile.TemporaryDirectory() as folder:
         path = str(Path(folder, "product.onnx"))
         _write_product(path, integers)
@@ -98,7 +99,7 @@ def _product(runtime: Runtime, path: str, values: np.ndarray) -> Callable[[], An
 
 
 def _write_product(path: str, integers: bool) -> None:
-    """Of floats, or as a quantized detector has it, of u8 by s8 giving u8."""
+    """Write a product of floats or, as in a quantized detector, of u8 and s8 with a u8 result."""
     onnx = require("onnx", "roofline")
     helper, types = onnx.helper, onnx.TensorProto
     weights = np.random.default_rng(0).integers(-127, 128, (SIZE, SIZE))

@@ -1,4 +1,4 @@
-"""What a machine tells about its own power, clocks and temperatures, in sysfs: a Jetson's and a PC's."""
+"""Power, clocks and temperatures of a Jetson or a PC, as sysfs reports them."""
 
 import math
 import re
@@ -9,23 +9,24 @@ from types import TracebackType
 from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple, Type
 
 INTERVAL = 0.05
-"""Seconds between two readings of the rails. An INA3221 takes about 10 ms for a new value of its three channels."""
+"""Seconds between two readings of the rails. An INA3221 updates its three channels about every 10 ms."""
 
 TOTAL_RAILS = ("VDD_IN", "POM_5V_IN")
-"""The rail that feeds the whole module, on the Jetsons that have one. On others the rails add up to the total
+"""Names of the rail that feeds the whole module. On Jetsons without it, the rails add up to the total
 (https://forums.developer.nvidia.com/t/xavier-jetson-total-power-consumption/81016)."""
 
 FED_BY_OTHERS = ("VDDQ_VDD2_1V8AO",)
-"""Rails that do not count for the total: the memory's of an AGX Orin, which its VIN_SYS_5V0 feeds."""
+"""Rails that do not count for the total: on an AGX Orin, VIN_SYS_5V0 feeds this rail of the memory."""
 
 THROTTLING = ("sys/class/hwmon/hwmon*/oc*_event_cnt",
               "sys/devices/system/cpu/cpu*/thermal_throttle/core_throttle_count")
-"""Counters of events: over-current throttling of a Jetson (JetPack 5 and 6), thermal throttling of an x86 core."""
+"""Event counters: over-current throttling of a Jetson (JetPack 5 and 6), thermal throttling of an x86 core."""
 
 
 class Sensors:
-    """The sensors of the machine whose file system begins at ``root``. What there is not, or is not readable, is left
-    out: every method then returns fewer entries, or None.
+    """The sensors of the machine whose file system begins at ``root``.
+
+    Sensors that are missing or unreadable are left out: every method then returns fewer entries, or None.
     """
 
     def __init__(self, root: Path = Path("/")) -> None:
@@ -36,7 +37,7 @@ class Sensors:
 
     @property
     def has_rails(self) -> bool:
-        """Is there a power monitor?"""
+        """Whether the machine has a power monitor."""
         return bool(self._rails)
 
     def rails(self) -> Dict[str, float]:
@@ -45,13 +46,13 @@ class Sensors:
         return {name: value for name, value in watts.items() if value is not None}
 
     def energy(self) -> Dict[str, Tuple[float, float]]:
-        """Counters of energy of each processor package (RAPL): joules now, and where the counter wraps around."""
-        found = {}
+        """The energy counter of each processor package (RAPL): joules now, and the value at which it wraps around."""
+        counters = {}
         for path in self._packages:
             now, wraps = _number(path / "energy_uj", 1e6), _number(path / "max_energy_range_uj", 1e6)
             if now is not None and wraps:
-                found[str(_text(path / "name"))] = (now, wraps)
-        return found
+                counters[str(_text(path / "name"))] = (now, wraps)
+        return counters
 
     def state(self) -> Dict[str, Any]:
         """Power mode, clocks (MHz) and temperatures (degrees Celsius) now; ``throttling`` counts events since boot."""
@@ -63,12 +64,12 @@ class Sensors:
         zones = {_text(path.parent / "type") or path.parent.name: _number(path, 1000)
                  for path in self._glob("sys/class/thermal/thermal_zone*/temp")}
         counts = [_number(path) for pattern in THROTTLING for path in self._glob(pattern)]
-        found = {"power_mode": self._power_mode(), "clocks_mhz": _known(clocks), "temperatures_c": _known(zones),
-                 "throttling": int(sum(count for count in counts if count is not None)) if counts else None}
-        return _known(found)
+        return _known({
+            "power_mode": self._power_mode(), "clocks_mhz": _known(clocks), "temperatures_c": _known(zones),
+            "throttling": int(sum(count for count in counts if count is not None)) if counts else None})
 
     def _find_rails(self) -> Iterator[Tuple[str, Callable[[], Optional[float]]]]:
-        """Name of each rail of the INA3221 monitors, and what reads it."""
+        """The name of each rail of the INA3221 monitors, and a function that reads its power."""
         for name in self._glob("sys/class/hwmon/hwmon*/name"):  # JetPack 5 and later
             if _text(name) != "ina3221":
                 continue
@@ -82,7 +83,7 @@ class Sensors:
                 yield rail, lambda path=path: _number(path, 1000)  # type: ignore[misc]
 
     def _power_mode(self) -> Optional[str]:
-        """What ``nvpmodel -q`` says, from the files that it reads."""
+        """The power mode as ``nvpmodel -q`` reports it, from the files that it reads."""
         status = _text(self._root / "var/lib/nvpmodel/status") or ""
         modes = _text(self._root / "etc/nvpmodel.conf") or ""
         number = re.search(r"pmode:(\d+)", status)
@@ -96,9 +97,9 @@ class Sensors:
 
 
 class PowerMeter:
-    """Energy from entering to leaving a ``with`` block: rails are read in a thread of its own, counters at both ends.
+    """Measures the energy of a ``with`` block: reads rails in a thread of its own, and counters at both ends.
 
-    ``joules`` is by rail or package, afterwards; ``seconds`` how long the block took.
+    After the block, ``joules`` is its energy by rail or package, and ``seconds`` its duration.
     """
 
     def __init__(self, sensors: Sensors) -> None:
@@ -124,7 +125,7 @@ class PowerMeter:
                 self.joules[name] = (after - self._counters[name][0]) % wraps
 
     def _sample(self) -> None:
-        """Each reading counts for the time since the one before; a rail that does not answer keeps its last value."""
+        """Each reading counts for the time since the previous one. A rail that does not answer keeps its last value."""
         last, watts = self._began, self._sensors.rails()
         ended = not self._sensors.has_rails
         while not ended:
@@ -137,7 +138,7 @@ class PowerMeter:
 
 
 def total(by_rail: Dict[str, float]) -> Optional[float]:
-    """Of the whole board, from a figure of each rail; None if there is none."""
+    """The figure of the whole board from the figures of its rails; None without rails."""
     for name in TOTAL_RAILS:
         if name in by_rail:
             return by_rail[name]
@@ -155,7 +156,7 @@ def _product(millivolts: Path, milliamperes: Path) -> Callable[[], Optional[floa
 def _text(path: Path) -> Optional[str]:
     try:
         return path.read_text(encoding="utf-8", errors="replace").strip("\0\n ")
-    except OSError:  # also what a driver answers while its device sleeps
+    except OSError:  # drivers also answer so while their device sleeps
         return None
 
 
