@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Callable, Dict, List, NamedTuple
 
@@ -48,11 +49,21 @@ SCHEMAS = Path(uadtool_package.__file__).parent / "schemas"
 
 
 def validate(record: Any, name: str) -> None:
-    """Require that a record obeys the schema ``uadtool/schemas/NAME.json``."""
-    jsonschema = pytest.importorskip("jsonschema")
-    schema = json.loads((SCHEMAS / f"{name}.json").read_text())
-    jsonschema.Draft202012Validator.check_schema(schema)
-    jsonschema.validate(record, schema, cls=jsonschema.Draft202012Validator)
+    """Require that a record obeys the schema ``uadtool/schemas/NAME.json``, according to another implementation."""
+    pytest.importorskip("jsonschema")
+    _validators()[name].validate(record)
+
+
+@lru_cache(maxsize=None)
+def _validators() -> Dict[str, Any]:
+    from jsonschema import Draft202012Validator
+    from referencing import Registry
+
+    schemas = {path.name: json.loads(path.read_text()) for path in SCHEMAS.glob("*.json")}
+    for schema in schemas.values():
+        Draft202012Validator.check_schema(schema)
+    registry = Registry().with_contents(schemas.items())
+    return {name[:-len(".json")]: Draft202012Validator({"$ref": name}, registry=registry) for name in schemas}
 
 
 @pytest.fixture(scope="session")

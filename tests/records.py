@@ -1,10 +1,11 @@
-"""What ``score`` and ``bench`` would print about models that need not exist."""
+"""Records that ``score`` and ``bench`` would print about models that do not exist."""
 
 import json
 from typing import Any, Dict, List, Optional, Sequence
 
 import numpy as np
 
+from uadtool.files import list_digest
 from uadtool.scoring.metrics import auroc
 
 HOST = {"system": "Linux", "machine": "aarch64", "cpu": "some", "cores": 4, "python": "3.8.10"}
@@ -12,7 +13,7 @@ RUNTIME = {"name": "onnxruntime", "version": "1.23.0", "threads": 2, "streams": 
 
 
 def model(path: str, digest: str = "") -> Dict[str, Any]:
-    return {"path": path, "digest": f"sha256:{digest or path}", "method": "stfpm", "teacher": "resnet18",
+    return {"path": path, "digest": list_digest([digest or path]), "method": "stfpm", "teacher": "resnet18",
             "precision": "fp32", "target": "onnxruntime", "classes": ["bolt", "nut"], "image_size": [256, 256]}
 
 

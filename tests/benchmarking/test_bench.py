@@ -4,19 +4,16 @@ import sys
 import time
 from pathlib import Path
 
-import jsonschema
 import numpy as np
 import pytest
-from conftest import METADATA
+from conftest import METADATA, validate
 
-import uadtool
 from uadtool.benchmarking import bench as benchmark
 from uadtool.benchmarking.bench import Settings, _thread_counts, bench
 from uadtool.errors import UadtoolError
 from uadtool.files import file_digest
 from uadtool.host import peak_memory
 
-SCHEMA = json.loads((Path(uadtool.__file__).parent / "schemas" / "bench.json").read_text())
 QUICK = ["--repetitions", "2", "--duration", "0.02", "--warmup", "1"]
 
 
@@ -25,7 +22,7 @@ def test_two_models(uadtool, detector, make_detector, tmp_path):
     done = uadtool("bench", "-q", detector, other, *QUICK, "--batch-sizes", "4,2", "--threads", "1")
     assert (done.returncode, done.stderr) == (0, "")
     record = json.loads(done.stdout)
-    jsonschema.validate(record, SCHEMA, cls=jsonschema.Draft202012Validator)
+    validate(record, "bench")
     assert record["settings"] == {"warmup": 1, "repetitions": 2, "duration": 0.02, "threads": 1, "batch_sizes": [2, 4]}
     assert [entry["model"]["digest"] for entry in record["models"]] == [file_digest(detector), file_digest(other)]
     assert [entry["model"]["precision"] for entry in record["models"]] == ["fp32", "int8"]
@@ -58,7 +55,7 @@ def test_threads_of_the_sweep(most, counts):
 
 def test_a_sweep_over_threads(detector):
     record = bench([str(detector)], Settings(1, 0.02, threads=2, sweep=True))
-    jsonschema.validate(record, SCHEMA, cls=jsonschema.Draft202012Validator)
+    validate(record, "bench")
     assert [one["threads"] for one in record["models"][0]["threads"]] == [1, 2]
 
 

@@ -10,14 +10,12 @@ from pathlib import Path
 from typing import Any, Dict, Optional
 from xml.etree import ElementTree
 
-import jsonschema
 import pytest
 from conftest import validate
 from hypothesis import given
 from hypothesis import strategies as st
 from records import HOST, bench_record, lines, model, score_records
 
-import uadtool
 from uadtool.cli.compare import compare as command
 from uadtool.comparing import table
 from uadtool.comparing.comparison import METRICS, compare
@@ -25,7 +23,7 @@ from uadtool.comparing.gates import Gate, Verdict
 from uadtool.comparing.junit import as_junit
 from uadtool.errors import UadtoolError
 
-SCHEMAS = Path(uadtool.__file__).parent / "schemas"
+
 @pytest.fixture
 def files(tmp_path, monkeypatch) -> Path:
     """Two models, scored and measured: fp32.jsonl, int8.jsonl, bench.json in the current folder."""
@@ -72,10 +70,8 @@ def test_record_has_the_metrics_that_gates_know_in_order(files):
 
 
 def test_record_honours_its_schema(files):
-    schema = json.loads((SCHEMAS / "compare.json").read_text())
-    jsonschema.Draft202012Validator.check_schema(schema)
     for chosen in (["fp32.jsonl"], ["bench.json"], ["fp32.jsonl", "int8.jsonl", "bench.json"]):
-        jsonschema.validate(json.loads(json.dumps(compare(chosen), allow_nan=False)), schema)
+        validate(json.loads(json.dumps(compare(chosen), allow_nan=False)), "compare")
 
 
 def test_order_of_files_decides_only_the_order_of_models(files):
@@ -189,22 +185,25 @@ def test_records_of_the_real_commands_are_understood(make_detector, mvtec, tmp_p
 
 # Files that are not what they should be
 
+SUMMARY = {"type": "summary", "images": 0, "errors": 0, "anomalous": 0, "seconds": 1.0, "images_per_second": 0.0}
+
 
 @pytest.mark.parametrize(("text", "message"), [
     ("", "holds no results"),
     ("path,score\na.png,1\n", ":1: not JSON"),
     ("\n[1, 2]", ":2: not a record .* not a JSON object"),
-    ('{"a": 1}', ":1: .* it lacks 'type'"),
+    ('{"a": 1}', ":1: .* it lacks type"),
     ('{"schema": "uadtool.ranges/1"}', ":1: .* 'uadtool.ranges/1' is not expected"),
     ('{"schema": "uadtool.bench/1",\n "models": [{"model"', ":2: not JSON, or cut short"),
-    ('{"schema": "uadtool.bench/1", "host": {}, "models": [{"model": {}}]}', ":1: .* it lacks 'throughput'"),
+    ('{"schema": "uadtool.bench/1", "host": {}, "models": [{"model": {}}]}', ":1: .* it lacks tool"),
     (lines(score_records("m.onnx")[:-1]), ":82: the summary line is missing: the run was interrupted"),
     (lines(score_records("m.onnx")[:9]) + '{"type": "image", "pa', ":10: not JSON, or cut short"),
     (lines(score_records("m.onnx")[1:]), ":1: .* 'image' is not expected here"),
     (lines(score_records("m.onnx")[:5] * 2), ":6: .* 'uadtool.score/1' is not expected here"),
-    (lines([score_records("m.onnx")[0], {"type": "summary", "metrics": {"recall": float("nan")}}]), ":2: .* nan"),
-    (lines([score_records("m.onnx")[0], {"type": "summary", "metrics": []}]), ":2: not a record"),
-    (lines([score_records("m.onnx")[0], {"type": "summary", "images": 0}]), "no labels; score labelled images"),
+    (lines([score_records("m.onnx")[0], {**SUMMARY, "metrics": {"recall": float("nan")}}]),
+     r":2: .* its metrics\.recall must be a finite number \(at least 0, at most 1\)"),
+    (lines([score_records("m.onnx")[0], {**SUMMARY, "metrics": []}]), ":2: .* its metrics must be an object"),
+    (lines([score_records("m.onnx")[0], SUMMARY]), "no labels; score labelled images"),
 ])
 def test_other_files_are_refused_naming_file_and_line(tmp_path, text, message):
     path = tmp_path / "given.jsonl"
@@ -215,16 +214,16 @@ def test_other_files_are_refused_naming_file_and_line(tmp_path, text, message):
 
 
 @pytest.mark.parametrize(("field", "value", "message"), [
-    ("path", 3, "3 is not a text"), ("path", ["a"], "is not a text"), ("path", None, "None is not a text"),
-    ("class", 3, "3 is not a text"), ("label", "bad", "'bad' is neither good nor anomalous"),
-    ("label", ["good"], "is neither good nor anomalous"), ("score", "1", "'1' is not a number"),
-    ("score", 10**400, "is not a finite number"), ("raw_score", True, "True is not a number"),
-    ("score", float("inf"), "inf is not a finite number"), ("error", None, None), ("class", None, None),
+    ("path", 3, "must be text"), ("path", ["a"], "must be text"), ("path", None, "must be text"),
+    ("class", 3, "must be text"), ("label", "bad", "must be good or anomalous"),
+    ("label", ["good"], "must be good or anomalous"), ("score", "1", "must be a finite number"),
+    ("score", 10**400, "must be a finite number"), ("raw_score", True, "must be a finite number"),
+    ("score", float("inf"), "must be a finite number"), ("error", None, None), ("class", None, None),
 ])
 def test_images_are_checked(tmp_path, field, value, message):
     records = score_records("m.onnx")
     records[3][field] = value
-    refuse_at(tmp_path, lines(records), 4, message)
+    refuse_at(tmp_path, lines(records), 4, message and f"its {field} {message}")
 
 
 @pytest.mark.parametrize(("field", "value"), [("recall", 1.1), ("recall", -0.1), ("recall", "1"), ("aupro", 3),
@@ -422,7 +421,7 @@ def test_the_table_tells_how_models_were_quantized(files):
     records[0]["model"] |= {"precision": "mixed", "quantization": {
         "method": "ptq", "calibration": "entropy", "source": "good+synthetic-anomalies", "scope": "student",
         "float_layers": 3}}
-    validate({**records[0], "model": {**records[0]["model"], "digest": "sha256:" + "0" * 64}}, "score")
+    validate(records[0], "score")
     Path("entropy.jsonl").write_text(lines(records))
     record = compare(["fp32.jsonl", "entropy.jsonl"])
     validate(json.loads(json.dumps(record)), "compare")

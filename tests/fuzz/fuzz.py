@@ -218,7 +218,8 @@ def _ranges_seeds(folder: Path) -> Iterable[bytes]:
     from uadtool.lab.quantization.ranges import RangesFile
 
     ranges = {"a": (0.0, 1.5), "b": (-1.0, 1.0)}
-    file = RangesFile("sha256:0", "entropy", {"kind": "good", "count": 2}, ranges, "uadtool")
+    source = {"kind": "good", "count": 2, "seed": 0, "parts": [{"kind": "good", "count": 2}]}
+    file = RangesFile(f"sha256:{64 * '0'}", "entropy", source, ranges, "uadtool 0.1.0")
     file.write(str(folder / "seed.json"))
     return [(folder / "seed.json").read_bytes()]
 
@@ -234,7 +235,9 @@ def _engine_seeds(folder: Path) -> Iterable[bytes]:
     from uadtool.tensorrt.builder import Engine
     from uadtool.tensorrt.engine_file import save_engine
 
-    build = {"package": "tensorrt_rtx", "version": "1.4", "gpu": None, "compute_capability": "8.6", "precision": "int8"}
+    build = {"package": "tensorrt_rtx", "version": "1.4", "gpu": None, "compute_capability": "8.6", "precision": "int8",
+             "workspace": None, "max_batch": 8, "timing_cache": None, "dla": None, "gpu_fallback": False,
+             "dla_fallback": []}
     save_engine(Engine(b"plan", build), example_metadata(), f"sha256:{64 * '0'}", str(folder / "model.engine"))
     return [(folder / "model.engine.json").read_bytes()]
 
@@ -273,7 +276,8 @@ def _results_seeds(folder: Path) -> Iterable[bytes]:
 
     def shard(path: str, images: slice) -> List[Dict[str, Any]]:
         run, *scored, summary = score_records(path, noise=len(path))
-        run["model"]["quantization"] = {"method": "ptq", "float_layers": 1}
+        run["model"]["quantization"] = {"method": "ptq", "calibration": "mse", "source": "good", "scope": "all",
+                                        "float_layers": 1}
         pixels = {"bolt": {"regions": 0, "bins": _bins([[5], [4], [0], [0]])}}
         return [run, *scored[images], {**summary, "pixels": pixels}]
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from uadtool.errors import UadtoolError
 from uadtool.lab.detectors.contract import Detector
 from uadtool.lab.models import load_float_model, load_model, save_model
-from uadtool.metadata import KEY, PRECISIONS, Metadata
+from uadtool.metadata import KEY, Metadata
 
 IMAGES = torch.randint(0, 256, (2, 64, 64, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
@@ -88,7 +88,7 @@ def test_a_safetensors_file_of_another_program(broken):
 
 
 @pytest.mark.parametrize(("change", "message"), [
-    ({"schema": "uadtool.ranges/1"}, "its schema is not uadtool.model/1"),
+    ({"schema": "uadtool.ranges/1"}, "its schema must be uadtool.model/1"),
     ({"schema": "uadtool.model/2"}, r"was written by a newer uadtool \(uadtool.model/2\); upgrade this one$"),
     ({"teacher": "resnet18"}, "the tensors of .* do not fit its metadata"),
     ({"classes": ["one"]}, "the tensors of .* do not fit its metadata: size mismatch for score_"),
@@ -121,7 +121,7 @@ OPTION = st.booleans() | st.text() | st.integers(-10**6, 10**6) | st.floats(-10*
 METADATA = st.builds(
     Metadata, method=st.text(), teacher=st.text(), classes=st.lists(st.text(), min_size=1), image_size=SIZE,
     map_size=SIZE, threshold=FINITE, false_positive_rate=st.floats(0, 1, exclude_max=True), parameters=COUNT,
-    macs=COUNT, precision=st.sampled_from(PRECISIONS),
+    macs=COUNT, precision=st.sampled_from(["fp32", "fp16", "int8", "mixed"]),
     options=st.dictionaries(st.text(), OPTION), target=st.none() | st.text(),
     provenance=st.lists(st.dictionaries(st.text(), PLAIN)), tool_version=st.text(),
 )
@@ -149,11 +149,29 @@ def test_other_text_is_no_metadata(text):
 ])
 def test_metadata_of_other_types_are_refused(field, value):
     text = json.dumps({**json.loads(METADATA_OF_ONE.to_json()), field: value})
-    with pytest.raises(UadtoolError, match=f"^model has metadata that this version cannot read: its {field} is not "):
+    message = rf"^model has metadata that this version cannot read: its {field}\b.* must be "
+    with pytest.raises(UadtoolError, match=message):
         Metadata.from_json(text, "model")
 
 
 METADATA_OF_ONE = Metadata("stfpm", "none", ["red"], (32, 32), (8, 8), 3.0, 0.05, 6, 1024, good_scores=[0.5, 1.0])
+
+
+@pytest.mark.parametrize("changes", [{"classes": ["a"] * 10_001}, {"options": {"width": 10**7}},
+                                     {"image_size": (4097, 32)}, {"tool_version": "a" * (16 << 20)}])
+def test_metadata_that_no_command_could_read_are_not_written(changes):
+    with pytest.raises(UadtoolError, match="^no command could read the metadata of this model: it"):
+        METADATA_OF_ONE.replace(**changes).to_json()
+
+
+@pytest.mark.parametrize(("classes", "changes", "problem"), [
+    (10_001, {}, "its classes must be a list"), (1, {"image_size": (8192, 8192)}, "its image_size"),
+    (1, {"method_options": {"fusion": "a\ud800"}}, ""), (1, {"method": "rd", "method_options": {"width": "9999999"}}, ""),
+])
+def test_training_refuses_what_could_not_be_read_before_it_starts(tmp_path, classes, changes, problem):
+    samples = [Sample("missing.png", str(index), "good") for index in range(classes)]
+    with pytest.raises(UadtoolError, match=f"^no command could read the metadata of this model: {problem}"):
+        train(samples, TrainingOptions(**changes), tmp_path / "checkpoint")
 
 
 def test_metadata_hold_finite_numbers_only(trained):

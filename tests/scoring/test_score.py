@@ -13,15 +13,13 @@ import time
 from pathlib import Path
 from typing import Any, Dict, List
 
-import jsonschema
 import numpy as np
 import pytest
-from conftest import METADATA, STATISTICS
+from conftest import METADATA, STATISTICS, validate
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-import uadtool
 from uadtool.data.dataset import Sample, scoring_samples
 from uadtool.data.images import read_image, upsample
 from uadtool.data.watch import Watch
@@ -32,7 +30,6 @@ from uadtool.scoring.metrics import auroc
 from uadtool.scoring.predict import Prediction
 from uadtool.scoring.records import evaluate, score
 
-SCHEMA = json.loads((Path(uadtool.__file__).parent / "schemas" / "score.json").read_text())
 COMMAND = [sys.executable, "-m", "uadtool", "score", "-q"]
 
 
@@ -40,7 +37,7 @@ def records(text: str) -> List[Dict[str, Any]]:
     """The lines of a run, each valid: one run, images, and one summary at the end."""
     lines = [json.loads(line) for line in text.splitlines()]
     for line in lines:
-        jsonschema.validate(line, SCHEMA, cls=jsonschema.Draft202012Validator)
+        validate(line, "score")
     assert [line["type"] for line in lines] == ["run", *["image"] * (len(lines) - 2), "summary"]
     return lines
 

@@ -85,10 +85,10 @@ def test_an_engine_without_its_metadata_is_refused(engine, tmp_path):
     (tmp_path / "alone.engine.json").write_text(json.dumps(record))
     assert read_engine_metadata(str(alone))
     alone.write_bytes(path.read_bytes() + b"more")
-    with pytest.raises(UadtoolError, match="is of another engine"):
+    with pytest.raises(UadtoolError, match="belongs to another engine"):
         read_engine_metadata(str(alone))
     (tmp_path / "alone.engine.json").write_text(json.dumps({**record, "build": {}}))
-    with pytest.raises(UadtoolError, match="does not tell what built the engine"):
+    with pytest.raises(UadtoolError, match="is damaged: its build lacks package; export the engine again"):
         read_engine_metadata(str(alone))
 
 

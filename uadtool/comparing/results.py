@@ -1,4 +1,4 @@
-"""Reading back what ``score`` and ``bench`` wrote: the figures of each model in a file."""
+"""Reads score and bench files: the figures of each model."""
 
 import json
 import logging
@@ -11,6 +11,7 @@ from typing import Any, Dict, FrozenSet, Iterator, List, NamedTuple, Optional, S
 
 from uadtool.errors import UadtoolError
 from uadtool.files import refuse_newer
+from uadtool.schemas.validation import validate
 
 log = logging.getLogger("uadtool")
 
@@ -27,15 +28,15 @@ class ScoredImage(NamedTuple):
 
 @dataclass(frozen=True)
 class Result:
-    """What one run of ``score`` or ``bench`` says about one model; or several runs of ``score``, merged.
+    """The figures of one model from one run of ``score`` or ``bench``, or from several merged runs of ``score``.
 
     ``kind`` is ``scores`` or ``bench``. ``quantization`` is as in the record, empty for a float model. ``runtime`` is
-    what ran it, with the version, and ``machine`` the board or processor. ``values`` are by metric name, in the units
-    of ``comparing.comparison.METRICS``.
+    its name and version, ``machine`` the board or processor. ``values`` maps metric names to values in the units of
+    ``comparing.comparison.METRICS``.
 
-    Of scores alone: ``threshold``; the ``images`` that have a score, by path; ``pixels``, what the pixel metrics are
-    computed from (``Evaluation.pixels``), None in files that do not hold it; ``shards``, the files that were merged;
-    ``unread``, the paths of images that could not be scored; ``shard``, (I, N) of a run of ``--shard I/N``.
+    The other fields are for scores: ``threshold``; ``images`` that have a score, by path; ``pixels``, the counts behind
+    the pixel metrics (``Evaluation.pixels``), None if the file lacks them; ``shards``, the merged files; ``unread``,
+    paths of images that could not be scored; ``shard``, (I, N) of ``--shard I/N``.
     """
 
     kind: str
@@ -59,17 +60,17 @@ class Result:
 
     @property
     def source(self) -> str:
-        """The file, or all that were merged, for messages."""
+        """The file, or the merged files, for messages."""
         return ", ".join(self.shards) or self.file
 
     def truth_of(self, path: str) -> Tuple[Optional[str], Optional[str]]:
-        """The label and the class of an image that has a score."""
+        """Label and class of an image that has a score."""
         image = self.images[path]
         return image.label, image.class_name if image.label else None
 
     @property
     def truth(self) -> Dict[str, Tuple[bool, Optional[str]]]:
-        """For each image with a label, by path: is it anomalous, and its class."""
+        """Whether each labelled image is anomalous, and its class, by path."""
         return {path: (image.label == "anomalous", image.class_name)
                 for path, image in self.images.items() if image.label}
 
@@ -78,7 +79,7 @@ def read_results(file: str) -> List[Result]:
     """The results in a score file, a bench file, or several of them one after another; ``-`` is stdin.
 
     Raises:
-        UadtoolError: it cannot be read, is cut short, or holds something else; the message names the line.
+        UadtoolError: it cannot be read, is cut short, or holds other records; the message names the line.
     """
     name = "stdin" if file == "-" else file
     try:
@@ -88,34 +89,40 @@ def read_results(file: str) -> List[Result]:
     except UnicodeDecodeError as error:
         raise UadtoolError(f"{name} is not a score or bench file: it is not text") from error
     results: List[Result] = []
-    run: Optional[Result] = None  # the scores whose lines are being read
+    run: Optional[Result] = None  # the run whose lines are being read
     unread: Set[str] = set()  # of that run
     line = 0
     for line, record in _objects(text, name):
         try:
-            kind = record.get("schema") or record["type"]
+            kind = record.get("schema") or record.get("type")
             if kind == "uadtool.score/1" and not run:
-                run = replace(_result("scores", name, record, record, {}), threshold=_number(record["threshold"]),
+                validate(record, "score#/$defs/run")
+                run = replace(_result("scores", name, record, record, {}), threshold=float(record["threshold"]),
                               shard=_shard(record.get("shard")))
                 unread = set()
             elif kind == "image" and run:
-                if "error" in record:
-                    unread.add(_text(record["path"]))
+                if record.get("error") is not None:
+                    validate(record, "score#/$defs/error")
+                    unread.add(record["path"])
                 else:
-                    run.images[_text(record["path"])] = _scored(record)
+                    validate(record, "score#/$defs/image")
+                    run.images[record["path"]] = ScoredImage(float(record["score"]), float(record["raw_score"]),
+                                                             record["anomalous"], record.get("label"),
+                                                             record.get("class"))
             elif kind == "summary" and run:
-                results.append(replace(run, values=score_values(record.get("metrics", {})),
+                validate(record, "score#/$defs/summary")
+                results.append(replace(run, values=score_values(record.get("metrics") or {}),
                                        pixels=record.get("pixels"), unread=frozenset(unread)))
                 run = None
             elif kind == "uadtool.bench/1" and not run:
+                validate(record, "bench")
                 results += [_result("bench", name, record, entry, _bench_values(entry)) for entry in record["models"]]
             else:
                 for known in ("uadtool.score/1", "uadtool.bench/1"):
                     refuse_newer(kind, known, name)
-                raise ValueError(f"{kind!r} is not expected here")
-        except (AttributeError, KeyError, OverflowError, RecursionError, TypeError, ValueError) as error:
-            reason = f"it lacks {error}" if isinstance(error, KeyError) else error
-            raise UadtoolError(f"{name}:{line}: not a record of a score or bench file: {reason}") from error
+                raise ValueError(f"{kind!r:.80} is not expected here" if kind else "it lacks type")
+        except ValueError as error:
+            raise UadtoolError(f"{name}:{line}: not a record of a score or bench file: {error}") from error
     if run:
         raise UadtoolError(f"{name}:{line}: the summary line is missing: the run was interrupted; score again")
     if not results:
@@ -124,7 +131,7 @@ def read_results(file: str) -> List[Result]:
 
 
 def _objects(text: str, name: str) -> Iterator[Tuple[int, Dict[str, Any]]]:
-    """The JSON objects in ``text``, one after another whatever their layout, each with the line it starts on."""
+    """The JSON objects in ``text``, in any layout, each with the line it starts on."""
     decoder = json.JSONDecoder()
     line, start = 1, 0
     content = _CONTENT.search(text)
@@ -135,7 +142,7 @@ def _objects(text: str, name: str) -> Iterator[Tuple[int, Dict[str, Any]]]:
             value, end = decoder.raw_decode(text, start)
         except json.JSONDecodeError as error:
             raise UadtoolError(f"{name}:{error.lineno}: not JSON, or cut short: {error.msg}") from error
-        except (RecursionError, ValueError) as error:  # ValueError: a number of thousands of digits
+        except (RecursionError, ValueError) as error:  # ValueError: a number has thousands of digits
             reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
             raise UadtoolError(f"{name}:{line}: not a record of a score or bench file: {reason}") from error
         if not isinstance(value, dict):
@@ -149,89 +156,48 @@ _CONTENT = re.compile(r"\S")
 
 def _result(kind: str, file: str, opening: Dict[str, Any], entry: Dict[str, Any], values: Dict[str, float]) -> Result:
     model, runtime, host = entry["model"], entry["runtime"], opening["host"]
-    return Result(kind, file, str(model["path"]), str(model["digest"]), str(model["method"]), str(model["precision"]),
-                  dict(model.get("quantization", {})), f"{runtime['name']} {runtime['version']}",
-                  str(host.get("board") or host["cpu"]), str(opening["tool"]), str(opening["started"]), values)
+    return Result(kind, file, model["path"], model["digest"], model["method"], model["precision"],
+                  dict(model.get("quantization") or {}), f"{runtime['name']} {runtime['version']}",
+                  host.get("board") or host["cpu"], opening["tool"], opening["started"], values)
 
 
-def _shard(value: Any) -> Optional[Tuple[int, int]]:
-    if value is None:
+def _shard(shard: Optional[Dict[str, int]]) -> Optional[Tuple[int, int]]:
+    if shard is None:
         return None
-    index, count = value["index"], value["count"]
-    if not (isinstance(index, int) and isinstance(count, int) and 1 <= index <= count):
-        raise ValueError(f"there is no shard {index!r:.20} of {count!r:.20}")
-    return index, count
-
-
-def _scored(record: Dict[str, Any]) -> ScoredImage:
-    label, class_name = record.get("label"), record.get("class")
-    if label not in (None, "good", "anomalous"):
-        raise ValueError(f"the label {label!r:.40} is neither good nor anomalous")
-    return ScoredImage(_number(record["score"]), _number(record["raw_score"]), bool(record["anomalous"]),
-                       label, None if class_name is None else _text(class_name))
+    if shard["index"] > shard["count"]:
+        raise ValueError(f"shard {shard['index']} of {shard['count']} does not exist")
+    return shard["index"], shard["count"]
 
 
 def score_values(metrics: Dict[str, Any]) -> Dict[str, float]:
     """The values of a ``metrics`` object, by metric name.
 
-    A class of the name ``pooled`` has none, for that is what the figure over all classes is called.
-
-    Raises:
-        AttributeError, TypeError, ValueError: it is none.
+    A class named ``pooled`` is left out, because ``image_auroc.pooled`` is the figure over all classes.
     """
-    image_auroc = metrics.get("image_auroc", {})
+    image_auroc = metrics.get("image_auroc") or {}
     per_class = dict(image_auroc.get("per_class", {}))
     if per_class.pop("pooled", None) is not None:
         log.warning("the image AUROC of the class 'pooled' is left out: image_auroc.pooled is that over all classes")
-    found = {name: metrics.get(name, {}).get("mean")
-             for name in ("image_auroc", "average_precision", "f1_max", "pixel_auroc", "aupro")}
-    found.update({f"image_auroc.{name}": value for name, value in per_class.items()})
-    found["image_auroc.pooled"] = image_auroc.get("pooled")
-    found.update({name: metrics.get(name) for name in ("false_positive_rate", "recall")})
-    return {name: _share(value, name) for name, value in found.items() if value is not None}
+    values = {name: (metrics.get(name) or {}).get("mean")
+              for name in ("image_auroc", "average_precision", "f1_max", "pixel_auroc", "aupro")}
+    values.update({f"image_auroc.{name}": value for name, value in per_class.items()})
+    values["image_auroc.pooled"] = image_auroc.get("pooled")
+    values.update({name: metrics.get(name) for name in ("false_positive_rate", "recall")})
+    return {name: float(value) for name, value in values.items() if value is not None}
 
 
 def _bench_values(entry: Dict[str, Any]) -> Dict[str, float]:
-    energies = [_number(batch["millijoules_per_image"]) for batch in entry["throughput"]
-                if "millijoules_per_image" in batch]
-    positive = {
+    energies = [batch["millijoules_per_image"] for batch in entry["throughput"] if "millijoules_per_image" in batch]
+    values = {
+        "energy": min(energies, default=None),
+        "gpu_memory": entry["gpu_bytes"] / 1e6 if "gpu_bytes" in entry else None,
         "latency_p50": entry["latency_ms"]["p50"],
         "latency_p99": entry["latency_ms"]["p99"],
-        "throughput": max(_number(batch["images_per_second"]["median"]) for batch in entry["throughput"]),
+        "throughput": max(batch["images_per_second"]["median"] for batch in entry["throughput"]),
         "cold_start": entry["cold_start_ms"]["median"],
-        "peak_rss": _number(entry["peak_rss_bytes"]) / 1e6,
-        "file_size": _number(entry["file_bytes"]) / 1e6,
-        "parameters": _number(entry["parameters"]) / 1e6,
-        "macs": _number(entry["macs"]) / 1e9,
+        "peak_rss": entry["peak_rss_bytes"] / 1e6,
+        "file_size": entry["file_bytes"] / 1e6,
+        "parameters": entry["parameters"] / 1e6,
+        "macs": entry["macs"] / 1e9,
     }
-    return {
-        **({"energy": min(energies)} if energies else {}),
-        **({"gpu_memory": _number(entry["gpu_bytes"]) / 1e6} if "gpu_bytes" in entry else {}),
-        **{name: _positive(value, name) for name, value in positive.items()},
-    }
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise ValueError(f"{value!r:.40} is not a text")
-    return value
-
-
-def _number(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ValueError(f"{value!r:.40} is not a number")
-    if not -sys.float_info.max <= value <= sys.float_info.max:
-        raise ValueError(f"{value!r:.40} is not a finite number")
-    return float(value)
-
-
-def _share(value: Any, name: str) -> float:
-    if not 0 <= _number(value) <= 1:
-        raise ValueError(f"{name} is {value!r:.40}, not from 0 to 1")
-    return float(value)
-
-
-def _positive(value: Any, name: str) -> float:
-    if not _number(value) > 0:
-        raise ValueError(f"{name} is {value!r:.40}, not above 0")
-    return float(value)
+    return {name: float(value) for name, value in values.items() if value is not None}

@@ -8,6 +8,7 @@ from typing import Any, Dict, Iterable, List, Set, Tuple
 
 from uadtool.comparing.results import Result, score_values
 from uadtool.errors import UadtoolError
+from uadtool.schemas.validation import validate
 
 log = logging.getLogger("uadtool")
 
@@ -134,20 +135,22 @@ def _merged(shards: List[Result]) -> Result:
         for shard in shards:
             try:
                 evaluation.merge_pixels(shard.pixels or {})
-            except (AttributeError, TypeError, ValueError) as error:
-                raise UadtoolError(f"{shard.file}: its summary is not that of a score file: {error}") from error
+            except ValueError as error:
+                raise UadtoolError(f"{shard.file}: its summary is damaged: {error}; score again") from error
     elif any("pixel_auroc" in shard.values for shard in shards):
         log.warning("%s: no pixel metrics, for %s holds no pixel counts; score again", first.path, lacking[0])
     try:
-        values = score_values(evaluation.figures())
+        figures = evaluation.figures()
+        if figures:
+            validate(figures, "score#/$defs/metrics")
     except (OverflowError, ValueError) as error:
-        raise UadtoolError(f"{', '.join(shard.file for shard in shards)}: their counts of pixels do not make figures: "
+        raise UadtoolError(f"{', '.join(shard.file for shard in shards)}: their pixel counts do not make figures: "
                            f"{error}; score again") from error
     files = _distinct(shard.file for shard in shards)
     log.info("merged %d file%s of %s: %s", len(files), "s" * (len(files) > 1), first.path, ", ".join(files))
     return replace(
-        first, values=values, images=images, pixels=None if lacking else evaluation.pixels(), shards=tuple(files),
-        machine=", ".join(_distinct(shard.machine for shard in shards)),
+        first, values=score_values(figures), images=images, pixels=None if lacking else evaluation.pixels(),
+        shards=tuple(files), machine=", ".join(_distinct(shard.machine for shard in shards)),
         unread=frozenset(path for shard in shards for path in shard.unread if path not in images),
     )
 

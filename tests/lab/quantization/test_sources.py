@@ -3,14 +3,13 @@ from collections import Counter
 from pathlib import Path
 
 import click
-import jsonschema
 import numpy as np
 import pytest
 import torch
+from conftest import validate
 from hypothesis import given
 from hypothesis import strategies as st
 
-import uadtool as package
 from uadtool.cli.calibrate import calibrate as command
 from uadtool.data.dataset import Sample, scoring_samples, training_samples
 from uadtool.data.images import ImageError, read_image
@@ -178,8 +177,7 @@ def calibrate(model, tmp_path, capsys):
                      standalone_mode=False)
         records = json.loads(capsys.readouterr().out), json.loads((tmp_path / "ranges.json").read_text())
         for record, name in zip(records, ("calibrate", "ranges")):
-            schema = Path(package.__file__).parent / "schemas" / f"{name}.json"
-            jsonschema.validate(record, json.loads(schema.read_text()))
+            validate(record, name)
         return records
 
     return run

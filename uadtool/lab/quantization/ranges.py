@@ -1,18 +1,16 @@
-"""The file between calibrate and quantize: the range of the activations at every point, and where they come from."""
+"""The file between calibrate and quantize (schemas/ranges.json): the range of the activations at every point."""
 
 from dataclasses import dataclass
 from typing import Any
 
 from uadtool.errors import UadtoolError
 from uadtool.files import list_digest, read_json, write_json
+from uadtool.schemas.validation import validate
 
 SCHEMA = "uadtool.ranges/1"
 
-MOST = 1e38
-"""A bound of ranges: their widths are within float32."""
-
 Ranges = dict[str, tuple[float, float]]
-"""Name of a point -> (minimum, maximum) of the activations there."""
+"""Name of a point -> (minimum, maximum) of its activations."""
 
 
 def ranges_digest(ranges: Ranges) -> str:
@@ -31,15 +29,24 @@ class RangesFile:
     tool: str
 
     def write(self, path: str) -> None:
-        """Write to ``path`` (``-``: stdout)."""
-        write_json({"schema": SCHEMA, "tool": self.tool, "model_digest": self.model_digest, "method": self.method,
-                    "source": self.source, "ranges": {name: list(pair) for name, pair in self.ranges.items()}}, path)
-
-    def check_model(self, digest: str, path: str) -> None:
-        """Require that the ranges are of the model file ``path``.
+        """Write to ``path`` (``-``: stdout).
 
         Raises:
-            UadtoolError: they were recorded with another one.
+            UadtoolError: the file cannot be written, or a range is beyond the bounds of the schema.
+        """
+        record = {"schema": SCHEMA, "tool": self.tool, "model_digest": self.model_digest, "method": self.method,
+                  "source": self.source, "ranges": {name: list(pair) for name, pair in self.ranges.items()}}
+        try:
+            validate(record, "ranges")
+        except ValueError as error:
+            raise UadtoolError(f"quantize could not use these ranges: {error}") from error
+        write_json(record, path)
+
+    def check_model(self, digest: str, path: str) -> None:
+        """Require that the ranges belong to the model file ``path``.
+
+        Raises:
+            UadtoolError: they were recorded with another model.
         """
         if self.model_digest != digest:
             raise UadtoolError(f"the ranges were recorded with model {self.model_digest}, but {path} is {digest}; "
@@ -50,16 +57,15 @@ class RangesFile:
         """Read from ``path`` (``-``: stdin).
 
         Raises:
-            UadtoolError: it is no ranges file, or a range is not a finite (minimum, maximum).
+            UadtoolError: it is not a ranges file, or a range is beyond bounds.
         """
         record, source = read_json(path, SCHEMA), "stdin" if path == "-" else path
         try:
-            ranges = {str(name): (float(low), float(high)) for name, (low, high) in record["ranges"].items()}
-            read = cls(str(record["model_digest"]), str(record["method"]), dict(record["source"]), ranges,
-                       str(record["tool"]))
-        except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
-            raise UadtoolError(f"{source} is damaged ({error!r}); run calibrate again") from error
-        for name, (low, high) in ranges.items():
-            if not -MOST <= low <= high <= MOST:
-                raise UadtoolError(f"{source} has the range {low} to {high} for {name}; run calibrate again")
-        return read
+            validate(record, "ranges")
+            for name, (low, high) in record["ranges"].items():
+                if low > high:
+                    raise ValueError(f"the range of {name!r:.80} is {low} to {high}")
+        except ValueError as error:
+            raise UadtoolError(f"{source} is damaged: {error}; run calibrate again") from error
+        ranges = {name: (float(low), float(high)) for name, (low, high) in record["ranges"].items()}
+        return cls(record["model_digest"], record["method"], record["source"], ranges, record["tool"])

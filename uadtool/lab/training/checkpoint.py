@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from uadtool.errors import UadtoolError
 from uadtool.files import atomic_write, refuse_newer
+from uadtool.schemas.validation import validate
 
 KEY = "uadtool-checkpoint"
 SCHEMA = "uadtool.checkpoint/1"
@@ -80,19 +81,19 @@ def restore(checkpoint: tuple[dict[str, Any], dict[str, Tensor]], model: nn.Modu
 
 
 def read_header(metadata: Optional[dict[str, str]], source: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The ``config`` and the ``progress`` in the header of a checkpoint, the file ``source``.
+    """The ``config`` and the ``progress`` in the header of the checkpoint ``source`` (schemas/checkpoint.json).
 
     Raises:
-        ValueError: the header lacks them.
-        UadtoolError: a newer uadtool wrote the file.
+        ValueError: the header is missing or damaged.
+        UadtoolError: a newer uadtool wrote it.
     """
     try:
-        header = json.loads((metadata or {})[KEY])
-        refuse_newer(header["schema"], SCHEMA, source)
-        config, progress = header["config"], header["progress"]
-        kinds = [type(progress[name]) for name in ("step", "best_step", "best_loss")]
-    except (KeyError, RecursionError, TypeError) as error:
-        raise ValueError(f"its header lacks {error}") from error
-    if not isinstance(config, dict) or kinds != [int, int, float]:
-        raise ValueError("its header is invalid")
-    return config, progress
+        header = json.loads((metadata or {}).get(KEY, "{}"))
+    except RecursionError as error:
+        raise ValueError("its header is nested too deeply") from error
+    if isinstance(header, dict):
+        refuse_newer(header.get("schema"), SCHEMA, source)
+    validate(header, "checkpoint")
+    if not isinstance(header["progress"]["best_loss"], float):
+        raise ValueError("its progress.best_loss must be a number")
+    return header["config"], header["progress"]
