@@ -1,4 +1,4 @@
-"""Small detectors with random weights, exported in every flavour; each is made once. And what looks into a graph."""
+"""Small detectors with random weights, exported in every flavour, each made once; helpers that look into a graph."""
 
 from collections import Counter
 from functools import lru_cache
@@ -18,16 +18,19 @@ from uadtool.lab.detectors.uninformed_students import UninformedStudents
 from uadtool.lab.onnx_export.parity import parity_images
 from uadtool.lab.onnx_export.writer import to_onnx
 from uadtool.lab.quantization.calibration import calibrate
-from uadtool.lab.quantization.ptq import half, matching_layers, quantize
+from uadtool.lab.quantization.graph import in_half_precision
+from uadtool.lab.quantization.plan import QuantizationPlan
+from uadtool.lab.quantization.ptq import quantize
+from uadtool.lab.quantization.ranges import Ranges
 from uadtool.lab.quantization.targets import TARGETS
 from uadtool.metadata import Metadata, Quantization
 
 SIZE = (64, 64)
 DETECTORS = ("tf_efficientnet_lite0", "resnet18", "stfpm-shared", "rd", "us", "dinomaly", "dinomaly-vit", "duet")
-"""STFPM with this teacher, or the method (with a shared stage, with a vision transformer)."""
+"""Teachers of STFPM, or methods (with a shared stage, with a vision transformer)."""
 TRANSFORMER = "test_vit"
 TENSORRT = ("fp32", "fp16", "int8", "mixed")
-"""The precisions that TensorRT is offered."""
+"""The precisions of graphs for TensorRT."""
 FLAVOURS = (*(("tensorrt", precision) for precision in TENSORRT), ("onnxruntime", "int8"), ("openvino", "int8"))
 FLOAT_LAYERS = {"tf_efficientnet_lite0": ("*.conv_stem", "student.blocks.1.*"),
                 "resnet18": ("teacher.conv1", "student.layer2.*"),
@@ -45,15 +48,15 @@ class Flavour(NamedTuple):
 
 
 @lru_cache(maxsize=None)
-def _detector(name: str) -> Tuple[Detector, Any, torch.Tensor]:
+def _plan(name: str) -> Tuple[QuantizationPlan, Ranges, torch.Tensor]:
     torch.manual_seed(0)
     detector = METHODS[name]() if name in METHODS else STFPM(name, SIZE, 2)
     for module in detector.modules():
-        if isinstance(module, torch.nn.BatchNorm2d) and module.affine:  # else all biases are 0
+        if isinstance(module, torch.nn.BatchNorm2d) and module.affine:  # otherwise all biases are 0
             module.running_mean.uniform_(-0.5, 0.5)
     detector.fold_batch_norm().score_std.fill_(0.1)
-    images = torch.from_numpy(parity_images(None, SIZE))
-    return detector, calibrate(detector, [images]), images
+    images, plan = torch.from_numpy(parity_images(None, SIZE)), QuantizationPlan(detector)
+    return plan, calibrate(plan, [images]), images
 
 
 def _duet() -> Duet:
@@ -73,23 +76,23 @@ METHODS: Dict[str, Callable[[], Detector]] = {
 
 @lru_cache(maxsize=None)
 def flavour(name: str, target: str, precision: str) -> Flavour:
-    detector, ranges, images = _detector(name)
-    layers = matching_layers(detector, FLOAT_LAYERS[name]) if precision == "mixed" else []
-    model: torch.nn.Module = detector
+    plan, ranges, images = _plan(name)
+    layers = plan.matching_layers(FLOAT_LAYERS[name]) if precision == "mixed" else []
+    model = plan.detector
     if precision == "fp16":
-        model = half(detector)
+        model = in_half_precision(plan)
     elif precision != "fp32":
-        model = quantize(detector, ranges, TARGETS[target], layers)
+        model = quantize(plan, ranges, TARGETS[target], layers)
     quantization = Quantization("ptq", "minmax", "good", "all", layers) if precision in ("int8", "mixed") else None
     teacher = TRANSFORMER if name.endswith("-vit") else DETECTORS[0] if name in METHODS else name
     method = name.split("-")[0] if name in METHODS else "stfpm"
-    metadata = Metadata(method, teacher, ["a", "b"], SIZE, detector.map_size, 3.0, 0.01, 1, 1, {}, precision,
+    metadata = Metadata(method, teacher, ["a", "b"], SIZE, plan.detector.map_size, 3.0, 0.01, 1, 1, {}, precision,
                         None if precision == "fp32" else target, quantization, tool_version="0.1.0")
     return Flavour(model, metadata, to_onnx(model, metadata), images.numpy())
 
 
 def session(model: Any, **settings: Any) -> onnxruntime.InferenceSession:
-    """ONNX Runtime with the file, or its bytes."""
+    """ONNX Runtime with a file or its bytes."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     for name, value in settings.items():
@@ -102,7 +105,7 @@ def operators(proto: Any) -> Counter[str]:
 
 
 def optimized(proto: Any, path: Path) -> Counter[str]:
-    """What ONNX Runtime makes of the graph."""
+    """The operators after ONNX Runtime's optimizations."""
     session(proto.SerializeToString(), optimized_model_filepath=str(path),
             graph_optimization_level=onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED)
     return operators(onnx.load(path))

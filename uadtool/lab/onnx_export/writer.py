@@ -1,4 +1,4 @@
-"""From a detector in torch to a complete ONNX detector: graph, integers as its target wants them, metadata."""
+"""From a detector in torch to a complete ONNX detector: graph, integers as its target requires them, metadata."""
 
 import contextlib
 import io
@@ -6,13 +6,14 @@ import logging
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Union
+from typing import Any, Optional, Union
 
 import numpy as np
 import onnx
+import onnx_ir
 import torch
 from numpy.typing import NDArray
-from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
+from onnx_ir.passes.common import ClearMetadataAndDocStringPass, RemoveUnusedNodesPass
 from torch import nn
 
 from uadtool.errors import UadtoolError
@@ -22,18 +23,18 @@ from uadtool.lab.quantization.targets import TARGETS
 from uadtool.metadata import KEY, Metadata
 
 OPSET = 17
-"""TensorRT 8.5 (JetPack 5) reads no newer one."""
+"""The newest that TensorRT 8.5 (JetPack 5) reads."""
 EXPORTER_OPSET = 18
-"""The exporter of torch writes no older one."""
+"""The oldest that the exporter of torch writes."""
 IR_VERSION = 8
-"""The oldest that holds opset 17: ONNX Runtime 1.12 and later read it."""
+"""The oldest that allows opset 17; ONNX Runtime reads it from 1.12 on."""
 
 
-def to_onnx(model: nn.Module, metadata: Metadata) -> ModelProto:
+def to_onnx(model: nn.Module, metadata: Metadata) -> onnx.ModelProto:
     """The complete detector: ``image`` uint8 [N, H, W, 3] -> the tensors of ``OutputTensors``; any N.
 
     Raises:
-        UadtoolError: the exporter of torch made something else, which a newer or older torch may.
+        UadtoolError: the installed torch writes another opset.
     """
     height, width = metadata.image_size
     example = torch.zeros(2, height, width, 3, dtype=torch.uint8)
@@ -46,33 +47,37 @@ def to_onnx(model: nn.Module, metadata: Metadata) -> ModelProto:
             dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=4096)},),
         )
     assert program is not None
-    proto = program.model_proto
-    opset = next(o.version for o in proto.opset_import if o.domain == "")
-    if opset != EXPORTER_OPSET:
-        raise UadtoolError(f"torch {torch.__version__} wrote opset {opset} instead of {EXPORTER_OPSET}")
-    lower_opset(proto)
-    scale_by_constants(proto)
-    slice_shapes(proto.graph)
-    proto.ir_version = IR_VERSION
-    proto.producer_name, proto.producer_version = "uadtool", metadata.tool_version
-    _strip(proto)
-    _cast_first(proto.graph)
+    exported = program.model
+    if exported.opset_imports[""] != EXPORTER_OPSET:
+        raise UadtoolError(f"torch {torch.__version__} wrote opset {exported.opset_imports['']} instead of "
+                           f"{EXPORTER_OPSET}")
+    graph = exported.graph
+    lower_opset(exported)
+    scale_by_constants(graph)
+    RemoveUnusedNodesPass()(exported)
+    slice_shapes(graph)
+    _cast_first(graph)
     if metadata.target is not None:
         target = TARGETS[metadata.target]
         if target.integer_bias:
-            quantize_biases(proto.graph)
+            quantize_biases(graph)
         if target.weight_quantizers:
-            add_weight_quantizers(proto.graph)
-    _remove_unused_constants(proto.graph)
-    proto.metadata_props.add(key=KEY, value=metadata.to_json())
+            add_weight_quantizers(graph)
+    RemoveUnusedNodesPass()(exported)
+    _strip(exported)
+    exported.ir_version = IR_VERSION
+    exported.producer_name, exported.producer_version = "uadtool", metadata.tool_version
+    exported.metadata_props[KEY] = metadata.to_json()
+    proto = onnx_ir.to_proto(exported)
+    del proto.graph.value_info[:]
     return proto
 
 
-def save_onnx(proto: ModelProto, path: Union[str, Path]) -> None:
+def save_onnx(proto: onnx.ModelProto, path: Union[str, Path]) -> None:
     """Check the graph and write it, whole or not at all.
 
     Raises:
-        UadtoolError: onnx's checker refuses it.
+        UadtoolError: onnx's checker refuses the graph.
     """
     try:
         onnx.checker.check_model(proto, full_check=True)
@@ -82,162 +87,147 @@ def save_onnx(proto: ModelProto, path: Union[str, Path]) -> None:
         onnx.save_model(proto, temporary)
 
 
-def lower_opset(proto: ModelProto) -> None:
-    """From opset 18 to 17, where a reduction has its axes as attribute and Resize and Split do not know what 18 added.
+def lower_opset(model: onnx_ir.Model) -> None:
+    """From opset 18 to 17, which has the axes of reductions as attributes, and fewer attributes of Resize and Split.
 
-    Nothing is lost: what 18 added has its default value, or says what 17 does anyway (equal parts). Any other operator
-    that 18 changed is left to the checker of ``save_onnx``. The converters of onnx and torch fail at the first two.
+    Nothing is lost: the attributes that 18 added have their default values, or say what 17 does anyway (equal parts).
+    Any other operator that 18 changed is left to the checker of ``save_onnx``. The converters of onnx and torch fail on
+    Reduce and Resize.
     """
-    constants = _constants(proto.graph)
-    for node in proto.graph.node:
+    for node in model.graph:
         if node.op_type.startswith("Reduce") and node.op_type != "ReduceSum":  # which has had the input since 13
-            _remove_attributes(node, "noop_with_empty_axes")
-            if len(node.input) > 1:
-                node.attribute.append(helper.make_attribute("axes", constants[node.input.pop()].tolist()))
+            node.attributes.pop("noop_with_empty_axes", None)
+            if len(node.inputs) > 1:
+                node.attributes["axes"] = onnx_ir.AttrInt64s("axes", _constant(node, 1).tolist())
+                node.resize_inputs(1)
         elif node.op_type == "Resize":
-            _remove_attributes(node, "antialias", "keep_aspect_ratio_policy")
+            node.attributes.pop("antialias", None)
+            node.attributes.pop("keep_aspect_ratio_policy", None)
         elif node.op_type == "Split":
-            _remove_attributes(node, "num_outputs")
-    del proto.opset_import[:]
-    proto.opset_import.append(helper.make_opsetid("", OPSET))
+            node.attributes.pop("num_outputs", None)
+    model.opset_imports.clear()
+    model.opset_imports[""] = OPSET
 
 
-def scale_by_constants(proto: ModelProto) -> None:
-    """Let each Resize have factors instead of a size that is made from the batch's; the exporter's shapes are used.
-
-    Factors are known when an engine is built.
-    """
-    shapes = {value.name: [size.dim_value for size in value.type.tensor_type.shape.dim]
-              for value in (*proto.graph.value_info, *proto.graph.input)}
-    for node in proto.graph.node:
-        if node.op_type == "Resize" and len(node.input) == 4:
-            before, after = (shapes[name][2:] for name in (node.input[0], node.output[0]))
-            name = f"{node.output[0]}_scales"
-            proto.graph.initializer.append(numpy_helper.from_array(
-                np.array([1, 1, *map(_scale, before, after)], np.float32), name))
-            node.input[2:] = [name]
-    _remove_unused_nodes(proto.graph)
+def scale_by_constants(graph: onnx_ir.Graph) -> None:
+    """Give each Resize factors, which are known when an engine is built, instead of a size computed from the batch."""
+    for node in graph:
+        if node.op_type == "Resize" and len(node.inputs) == 4:
+            before, after = (_sizes(value)[2:] for value in (node.inputs[0], node.outputs[0]))
+            scales = np.array([1, 1, *map(_scale, before, after)], np.float32)
+            node.resize_inputs(3)
+            node.replace_input_with(2, _add_constant(graph, f"{node.outputs[0].name}_scales", scales))
 
 
-def slice_shapes(graph: GraphProto) -> None:
+def slice_shapes(graph: onnx_ir.Graph) -> None:
     """Let Slice take the part that Shape is asked for: the importer of TensorRT 8.5 gives the whole shape."""
-    for node in list(graph.node):
-        asked = {a.name: a.i for a in node.attribute}
-        if node.op_type != "Shape" or not asked:
+    for node in graph:
+        if node.op_type != "Shape":
             continue
-        del node.attribute[:]
-        start, end = asked.get("start", 0), asked.get("end")
-        if (start, end) == (0, None):
+        start, end = (node.attributes.get_int(name) for name in ("start", "end"))
+        node.attributes.clear()
+        if not start and end is None:
             continue
-        part, whole = node.output[0], f"{node.output[0]}_whole"
-        names = [f"{part}_start", f"{part}_end"]
-        for name, value in zip(names, (start, np.iinfo(np.int32).max if end is None else end)):
-            graph.initializer.append(numpy_helper.from_array(np.array([value]), name))
-        node.output[0] = whole
-        graph.node.insert(list(graph.node).index(node) + 1,
-                          helper.make_node("Slice", [whole, *names], [part], name=f"{node.name}_slice"))
+        part = node.outputs[0]
+        name = part.name
+        bounds = start or 0, np.iinfo(np.int32).max if end is None else end
+        constants = [_add_constant(graph, f"{name}_{place}", np.array([bound]))
+                     for place, bound in zip(("start", "end"), bounds)]
+        slicing = onnx_ir.node("Slice", [part, *constants], name=f"{node.name}_slice")
+        graph.insert_after(node, slicing)
+        onnx_ir.convenience.replace_all_uses_with(part, slicing.outputs[0], replace_graph_outputs=True)
+        slicing.replace_input_with(0, part)
+        part.name, slicing.outputs[0].name = f"{name}_whole", name
 
 
-def quantize_biases(graph: GraphProto) -> None:
+def quantize_biases(graph: onnx_ir.Graph) -> None:
     """Write the bias of each convolution between quantized tensors as s32, in units of input scale x weight scale.
 
-    That is the form in which ONNX Runtime fuses Q/DQ and Conv to QLinearConv. Nothing is lost: quantization rounded
-    the bias to these units (``QuantizedConv2d.round_bias``).
+    In this form ONNX Runtime fuses Q/DQ and Conv to QLinearConv. Nothing is lost: quantization rounded the bias to
+    these units (``QuantizedConv2d.round_bias``).
     """
-    constants = _constants(graph)
-    producers = {name: node for node in graph.node for name in node.output}
-    for node in list(graph.node):
-        if node.op_type != "Conv" or len(node.input) < 3:
+    limits = np.iinfo(np.int32)
+    for node in graph:
+        if node.op_type != "Conv" or len(node.inputs) < 3:
             continue
-        values, weight = (producers.get(name, node) for name in node.input[:2])
-        if {values.op_type, weight.op_type} != {"DequantizeLinear"}:
+        values, weight = (value.producer() if value else None for value in node.inputs[:2])
+        if not (values and weight and values.op_type == weight.op_type == "DequantizeLinear"):
             continue
-        scale = constants[values.input[1]].astype(np.float64) * constants[weight.input[1]].astype(np.float64)
-        limits = np.iinfo(np.int32)
-        codes = np.clip(np.rint(constants[node.input[2]] / scale), limits.min, limits.max).astype(np.int32)
-        stem = f"{node.output[0]}_bias"
-        graph.initializer.extend([numpy_helper.from_array(codes, f"{stem}_quantized"),
-                                  numpy_helper.from_array(scale.astype(np.float32), f"{stem}_scale"),
-                                  numpy_helper.from_array(np.zeros(len(codes), np.int32), f"{stem}_zero_point")])
-        dequantize = helper.make_node(
-            "DequantizeLinear", [f"{stem}_quantized", f"{stem}_scale", f"{stem}_zero_point"], [f"{stem}_dequantized"],
-            name=f"{stem}_dequantize", axis=0)
-        graph.node.insert(list(graph.node).index(node), dequantize)
-        node.input[2] = f"{stem}_dequantized"
+        scale = _constant(values, 1).astype(np.float64) * _constant(weight, 1).astype(np.float64)
+        codes = np.clip(np.rint(_constant(node, 2) / scale), limits.min, limits.max).astype(np.int32)
+        stem = f"{node.outputs[0].name}_bias"
+        inputs = [_add_constant(graph, f"{stem}_quantized", codes),
+                  _add_constant(graph, f"{stem}_scale", scale.astype(np.float32)),
+                  _add_constant(graph, f"{stem}_zero_point", np.zeros(len(codes), np.int32))]
+        dequantize = onnx_ir.node("DequantizeLinear", inputs, {"axis": 0}, name=f"{stem}_dequantize",
+                                  outputs=[onnx_ir.Value(name=f"{stem}_dequantized")])
+        graph.insert_before(node, dequantize)
+        node.replace_input_with(2, dequantize.outputs[0])
 
 
-def add_weight_quantizers(graph: GraphProto) -> None:
-    """Store s8 weights as the floats that they stand for, before a QuantizeLinear that gives just these codes.
+def add_weight_quantizers(graph: onnx_ir.Graph) -> None:
+    """Store s8 weights as the floats that they stand for, before a QuantizeLinear that gives exactly these codes.
 
-    TensorRT 8 takes no s8 constant. Its engine holds s8 weights all the same.
+    TensorRT 8 does not take s8 constants. Its engine still holds s8 weights.
     """
-    constants = _constants(graph)
-    for node in list(graph.node):
-        if node.op_type != "DequantizeLinear" or node.input[0] not in constants:
+    for node in graph:
+        weight = node.inputs[0] if node.op_type == "DequantizeLinear" else None
+        if weight is None or weight.const_value is None:
             continue
-        name, scale, zero_point = node.input
-        codes = constants[name]
-        values = codes.astype(np.float32) * constants[scale].reshape(-1, *[1] * (codes.ndim - 1))
-        graph.initializer.append(numpy_helper.from_array(values, f"{name}_float"))
-        quantize = helper.make_node("QuantizeLinear", [f"{name}_float", scale, zero_point], [f"{name}_quantized"],
-                                    name=f"{name}_quantize", axis=0)
-        graph.node.insert(list(graph.node).index(node), quantize)
-        node.input[0] = f"{name}_quantized"
+        codes, scale = _constant(node, 0), _constant(node, 1)
+        values = codes.astype(np.float32) * scale.reshape(-1, *[1] * (codes.ndim - 1))
+        quantize = onnx_ir.node(
+            "QuantizeLinear", [_add_constant(graph, f"{weight.name}_float", values), *node.inputs[1:]], {"axis": 0},
+            outputs=[onnx_ir.Value(name=f"{weight.name}_quantized")], name=f"{weight.name}_quantize")
+        graph.insert_before(node, quantize)
+        node.replace_input_with(0, quantize.outputs[0])
 
 
 def _scale(before: int, after: int) -> np.float32:
-    """The least factor of float32 of which a runtime, rounding down, gets this size."""
+    """The least float32 factor from which a runtime, rounding down, gets this size."""
     scale = np.float32(after / before)
     return scale if float(scale) * before >= after else np.nextafter(scale, np.float32(np.inf))
 
 
-def _constants(graph: GraphProto) -> dict[str, NDArray[Any]]:
-    return {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
+def _sizes(value: Optional[onnx_ir.Value]) -> list[int]:
+    """[N, C, H, W] of a feature map; of any length where the size is not known."""
+    assert value is not None
+    assert value.shape is not None
+    return [size if isinstance(size, int) else 0 for size in value.shape]
 
 
-def _remove_attributes(node: NodeProto, *names: str) -> None:
-    for attribute in [a for a in node.attribute if a.name in names]:
-        node.attribute.remove(attribute)
+def _constant(node: onnx_ir.Node, place: int) -> NDArray[Any]:
+    value = node.inputs[place]
+    assert value is not None
+    assert value.const_value is not None
+    return value.const_value.numpy()
 
 
-def _cast_first(graph: GraphProto) -> None:
-    """Let who asks for the image's shape ask its cast: TensorRT takes uint8 for a Cast alone."""
-    (image,) = (value.name for value in graph.input)
-    asking = [node for node in graph.node if node.op_type == "Shape" and node.input[0] == image]
-    if asking:
-        cast = next(node for node in graph.node if node.op_type == "Cast" and node.input[0] == image)
-        for node in asking:
-            node.input[0] = cast.output[0]
-        first = NodeProto()
-        first.CopyFrom(cast)
-        graph.node.remove(cast)
-        graph.node.insert(0, first)
+def _add_constant(graph: onnx_ir.Graph, name: str, array: NDArray[Any]) -> onnx_ir.Value:
+    value = onnx_ir.Value(name=name, const_value=onnx_ir.tensor(array, name=name))
+    graph.register_initializer(value)
+    return value
 
 
-def _remove_unused_nodes(graph: GraphProto) -> None:
-    used = {value.name for value in graph.output}
-    for node in reversed(list(graph.node)):
-        if used.isdisjoint(node.output):
-            graph.node.remove(node)
-        else:
-            used.update(node.input)
+def _cast_first(graph: onnx_ir.Graph) -> None:
+    """Read the shape of the image from its cast: TensorRT only casts uint8."""
+    (image,) = graph.inputs
+    shapes = [node for node in image.consumers() if node.op_type == "Shape"]
+    if shapes:
+        cast = next(node for node in image.consumers() if node.op_type == "Cast")
+        for node in shapes:
+            node.replace_input_with(0, cast.outputs[0])
+        graph.remove(cast)
+        graph.insert_before(graph[0], cast)
 
 
-def _remove_unused_constants(graph: GraphProto) -> None:
-    used = {name for node in graph.node for name in node.input}
-    unused: list[TensorProto] = [tensor for tensor in graph.initializer if tensor.name not in used]
-    for tensor in unused:
-        graph.initializer.remove(tensor)
-
-
-def _strip(proto: ModelProto) -> None:
-    """Remove what the exporter notes for debugging: stack traces with paths of this machine, as large as weights."""
-    del proto.graph.metadata_props[:]
-    del proto.graph.value_info[:]
-    del proto.metadata_props[:]
-    for item in (*proto.graph.node, *proto.graph.initializer, *proto.graph.input, *proto.graph.output):
-        item.doc_string = ""
-        del item.metadata_props[:]
+def _strip(model: onnx_ir.Model) -> None:
+    """Remove the exporter's debug notes: stack traces with paths of this machine, as large as weights."""
+    ClearMetadataAndDocStringPass()(model)
+    model.metadata_props.clear()
+    for value in (*model.graph.inputs, *model.graph.outputs):
+        value.doc_string = None
+        value.metadata_props.clear()
 
 
 @contextlib.contextmanager
