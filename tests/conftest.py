@@ -42,7 +42,7 @@ SCORE_TOLERANCE = {"fp32": {"rtol": 0, "atol": 1e-3}, "int8": {"rtol": 0.05, "at
 
 def pytest_collection_modifyitems(items: List[pytest.Item]) -> None:
     """The longest test starts first, so that no core waits for it in the end."""
-    items.sort(key=lambda item: item.path.name != "test_readme.py")
+    items.sort(key=lambda item: item.path.name != "test_docs.py")
 
 
 SCHEMAS = Path(uadtool_package.__file__).parent / "schemas"
