@@ -124,7 +124,7 @@ def test_names_are_those_of_files(tmp_path_factory, paths):
 
 
 def test_a_folder_that_cannot_be_made(photo):
-    with pytest.raises(UadtoolError, match="cannot make the folder"):
+    with pytest.raises(UadtoolError, match="cannot create the folder"):
         Heatmaps(str(photo / "pictures"))
 
 
@@ -181,7 +181,7 @@ def test_an_image_is_not_replaced_by_the_contact_sheet(tmp_path):
     Image.new("RGB", (50, 50)).save(tmp_path / "a.png")
     (tmp_path / "link.png").symlink_to(tmp_path / "a.png")
     for name in ("a.png", "link.png"):
-        with pytest.raises(UadtoolError, match=f"{name} is scored, too, and would be lost"):
+        with pytest.raises(UadtoolError, match=f"would overwrite the image .*{name}"):
             ContactSheet(str(tmp_path / name), 4).add(record(tmp_path / "a.png"), np.zeros((4, 4)), THRESHOLD)
 
 
@@ -194,7 +194,7 @@ def test_an_image_is_never_overwritten(tmp_path, monkeypatch, output):
     Path("elsewhere/link.jpg").symlink_to(Path("a.png").resolve())
     Image.new("RGB", (50, 50)).save("a.jpg")  # whose mask would be a.png
     for image in ("a.png", "a.jpg", "elsewhere/link.jpg"):
-        with pytest.raises(UadtoolError, match=f"{image} lies in .*; write into a folder of its own"):
+        with pytest.raises(UadtoolError, match=f"{image} lies in .*; write into a separate folder"):
             output(".").add(record(image), np.zeros((4, 4), np.float32), THRESHOLD)
     assert Path("a.png").read_bytes() == before
     assert not Path("a.png").is_symlink()

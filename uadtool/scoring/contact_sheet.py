@@ -18,45 +18,46 @@ TILE = 240
 
 
 class ContactSheet:
-    """One picture of the most suspicious images of a run, the highest score first, each under its anomaly map."""
+    """Draws the ``count`` images with the highest scores, the highest first, each under its anomaly map."""
 
     def __init__(self, path: str, count: int) -> None:
-        self._path, self._place, self._count = path, Path(path).resolve(), count
+        self._path, self._resolved, self._count = path, Path(path).resolve(), count
         self._highest: List[Tuple[float, int, Image.Image]] = []
         self._order = itertools.count()
 
     def add(self, record: Dict[str, Any], anomaly_map: np.ndarray, threshold: float) -> Dict[str, str]:
-        """Take note of an ``image`` record and its map, float32 [h, w]; adds nothing to the record.
+        """Consider an ``image`` record and its map, float32 [h, w]; adds nothing to the record.
 
         Raises:
-            UadtoolError: the image would be lost, for the picture has its name.
+            UadtoolError: the picture would overwrite the image.
         """
-        if Path(record["path"]).resolve() == self._place:
-            raise UadtoolError(f"{self._path} is scored, too, and would be lost; give the contact sheet another name")
-        place = record["score"], -next(self._order)
-        if len(self._highest) < self._count or place > self._highest[0][:2]:
-            tile = _tile(record, anomaly_map, threshold)
-            (heapq.heappush if len(self._highest) < self._count else heapq.heapreplace)(self._highest, (*place, tile))
+        if Path(record["path"]).resolve() == self._resolved:
+            raise UadtoolError(f"the contact sheet would overwrite the image {self._path}; choose another name")
+        rank = record["score"], -next(self._order)
+        if len(self._highest) < self._count:
+            heapq.heappush(self._highest, (*rank, _tile(record, anomaly_map, threshold)))
+        elif rank > self._highest[0][:2]:
+            heapq.heapreplace(self._highest, (*rank, _tile(record, anomaly_map, threshold)))
         return {}
 
     def save(self) -> None:
-        """Draw the picture; without any image there is none."""
-        tiles = [tile for *_, tile in sorted(self._highest, key=lambda found: found[:2], reverse=True)]
+        """Draw the picture, unless no image was scored."""
+        tiles = [tile for *_, tile in sorted(self._highest, key=lambda entry: entry[:2], reverse=True)]
         if not tiles:
             return
         columns = min(len(tiles), max(2, round((2 * len(tiles)) ** 0.5)))
         rows = -(-len(tiles) // columns)
         width, height = tiles[0].size
         sheet = Image.new("RGB", (columns * (width + MARGIN) + MARGIN, rows * (height + MARGIN) + MARGIN), BACKGROUND)
-        for place, tile in enumerate(tiles):
-            row, column = divmod(place, columns)
+        for index, tile in enumerate(tiles):
+            row, column = divmod(index, columns)
             sheet.paste(tile, (MARGIN + column * (width + MARGIN), MARGIN + row * (height + MARGIN)))
         with atomic_write(self._path) as temporary:
             sheet.save(temporary, format="PNG")
 
 
 def _tile(record: Dict[str, Any], anomaly_map: np.ndarray, threshold: float) -> Image.Image:
-    """An image of the contact sheet, with its caption."""
+    """An image of the contact sheet with its caption."""
     tile = Image.new("RGB", (TILE, TILE + 44), BACKGROUND)
     size = fitted(image_size(record["path"]), TILE)
     overlay = overlay_map(read_image(record["path"], size), upsample(anomaly_map, size), threshold)

@@ -1,4 +1,4 @@
-"""What pictures are drawn with: an image under its anomaly map, the colours of the scale, and text."""
+"""Tools to draw pictures: an image under its anomaly map, the colours of the scale, and text."""
 
 from functools import lru_cache
 from typing import Any, Tuple
@@ -11,18 +11,13 @@ from uadtool.terminal import printable
 INFERNO = ("000004", "160b39", "420a68", "6a176e", "932667", "bc3754", "dd513a", "f37819", "fca50a", "f6d746", "fcffa4")
 """Equally spaced colours of matplotlib's inferno (CC0): readable with any colour vision, and in grey."""
 
-
 OPACITY = 0.85
-
-
 BACKGROUND, TEXT, FAINT = (24, 24, 27), (244, 244, 245), (161, 161, 170)
-
-
 MARGIN = 12
 
 
 def overlay_map(image: np.ndarray, values: np.ndarray, threshold: float) -> np.ndarray:
-    """``image`` uint8 [H, W, 3], in grey, under the map ``values`` [H, W]: the stranger a place, the more colour."""
+    """``image``, uint8 [H, W, 3], in grey under the map ``values`` [H, W]. Colour grows with the anomaly score."""
     share = np.clip(values / scale_top(threshold), 0, 1)[..., None]
     opacity = OPACITY * share * (2 - share)
     grey = np.asarray(Image.fromarray(image).convert("L"))[..., None]
@@ -30,7 +25,7 @@ def overlay_map(image: np.ndarray, values: np.ndarray, threshold: float) -> np.n
     above = Image.fromarray(np.uint8(255) * (values > threshold))
     outside = np.asarray(above.filter(ImageFilter.MaxFilter(5))) > np.asarray(above)
     inside = np.asarray(above.filter(ImageFilter.MinFilter(5))) < np.asarray(above)
-    blended[outside], blended[inside] = 0, 255  # a line that stands out on bright and on dark
+    blended[outside], blended[inside] = 0, 255  # a line that is visible on bright and on dark images
     return blended.astype(np.uint8)
 
 
@@ -40,7 +35,7 @@ def draw_text(draw: ImageDraw.ImageDraw, position: Tuple[float, float], text: st
 
 
 def latin(text: str) -> str:
-    """The font has no other letters, and no lines."""
+    """The text in the characters of the font, which lacks all others and line breaks."""
     return printable(text).encode("latin-1", "replace").decode("latin-1")
 
 
@@ -64,5 +59,5 @@ def _scale() -> np.ndarray:
 
 
 def scale_top(threshold: float) -> float:
-    """The score at the upper end of the scale; a threshold that is not positive has no double to end at."""
+    """The score at the upper end of the scale: twice the threshold, which may be negative, but at least 1."""
     return max(2 * threshold, 1.0)

@@ -4,15 +4,15 @@ from typing import Any, Callable, Dict, Iterable, List
 
 import numpy as np
 
-from uadtool.scoring import metrics
+from uadtool.scoring.metrics import auroc, average_precision, f1_max, rounded
 from uadtool.scoring.pixel_metrics import PixelMetrics
 
 
 class Evaluation:
-    """Detection figures of labelled images, gathered image by image, in any order.
+    """Detection figures of labelled images, which are added one by one, in any order.
 
-    A class is named by its name, or by ``""`` where none is known. ``threshold`` is the score above which an image
-    counts as anomalous.
+    A class is identified by its name, or by ``""`` if it is unknown. An image with a score above ``threshold`` counts
+    as anomalous.
     """
 
     def __init__(self, threshold: float) -> None:
@@ -39,63 +39,58 @@ class Evaluation:
         return {name: pixels.to_json() for name, pixels in sorted(self._pixels.items())}
 
     def merge_pixels(self, counted: Dict[str, Dict[str, Any]]) -> None:
-        """Add what another run's ``pixels`` returned.
+        """Add the ``pixels`` of another run.
 
         Raises:
-            ValueError: it did not, or counts pixels of a class without images.
+            ValueError: they cannot be read, or belong to a class without images.
         """
         if counted.keys() - set(self._classes):
             raise ValueError(f"it counts pixels of {min(counted.keys() - set(self._classes))!r:.80} and no images")
-        for name, of_class in counted.items():
-            self._pixels.setdefault(name, PixelMetrics()).merge(PixelMetrics.from_json(of_class))
+        for name, pixels in counted.items():
+            self._pixels.setdefault(name, PixelMetrics()).merge(PixelMetrics.from_json(pixels))
 
     def figures(self) -> Dict[str, Any]:
-        """The ``metrics`` object of the summary: what the labels and masks seen suffice for.
+        """The ``metrics`` object of the summary, as far as the labels and masks allow.
 
         Each figure has its value over all images in one list, or all pixels of classes with masks (``pooled``), for
-        each class that has both labels (``per_class``), and their ``mean``, which is the pooled value when no class is
-        known.
+        each class with both labels (``per_class``), and their ``mean``. Without any class names, the mean is the pooled
+        value.
         """
         if not self._labels:
             return {}
         labels, scores = np.array(self._labels, bool), np.array(self._scores)
-        found: Dict[str, Any] = {}
+        figures: Dict[str, Any] = {}
         if labels.any() and not labels.all():
-            found["image_auroc"] = {**self._images(metrics.auroc, scores),
-                                    "pooled_raw": rounded(metrics.auroc(self._labels, self._raw_scores))}
-            found["average_precision"] = self._images(metrics.average_precision, scores)
-            found["f1_max"] = self._images(lambda labels, scores: metrics.f1_max(labels, scores)[0], scores)
-        for name, chosen in (("false_positive_rate", ~labels), ("recall", labels)):
-            if chosen.any():
-                found[name] = rounded(np.mean(scores[chosen] > self._threshold))
+            pooled_raw = rounded(auroc(self._labels, self._raw_scores))
+            figures["image_auroc"] = {**self._by_class(auroc), "pooled_raw": pooled_raw}
+            figures["average_precision"] = self._by_class(average_precision)
+            figures["f1_max"] = self._by_class(lambda labels, scores: f1_max(labels, scores)[0])
+        for name, images in (("false_positive_rate", ~labels), ("recall", labels)):
+            if images.any():
+                figures[name] = rounded(np.mean(scores[images] > self._threshold))
         with_masks = {name: pixels for name, pixels in sorted(self._pixels.items()) if pixels.auroc() is not None}
         if with_masks:
             pooled = PixelMetrics()
             for pixels in with_masks.values():
                 pooled.merge(pixels)
-            for name, figure in (("pixel_auroc", PixelMetrics.auroc), ("aupro", PixelMetrics.aupro)):
-                found[name] = _figures(figure(pooled), {key: figure(pixels) for key, pixels in with_masks.items()},
-                                       with_masks)
-        return found
+            for name, metric in (("pixel_auroc", PixelMetrics.auroc), ("aupro", PixelMetrics.aupro)):
+                figures[name] = _figure(metric(pooled), {key: metric(pixels) for key, pixels in with_masks.items()},
+                                        with_masks)
+        return figures
 
-    def _images(self, figure: Callable[[Any, Any], float], scores: np.ndarray) -> Dict[str, Any]:
-        labels, classes = np.array(self._labels), np.array(self._classes)
+    def _by_class(self, metric: Callable[[Any, Any], float]) -> Dict[str, Any]:
+        labels, scores, classes = np.array(self._labels), np.array(self._scores), np.array(self._classes)
         members = {name: classes == name for name in sorted(set(self._classes))}
-        return _figures(figure(labels, scores), {
-            name: figure(labels[chosen], scores[chosen])
-            for name, chosen in members.items() if labels[chosen].any() and not labels[chosen].all()
+        return _figure(metric(labels, scores), {
+            name: metric(labels[images], scores[images])
+            for name, images in members.items() if labels[images].any() and not labels[images].all()
         }, members)
 
 
-def rounded(value: Any) -> float:
-    """Six digits: all that a figure or a float32 is good for."""
-    return float(f"{value:.6g}")
-
-
-def _figures(pooled: Any, per_class: Dict[str, Any], classes: Iterable[str]) -> Dict[str, Any]:
-    """Of the ``classes`` those in ``per_class`` have a figure; without a name there is no class."""
+def _figure(pooled: Any, per_class: Dict[str, Any], classes: Iterable[str]) -> Dict[str, Any]:
+    """Only the ``classes`` in ``per_class`` have a value; ``""`` is not a class."""
     named = {name: value for name, value in per_class.items() if name}
-    found = {"pooled": rounded(pooled), "per_class": {name: rounded(value) for name, value in named.items()}}
+    figure = {"pooled": rounded(pooled), "per_class": {name: rounded(value) for name, value in named.items()}}
     if named:
-        return {"mean": rounded(sum(named.values()) / len(named)), **found}
-    return found if any(classes) else {"mean": rounded(pooled), **found}
+        return {"mean": rounded(sum(named.values()) / len(named)), **figure}
+    return figure if any(classes) else {"mean": rounded(pooled), **figure}

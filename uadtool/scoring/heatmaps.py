@@ -1,4 +1,4 @@
-"""Pictures of where a detector saw something: the image, and beside it the image under its anomaly map."""
+"""Pictures of what a detector found: the image, and beside it the image under its anomaly map."""
 
 from typing import Any, Dict, Tuple
 
@@ -11,17 +11,16 @@ from uadtool.scoring.drawing import BACKGROUND, FAINT, MARGIN, TEXT, colours, dr
 from uadtool.scoring.image_files import OutputFolder
 
 LONGEST_SIDE = (400, 4096)
-"""Bounds in pixels of each of the two panels, which otherwise have the image's own size: small images grow so that the
-contour and the caption can be read, and none takes more memory than there is."""
+"""Bounds in pixels of each of the two panels, which otherwise have the size of the image. Small images are enlarged to
+keep contour and caption readable; the upper bound limits the memory."""
 CAPTION_WIDTH = 540
 SCALE_BAR = (160, 14)
 
 
 class Heatmaps:
-    """Draws pictures into ``directory``, one PNG per image.
+    """Draws a PNG for each image into ``directory``.
 
-    The colours of every picture of a run go from 0 to twice the threshold, at least to 1, so that pictures can be
-    compared.
+    The colours of all pictures of a run range from 0 to twice the threshold (at least 1), so that they can be compared.
     """
 
     def __init__(self, directory: str) -> None:
@@ -37,9 +36,9 @@ class Heatmaps:
 
 
 def render(record: Dict[str, Any], anomaly_map: np.ndarray, threshold: float) -> Image.Image:
-    """The image, the image under its map with a contour around what lies above the threshold, and a caption.
+    """The image, the image under its map with a contour around values above the threshold, and a caption.
 
-    The panels stand side by side, or one below the other when the image is wide.
+    The panels stand side by side, or one below the other if the image is wide.
     """
     height, width = _panel_size(record["path"])
     image = read_image(record["path"], (height, width))

@@ -1,4 +1,4 @@
-"""A file for each image in a folder: masks of what is anomalous, and the anomalous images themselves."""
+"""A file in a folder for each image: masks of anomalous regions, and copies of the anomalous images."""
 
 import shutil
 from pathlib import Path
@@ -15,51 +15,51 @@ from uadtool.terminal import printable
 
 
 class OutputFolder:
-    """A folder that is made if need be, for one file per image; what a killed run left there is removed.
+    """A folder for one file per image. It is created if necessary; leftovers of killed runs are deleted.
 
-    No image that is scored may lie in it, for what is written there could take its place.
+    It must not hold images that are scored, since the files could overwrite them.
 
     Raises:
-        UadtoolError: it cannot be made.
+        UadtoolError: the folder cannot be created.
     """
 
     def __init__(self, directory: str) -> None:
         self._directory = Path(directory)
-        self._names: Dict[str, int] = {}  # in use, and the last number that told others of this name from it
+        self._names: Dict[str, int] = {}  # in use, each with the last number that was added to make it unique
         try:
             self._directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UadtoolError(f"cannot make the folder {directory}: {error.strerror}") from error
-        self._place = self._directory.resolve()
+            raise UadtoolError(f"cannot create the folder {directory}: {error.strerror}") from error
+        self._resolved = self._directory.resolve()
         remove_leftovers(self._directory)
 
     def path(self, image: str, suffix: str) -> Path:
-        """A file for an image, named after the last parts of its path; every call gives another one.
+        """A file for an image, named after the end of its path. Every call returns another file.
 
         Raises:
             UadtoolError: the image lies in this folder.
         """
-        if not is_url(image) and self._place in (Path(image).parent.resolve(), Path(image).resolve().parent):
-            raise UadtoolError(f"{image} lies in {self._directory}, where its own picture would be written; write into "
-                               "a folder of its own")
-        # Class, split, defect and file of a dataset's image; bytes that are not UTF-8 and slashes cannot stay.
-        named = Path(without_query(image))
-        parts = [part for part in named.parts if part not in ("/", "..")][-4:]
-        stem = printable("-".join([*parts[:-1], named.stem])).encode()[-200:].decode("utf-8", "ignore")
+        if not is_url(image) and self._resolved in (Path(image).parent.resolve(), Path(image).resolve().parent):
+            raise UadtoolError(f"{image} lies in {self._directory}, and a file there could overwrite it; write into a "
+                               "separate folder")
+        # In a data set: class, split, defect and file. Slashes and bytes that are not UTF-8 cannot stay.
+        path = Path(without_query(image))
+        parts = [part for part in path.parts if part not in ("/", "..")][-4:]
+        stem = printable("-".join([*parts[:-1], path.stem])).encode()[-200:].decode("utf-8", "ignore")
         suffix = printable(suffix)[-20:]
-        wanted = name = f"{stem}{suffix}"
+        first = name = f"{stem}{suffix}"
         while name in self._names:
-            self._names[wanted] += 1
-            name = f"{stem}-{self._names[wanted]}{suffix}"
+            self._names[first] += 1
+            name = f"{stem}-{self._names[first]}{suffix}"
         self._names[name] = 1
-        path = self._directory / name
-        if path.is_symlink():  # of an earlier run; what it leads to is not to be written
-            path.unlink()
-        return path
+        output = self._directory / name
+        if output.is_symlink():  # never write through a link
+            output.unlink()
+        return output
 
 
 class Masks:
-    """Writes where each image is anomalous, white on black, at the image's own size, as PNG into ``directory``."""
+    """Writes a mask of each image as PNG into ``directory``: anomalous pixels are white, in the size of the image."""
 
     def __init__(self, directory: str) -> None:
         self._folder = OutputFolder(directory)
@@ -87,7 +87,7 @@ class AnomalousImages:
         try:
             image = open_file(record["path"])
         except (OSError, ValueError) as error:
-            raise ImageError(f"{record['path']} is gone, and was not copied") from error
+            raise ImageError(f"cannot copy {record['path']}: it no longer exists") from error
         with image, atomic_write(path, durable=False) as temporary, temporary.open("wb") as copy:
             shutil.copyfileobj(image, copy)
         return {"copy": str(path)}

@@ -5,7 +5,7 @@ counts at ascending thresholds. Images (a threshold for each distinct score) and
 bin) therefore share the code, and the trapezoid rule counts equal scores half.
 """
 
-from typing import Sequence, Tuple
+from typing import Any, Sequence, Tuple
 
 import numpy as np
 
@@ -61,6 +61,11 @@ def roc_curve(labels: Sequence[bool], scores: Sequence[float], points: int = 200
         kept = np.unique(np.searchsorted(false + true, np.linspace(0, 2, points)).clip(0, len(false) - 1))
         false, true = false[kept], true[kept]
     return false, true
+
+
+def rounded(value: Any) -> float:
+    """The value with six digits: a figure or a float32 is not more precise."""
+    return float(f"{value:.6g}")
 
 
 def validated(labels: Sequence[bool], scores: Sequence[float]) -> Tuple[np.ndarray, np.ndarray]:

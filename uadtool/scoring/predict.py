@@ -1,5 +1,6 @@
 """Images in, predictions out: the detector over samples, in threads."""
 
+import os
 import threading
 import time
 from itertools import islice
@@ -13,14 +14,14 @@ from uadtool.data.read_ahead import read_ahead
 from uadtool.errors import UadtoolError
 from uadtool.metadata import Metadata
 from uadtool.runtimes.contract import Runtime
-from uadtool.scoring.evaluation import rounded
+from uadtool.scoring.metrics import rounded
 
 
 class Prediction(NamedTuple):
-    """What is known about one image; see ``uadtool.runtimes.Output`` for the units.
+    """The result for one image; see ``uadtool.runtimes.contract.Output`` for the units.
 
-    ``anomaly_map`` is float32 [h, w], ``mask`` the ground truth, bool [H, W], if there is one. ``milliseconds`` is the
-    inference time of its batch, beside those of other streams, divided by the images in it.
+    ``anomaly_map`` is float32 [h, w]; ``mask`` is the ground truth, bool [H, W], if it is known. ``milliseconds`` is
+    the inference time of the batch, which may share the cores with other streams, divided by the images in it.
     """
 
     score: float
@@ -31,24 +32,35 @@ class Prediction(NamedTuple):
     milliseconds: float
 
 
-def predict(runtime: Runtime, paths: Iterable[str], batch_size: int = 1
-            ) -> Iterator[Tuple[Sample, Union[Prediction, UadtoolError]]]:
-    """Run the detector over images, folders, data sets and manifests; yields each image with what it found.
+Predictions = Iterator[Tuple[Sample, Union[Prediction, UadtoolError]]]
+"""Each image with its prediction, or with the error of an image that cannot be read."""
 
-    An image that cannot be read comes with its error.
+
+def predict(runtime: Runtime, paths: Union[str, Iterable[str]], batch_size: int = 1) -> Predictions:
+    """Run a detector over one or several paths: images, folders, data sets and manifests.
+
+    Args:
+        runtime: the detector, from ``uadtool.open_model``. An image whose score exceeds ``runtime.metadata.threshold``
+            is anomalous.
+        paths: also ``pathlib.Path`` objects. They are read ahead, in threads.
+        batch_size: images per inference.
+
+    Yields:
+        Each image (its ``path``, and ``class_name`` and ``label`` if known) with its ``Prediction``. An image that
+        cannot be read comes with its ``UadtoolError`` instead.
 
     Raises:
         UadtoolError: a path holds no images.
     """
-    return predict_samples(runtime, scoring_samples(paths), batch_size)
+    names = [paths] if isinstance(paths, (str, os.PathLike)) else paths
+    return predict_samples(runtime, scoring_samples(map(os.fspath, names)), batch_size)
 
 
-def predict_samples(
-    runtime: Runtime, samples: Iterable[Sample], batch_size: int = 1
-) -> Iterator[Tuple[Sample, Union[Prediction, UadtoolError]]]:
-    """Run the detector over ``samples``, in order. What cannot be read comes as its error.
+def predict_samples(runtime: Runtime, samples: Iterable[Sample], batch_size: int = 1) -> Predictions:
+    """Run a detector over ``samples``, in order. An image that cannot be read comes with its error.
 
-    As many threads as cores, but at least two, each decode a batch and run it; as many as ``streams`` run at once.
+    As many threads as cores, but at least two, each decode a batch and run it. At most ``runtime.streams`` batches run
+    at once.
     """
     size = runtime.metadata.image_size
     running = threading.Semaphore(runtime.streams)
@@ -76,10 +88,10 @@ def predict_samples(
 
     source, workers = iter(samples), max(2, runtime.threads)
     batches: Iterator[List[Sample]] = iter(lambda: list(islice(source, batch_size)), [])
-    for batch, found in read_ahead(run, batches, workers, 2 * workers):
-        if isinstance(found, UadtoolError):  # not of an image: the runtime failed
-            raise found
-        yield from zip(batch, found)
+    for batch, results in read_ahead(run, batches, workers, 2 * workers):
+        if isinstance(results, UadtoolError):  # the runtime failed
+            raise results
+        yield from zip(batch, results)
 
 
 def _prediction(metadata: Metadata, sample: Sample, score: np.float32, raw_score: np.float32, anomaly_map: np.ndarray,

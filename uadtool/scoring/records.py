@@ -1,4 +1,4 @@
-"""Scoring images with an exported detector, and how well the scores agree with the labels that the folders tell."""
+"""Scoring images with an exported detector, and how well the scores agree with the labels of the images."""
 
 import logging
 import time
@@ -13,7 +13,8 @@ from uadtool.data.images import ImageError, upsample
 from uadtool.errors import UadtoolError
 from uadtool.runtimes.contract import Runtime, describe
 from uadtool.scoring.cluster import Cluster
-from uadtool.scoring.evaluation import Evaluation, rounded
+from uadtool.scoring.evaluation import Evaluation
+from uadtool.scoring.metrics import rounded
 from uadtool.scoring.predict import Prediction, predict_samples
 
 SCHEMA = "uadtool.score/1"
@@ -21,8 +22,8 @@ SCHEMA = "uadtool.score/1"
 log = logging.getLogger("uadtool")
 
 Record = Dict[str, Any]
-PerImage = Callable[[Record, np.ndarray, float], Record]
-"""Makes something of an image: a picture, a copy."""
+Output = Callable[[Record, np.ndarray, float], Record]
+"""Writes a file about an image; see ``score``."""
 
 
 def score(
@@ -30,18 +31,21 @@ def score(
     samples: Iterable[Sample],
     threshold: Optional[float] = None,
     batch_size: int = 1,
-    outputs: Sequence[PerImage] = (),
+    outputs: Sequence[Output] = (),
     shard: Optional[Tuple[int, int]] = None,
     cluster: Optional[Cluster] = None,
 ) -> Generator[Record, None, None]:
-    """Yield the records of a run (schemas/score.json): ``run``, an ``image`` as soon as it is known, ``summary``.
+    """Yield the records of a run (schemas/score.json): ``run``, each ``image`` as soon as it is known, ``summary``.
 
-    ``threshold`` is the model's if None; an image above it is anomalous. What cannot be read becomes an ``image`` with
-    ``error``. ``outputs`` are called with each record, its anomaly map, float32 [h, w], and the threshold; what they
-    return joins the record. Metrics come from the scores as they stand in the records, rounded to 6 digits.
+    An image that cannot be read becomes an ``image`` with ``error``. Metrics come from the scores in the records, which
+    are rounded to 6 digits.
 
-    ``shard`` (I, N) scores of the samples each N-th alone, from the I-th (of 1 to N) on. ``cluster`` does the work
-    instead of this machine.
+    Args:
+        threshold: images that score above it are anomalous; the model's if None.
+        outputs: are called with each record, its anomaly map, float32 [h, w], and the threshold. What they return joins
+            the record.
+        shard: (I, N) scores only every N-th sample, from the I-th (1 to N) on.
+        cluster: does the work instead of this machine.
     """
     threshold = runtime.metadata.threshold if threshold is None else threshold
     run: Record = {"schema": SCHEMA, "type": "run", **host.opening(), **describe(runtime), "threshold": threshold}
@@ -51,56 +55,61 @@ def score(
     if cluster:
         run["cluster"] = cluster.size()
     yield run
+    predict = cluster.predict if cluster else predict_samples
     began = time.perf_counter()
     images = errors = anomalous = 0
     evaluation = Evaluation(threshold)
-    for sample, found in (cluster.predict if cluster else predict_samples)(runtime, samples, batch_size):
+    for sample, prediction in predict(runtime, samples, batch_size):
         images += 1
-        if isinstance(found, UadtoolError):
+        if isinstance(prediction, UadtoolError):
             errors += 1
-            yield {"type": "image", "path": sample.path, "error": str(found)}
+            yield {"type": "image", "path": sample.path, "error": str(prediction)}
             continue
-        record = {
-            "type": "image",
-            "path": sample.path,
-            "score": found.score,
-            "raw_score": found.raw_score,
-            "anomalous": found.score > threshold,
-            "nearest_class": found.nearest_class,
-            "class": sample.class_name,
-            "label": sample.label,
-            "milliseconds": found.milliseconds,
-        }
-        record = {key: value for key, value in record.items() if value is not None}
-        anomalous += found.score > threshold
+        record = _image_record(sample, prediction, threshold)
+        anomalous += record["anomalous"]
         for output in outputs:
             try:
-                record.update(output(record, found.anomaly_map, threshold))
-            except ImageError as error:  # it was there a moment ago
+                record.update(output(record, prediction.anomaly_map, threshold))
+            except ImageError as error:  # the image was deleted after it was read
                 log.warning("%s", error)
         yield record
         if sample.label:
-            evaluate(evaluation, sample, found, runtime.metadata.image_size)
+            evaluate(evaluation, sample, prediction, runtime.metadata.image_size)
     seconds = time.perf_counter() - began
-    summary: Record = {
+    metrics = evaluation.figures()
+    yield {
         "type": "summary",
         "images": images,
         "errors": errors,
         "anomalous": anomalous,
         "seconds": rounded(seconds),
         "images_per_second": rounded((images - errors) / seconds),
+        **({"metrics": metrics, "pixels": evaluation.pixels()} if metrics else {}),
     }
-    metrics = evaluation.figures()
-    yield {**summary, "metrics": metrics, "pixels": evaluation.pixels()} if metrics else summary
 
 
-def evaluate(evaluation: Evaluation, sample: Sample, found: Prediction, size: Tuple[int, int]) -> None:
-    """Count an image whose ``label`` is known, its map in ``size`` (height, width).
+def _image_record(sample: Sample, prediction: Prediction, threshold: float) -> Record:
+    record = {
+        "type": "image",
+        "path": sample.path,
+        "score": prediction.score,
+        "raw_score": prediction.raw_score,
+        "anomalous": prediction.score > threshold,
+        "nearest_class": prediction.nearest_class,
+        "class": sample.class_name,
+        "label": sample.label,
+        "milliseconds": prediction.milliseconds,
+    }
+    return {key: value for key, value in record.items() if value is not None}
 
-    The pixels of an anomalous one without a mask do not count, since nobody knows which of them are.
+
+def evaluate(evaluation: Evaluation, sample: Sample, prediction: Prediction, size: Tuple[int, int]) -> None:
+    """Count an image with a ``label``, its map resized to ``size`` (height, width).
+
+    The pixels of an anomalous image without a mask do not count: their labels are unknown.
     """
     name, anomalous = sample.class_name or "", sample.label == "anomalous"
-    evaluation.add(name, anomalous, found.score, found.raw_score)
-    mask = found.mask if anomalous or found.mask is not None else np.zeros(size, bool)
+    evaluation.add(name, anomalous, prediction.score, prediction.raw_score)
+    mask = prediction.mask if anomalous or prediction.mask is not None else np.zeros(size, bool)
     if mask is not None:
-        evaluation.add_pixels(name, upsample(found.anomaly_map, size), mask)
+        evaluation.add_pixels(name, upsample(prediction.anomaly_map, size), mask)
