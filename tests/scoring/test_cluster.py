@@ -136,8 +136,8 @@ main()
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
     assert done.returncode == 1
     version = re.escape(open_model(str(detector), runtime="onnxruntime").version)
-    assert re.fullmatch(rf"uadtool: error: a node has uadtool 0\.1\.0 and onnxruntime {version}, this machine 0\.0\.9 and "
-                        rf"{version}; install the same versions on all machines \(on .*\)\n", done.stderr)
+    assert re.fullmatch(rf"uadtool: error: a node has uadtool 0\.1\.0 and onnxruntime {version}, this machine 0\.0\.9 "
+                        rf"and {version}; install the same versions on all machines \(on .*\)\n", done.stderr)
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1", "127.0.0.1:x"])

@@ -1,6 +1,7 @@
 """Score and bench results of several models, joined and compared with the first model."""
 
 import logging
+import os
 from collections import Counter
 from pathlib import PurePath
 from typing import Any, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple
@@ -66,10 +67,12 @@ class Model(NamedTuple):
 def compare(files: Sequence[str]) -> Dict[str, Any]:
     """The ``uadtool.compare/1`` record (schemas/compare.json) of score and bench files (``-``: stdin), in any order.
 
+    Each of its ``rows`` is a metric, with a value for each of its ``models`` and the changes against the first model.
+
     Raises:
-        UadtoolError: as ``join`` and ``set_side_by_side``.
+        UadtoolError: a file cannot be read, or the files hold no figures.
     """
-    return set_side_by_side(join(files))
+    return set_side_by_side(join(list(map(os.fspath, files))))
 
 
 def join(files: Sequence[str]) -> List[Model]:

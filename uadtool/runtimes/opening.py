@@ -2,6 +2,7 @@
 
 import importlib
 import logging
+import os
 from importlib.util import find_spec
 from pathlib import Path
 from typing import List, Optional
@@ -41,6 +42,7 @@ def open_model(path: str, threads: Optional[int] = None, runtime: str = "auto", 
             built for what is here.
         MissingPackage: the runtime, or any, is not installed.
     """
+    path = os.fspath(path)
     if not Path(path).is_file():
         raise UadtoolError(f"{path}: no such model file")
     for _ in range(ATTEMPTS):
