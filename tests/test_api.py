@@ -37,9 +37,9 @@ def test_comparison_of_files(tmp_path):
 
 
 def test_errors_are_those_of_the_command(tmp_path):
-    with pytest.raises(uadtool.UadtoolError, match="missing.onnx: no such model file"):
+    with pytest.raises(uadtool.UadtoolError, match=r"missing\.onnx: no such model file"):
         uadtool.open_model(tmp_path / "missing.onnx")
-    with pytest.raises(uadtool.UadtoolError, match="cannot read .*missing.jsonl"):
+    with pytest.raises(uadtool.UadtoolError, match=r"cannot read .*missing\.jsonl"):
         uadtool.compare([tmp_path / "missing.jsonl"])
     with pytest.raises(AttributeError, match="module 'uadtool' has no attribute 'train'"):
         uadtool.train  # noqa: B018
