@@ -60,7 +60,7 @@ def test_a_sweep_over_threads(detector):
 
 
 @pytest.mark.parametrize("sizes", ["0", "2,-1", "1,x", ""])
-def test_batch_sizes_that_are_none(uadtool, detector, sizes):
+def test_invalid_batch_sizes(uadtool, detector, sizes):
     done = uadtool("bench", detector, "--batch-sizes", sizes)
     assert done.returncode == 2
     assert "whole numbers from 1" in done.stderr
@@ -78,7 +78,7 @@ def test_a_fresh_process_that_fails_is_reported(detector, monkeypatch):
         bench([str(detector)], Settings(1, 0.01))
 
 
-def test_a_fresh_process_finds_what_this_one_finds_and_may_say_much(detector, tmp_path, monkeypatch):
+def test_a_fresh_process_finds_the_same_packages_and_may_log_much(detector, tmp_path, monkeypatch):
     (tmp_path / "numpy.py").write_text("raise SystemExit('code of the folder was run')")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONVERBOSE", "1")  # megabytes on stderr
@@ -86,8 +86,8 @@ def test_a_fresh_process_finds_what_this_one_finds_and_may_say_much(detector, tm
     assert record["models"][0]["peak_rss_bytes"] > 10e6
 
 
-def test_peak_memory_where_the_kernel_does_not_tell(monkeypatch):
-    """As in gVisor."""
+def test_peak_memory_where_the_kernel_does_not_report_it(monkeypatch):
+    """The kernel of gVisor does not report VmHWM."""
     expected = peak_memory()
     monkeypatch.setattr("pathlib.Path.read_text", lambda path, encoding: "VmSize: 9 kB\nVmRSS: 3 kB\n")
     assert peak_memory() == pytest.approx(expected, rel=0.01)
@@ -102,7 +102,7 @@ def test_peak_memory_is_not_that_of_the_parent():
 
 
 def runs(process: str) -> bool:
-    """Whether it is there, and not one that ended and is only still listed."""
+    """Whether the process exists and is not a zombie."""
     try:
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
@@ -120,7 +120,7 @@ def test_no_process_is_left_when_a_signal_ends_it(detector):
         process.terminate()
         printed, _ = process.communicate(timeout=60)
     assert (process.returncode, printed) == (143, b"")
-    # A signal in the midst of starting it leaves the child to end by itself, with nobody to read its answer.
+    # If the signal arrives while a child starts, the child ends by itself.
     end = time.monotonic() + 60
     while (left := [child for child in found if runs(child)]) and time.monotonic() < end:
         time.sleep(0.01)

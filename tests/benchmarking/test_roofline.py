@@ -32,14 +32,14 @@ def test_bench_sets_models_against_the_peak(uadtool, fp32, int8, runtime):
 
 
 def test_the_int8_peak_is_that_of_integers(detector, int8, fp32):
-    """Where the processor has instructions for them, it is a multiple; nowhere is it less."""
+    """It is a multiple of the float peak on processors with int8 instructions, and never lower."""
     peaks = [roofline(open_model(str(model.path), 1, "onnxruntime"), 1.0)["peak_macs_per_second"]
              for model in (fp32, int8)]
     assert peaks[1] > 0.8 * peaks[0]
 
 
 def test_bytes_of_a_graph(tmp_path):
-    """Of a convolution with 3 x 3 x 3 x 4 weights on 8 x 8 pixels, then ReLU: in float, and with int8 around it."""
+    """A convolution with 3 x 3 x 3 x 4 weights on 8 x 8 pixels and a ReLU, in float and with int8 around it."""
     helper, types = onnx.helper, onnx.TensorProto
     weights = np.zeros((4, 3, 3, 3), np.float32)
     scale, zero = np.array(1, np.float32), np.array(0, np.int8)

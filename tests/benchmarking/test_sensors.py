@@ -1,4 +1,4 @@
-"""Sensors against the files that machines have, laid out in a folder."""
+"""Sensors, with the files of several machines laid out in a folder."""
 
 import json
 import time
@@ -106,13 +106,13 @@ def test_the_state_of_a_machine(machine, files, state):
     assert machine(files).state() == state
 
 
-def test_what_cannot_be_read_is_left_out(machine, tmp_path):
+def test_unreadable_sensors_are_left_out(machine, tmp_path):
     sensors = machine(XAVIER_JETPACK_5)
     (tmp_path / "sys/class/hwmon/hwmon3/curr1_input").write_text("n/a\n")
     (tmp_path / "sys/class/hwmon/hwmon3/curr2_input").unlink()
     assert sensors.rails() == {}
     (tmp_path / "sys/class/thermal/thermal_zone0/temp").unlink()
-    (tmp_path / "sys/class/thermal/thermal_zone0/temp").mkdir()  # as one whose driver answers with an error
+    (tmp_path / "sys/class/thermal/thermal_zone0/temp").mkdir()  # unreadable, as with a failing driver
     assert "temperatures_c" not in sensors.state()
 
 
@@ -137,7 +137,7 @@ def test_without_sensors_there_is_no_energy(machine):
     assert (meter.joules, total(meter.joules)) == ({}, None)
 
 
-def test_bench_tells_the_energy_of_an_image(machine, detector, tmp_path):
+def test_bench_reports_the_energy_of_an_image(machine, detector, tmp_path):
     record = bench([str(detector)], Settings(2, 0.2, warmup=0, threads=1), machine(XAVIER_JETPACK_5))
     validate(record, "bench")
     assert record["machine"]["before"]["power_mode"] == "20W_6CORE"
@@ -153,7 +153,7 @@ def test_bench_tells_the_energy_of_an_image(machine, detector, tmp_path):
     assert row["values"] == [min(load["millijoules_per_image"] for load in model["throughput"])]
 
 
-def test_bench_without_sensors_tells_none(detector, machine):
+def test_bench_without_sensors_reports_no_energy(detector, machine):
     record = bench([str(detector)], Settings(1, 0.01, warmup=0, threads=1), machine({}))
     validate(record, "bench")
     assert record["machine"] == {"before": {}, "after": {}}

@@ -16,12 +16,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from records import HOST, bench_record, lines, model, score_records
 
+from uadtool.benchmarking.bench import Settings
+from uadtool.benchmarking.bench import bench as measure
 from uadtool.cli.compare import compare as command
 from uadtool.comparing import table
 from uadtool.comparing.comparison import METRICS, compare
 from uadtool.comparing.gates import Gate, Verdict
 from uadtool.comparing.junit import as_junit
+from uadtool.data.dataset import scoring_samples
 from uadtool.errors import UadtoolError
+from uadtool.runtimes.opening import open_model
+from uadtool.scoring.records import score
 
 
 @pytest.fixture
@@ -49,7 +54,7 @@ def run(*arguments: str, given: str = "") -> "subprocess.CompletedProcess[str]":
 
 def test_record_joins_scores_and_bench_by_digest(files):
     record = compare(["fp32.jsonl", "bench.json", "int8.jsonl"])
-    assert [(of["label"], of["files"]) for of in record["models"]] == [
+    assert [(entry["label"], entry["files"]) for entry in record["models"]] == [
         ("fp32.onnx", {"scores": "fp32.jsonl", "bench": "bench.json"}),
         ("int8.onnx", {"scores": "int8.jsonl", "bench": "bench.json"}),
     ]
@@ -77,7 +82,7 @@ def test_record_honours_its_schema(files):
 def test_order_of_files_decides_only_the_order_of_models(files):
     several = ["fp32.jsonl", "int8.jsonl", "bench.json"]
     assert compare(several)["rows"] == compare(several[::-1])["rows"]
-    assert [of["label"] for of in compare(["int8.jsonl", "bench.json"])["models"]] == ["int8.onnx", "fp32.onnx"]
+    assert [entry["label"] for entry in compare(["int8.jsonl", "bench.json"])["models"]] == ["int8.onnx", "fp32.onnx"]
 
 
 def test_intervals_are_around_the_differences_of_image_auroc(files):
@@ -90,7 +95,7 @@ def test_intervals_are_around_the_differences_of_image_auroc(files):
         assert low < row(record, metric)["changes"][1] < high <= 0
 
 
-def test_different_images_cost_the_intervals_and_a_warning(files, caplog):
+def test_different_images_have_no_intervals_but_a_warning(files, caplog):
     Path("other.jsonl").write_text(lines(score_records("other.onnx", folder="elsewhere")))
     record = compare(["fp32.jsonl", "other.jsonl", "int8.jsonl"])
     assert "fp32.jsonl and other.jsonl are about different images" in caplog.text
@@ -102,7 +107,7 @@ def test_one_model_measured_twice_gets_two_columns(files):
     bench = bench_record(model("build/fp32.onnx"), model("copy/fp32.onnx", "build/fp32.onnx"))
     Path("twice.json").write_text(json.dumps(bench))
     record = compare(["fp32.jsonl", "fp32.jsonl", "twice.json"])
-    assert [of["label"] for of in record["models"]] == ["fp32.onnx", "fp32.onnx (2)"]
+    assert [entry["label"] for entry in record["models"]] == ["fp32.onnx", "fp32.onnx (2)"]
     assert row(record, "latency_p50")["values"] == [10, 5]
     assert row(record, "image_auroc")["intervals"] == [None, (0, 0)]
 
@@ -119,15 +124,15 @@ def test_a_bench_result_joins_the_scores_of_its_machine(files, order):
     Path("device.jsonl").write_text(device)
     bench = on(bench_record(model("build/fp32.onnx")), "device")
     given = ["fp32.jsonl", "device.jsonl", bench]
-    joined = [of["files"] for of in compare([given[index] for index in order])["models"]]
+    joined = [entry["files"] for entry in compare([given[index] for index in order])["models"]]
     assert sorted(joined, key=len) == [{"scores": "fp32.jsonl"}, {"scores": "device.jsonl", "bench": "device.json"}]
     other = on(bench_record(model("build/fp32.onnx")), "third")
-    assert [of["files"] for of in compare(["fp32.jsonl", "device.jsonl", other])["models"]][2] == {"bench": other}
+    assert [entry["files"] for entry in compare(["fp32.jsonl", "device.jsonl", other])["models"]][2] == {"bench": other}
 
 
 def test_the_only_scores_and_the_only_bench_result_of_a_model_are_joined(files):
     bench = on(bench_record(model("build/fp32.onnx")), "device")
-    assert [of["files"] for of in compare(["fp32.jsonl", bench])["models"]] == [
+    assert [entry["files"] for entry in compare(["fp32.jsonl", bench])["models"]] == [
         {"scores": "fp32.jsonl", "bench": bench}]
 
 
@@ -141,7 +146,7 @@ def test_the_only_scores_and_the_only_bench_result_of_a_model_are_joined(files):
 def test_labels_tell_models_apart(tmp_path, paths, labels):
     bench = bench_record(*(model(path, str(index)) for index, path in enumerate(paths)))
     (tmp_path / "bench.json").write_text(json.dumps(bench))
-    assert [of["label"] for of in compare([str(tmp_path / "bench.json")])["models"]] == labels
+    assert [entry["label"] for entry in compare([str(tmp_path / "bench.json")])["models"]] == labels
 
 
 def test_scores_without_classes_have_a_pooled_interval(tmp_path):
@@ -159,23 +164,18 @@ def test_scores_without_classes_have_a_pooled_interval(tmp_path):
     assert row(record, "image_auroc.pooled")["intervals"][1]
 
 
-def test_what_one_model_lacks_is_null(files):
+def test_missing_values_are_null(files):
     Path("one.json").write_text(json.dumps(bench_record(model("build/int8.onnx"))))
     latency = row(compare(["fp32.jsonl", "int8.jsonl", "one.json"]), "latency_p50")
     assert (latency["values"], latency["changes"]) == ([None, 10], [None, None])
 
 
 def test_records_of_the_real_commands_are_understood(make_detector, mvtec, tmp_path):
-    from uadtool.benchmarking.bench import Settings, bench
-    from uadtool.data.dataset import scoring_samples
-    from uadtool.runtimes.opening import open_model
-    from uadtool.scoring.records import score
-
     paths = [make_detector(tmp_path / f"{name}.onnx", divisor=divisor) for name, divisor in (("a", 1.0), ("b", 2.0))]
     for path in paths:
         records = score(open_model(str(path)), scoring_samples([str(mvtec)]))
         path.with_suffix(".jsonl").write_text(lines(list(records)))
-    measured = bench([str(path) for path in paths], Settings(repetitions=1, duration=0.01, warmup=0))
+    measured = measure([str(path) for path in paths], Settings(repetitions=1, duration=0.01, warmup=0))
     (tmp_path / "bench.json").write_text(json.dumps(measured))
     record = compare([str(path.with_suffix(".jsonl")) for path in paths] + [str(tmp_path / "bench.json")])
     assert len(record["rows"]) == 18
@@ -250,7 +250,7 @@ def test_json_that_cannot_be_decoded_is_refused(tmp_path, text):
 
 
 def refuse_at(folder, text, line, message):
-    """Or not, if there is no message."""
+    """Without a ``message``, the file is accepted."""
     path = folder / "given.jsonl"
     path.write_text(text)
     if message is None:
@@ -316,7 +316,7 @@ PIECES = st.sampled_from(["recall", " ", ">=", "<", "=", "+", "-", "1", ".5", "e
 
 
 @given(st.lists(PIECES, max_size=6).map("".join))
-def test_sign_and_x_alone_decide_what_a_gate_is_about(text):
+def test_only_sign_and_x_decide_the_kind_of_a_gate(text):
     try:
         gate = Gate.parse(text)
     except ValueError:
@@ -332,7 +332,7 @@ def test_sign_and_x_alone_decide_what_a_gate_is_about(text):
     "", "recall", "recall>=", ">=1", "recall=>1", "recall==1", "recall=1", "recall>=one", "recall>=-1x", "recall>=1 x",
     "recall>=1X", "recall>=1>2", "recall>=nan", "recall>=inf", "recall>=1_0", "recall>=--1", "recall>=٣", "recall>=1%",
 ])
-def test_what_is_not_a_gate(text):
+def test_invalid_gates(text):
     with pytest.raises(ValueError, match="METRIC OP NUMBER"):
         Gate.parse(text)
 
@@ -358,7 +358,7 @@ def test_gates_fail_for_the_models_that_do_not_meet_them(gate, values, failing):
     assert [failure[0] for failure in failures] == list(failing)
 
 
-def test_failures_tell_model_metric_value_and_wanted():
+def test_failures_name_model_metric_value_and_condition():
     record = given_rows(0.99, 0.95)
     assert list(Gate.parse("recall>=0.98").failures(record)) == ["b: recall is 0.95, wanted >= 0.98"]
     assert list(Gate.parse("recall>=-0.01").failures(record)) == ["b: recall is -0.04, wanted >= -0.01"]
@@ -414,7 +414,7 @@ def test_classes_have_intervals_in_the_table_while_it_fits_on_a_screen(files):
     assert table.as_csv(record).count(",-0.") > 40
 
 
-def test_the_table_tells_how_models_were_quantized(files):
+def test_the_table_shows_how_models_were_quantized(files):
     text = table.as_table(compare(["fp32.jsonl", "int8.jsonl"]))
     assert "calibration" not in text  # nothing to tell
     records = score_records("entropy.onnx", noise=0.5)
@@ -437,7 +437,7 @@ def test_the_table_tells_how_models_were_quantized(files):
     assert max(map(len, table.as_table(record).splitlines())) <= 80
 
 
-def test_the_table_tells_what_ran_the_models_where_that_differs(files):
+def test_the_table_shows_runtime_and_machine_where_they_differ(files):
     assert "machine" not in table.as_table(compare(["fp32.jsonl", "int8.jsonl"]))
     records = score_records("int8.onnx")
     records[0]["host"] = {**HOST, "board": "NVIDIA Jetson Xavier NX Developer Kit"}
@@ -503,7 +503,7 @@ def test_junit_has_a_case_per_gate_also_when_they_fail(files):
         ("failure", "fp32.onnx: latency_p50 is 10, wanted < 4; int8.onnx: latency_p50 is 5, wanted < 4")]
 
 
-def test_junit_tells_gates_that_cannot_be_decided(files):
+def test_junit_reports_gates_that_cannot_be_decided(files):
     found = run("fp32.jsonl", "--junit", "gates.xml", "--gate", "recall>0.1", "--gate", "latency_p50<=7")
     assert (found.returncode, found.stdout) == (1, "")
     suite, = ElementTree.parse("gates.xml").getroot()
@@ -549,7 +549,7 @@ def test_changed_images_come_with_both_scores_the_one_that_moved_farthest_first(
     assert len(different) > 3
     for record in changed:
         validate(record, "changed")
-        before, after = (of[record["path"]] for of in images)
+        before, after = (entry[record["path"]] for entry in images)
         assert record["scores"] == [before["score"], after["score"]]
         assert (record["class"], record["label"]) == (before["class"], before["label"])
         assert record["models"] == ["fp32.onnx", "int8.onnx"]
@@ -566,12 +566,12 @@ def test_changed_images_do_not_keep_gates_from_failing(files):
     assert Path("gates.xml").exists()
 
 
-def test_images_without_labels_change_sides_too(files):
-    for name, score in (("a", 1.0), ("b", 3.0)):
+def test_images_without_labels_also_change_sides(files):
+    for name, value in (("a", 1.0), ("b", 3.0)):
         run_line, image, *_, summary = score_records(f"{name}.onnx")
         image = {key: value for key, value in image.items() if key not in ("class", "label")}
         del summary["metrics"]
-        Path(f"{name}.jsonl").write_text(lines([run_line, {**image, "score": score, "anomalous": score > 2}, summary]))
+        Path(f"{name}.jsonl").write_text(lines([run_line, {**image, "score": value, "anomalous": value > 2}, summary]))
     found = run("a.jsonl", "b.jsonl", "--changed")
     record = json.loads(found.stdout)
     validate(record, "changed")
@@ -591,7 +591,7 @@ def test_changed_images_need_two_models_with_scores_of_the_same_images(files):
     assert "share 8 images" in run("fp32.jsonl", "some.jsonl", "--changed").stderr
 
 
-def test_command_tells_bad_usage_from_bad_input(files):
+def test_bad_usage_and_bad_input_have_different_exit_codes(files):
     assert run("fp32.jsonl", "--gate", "recall=>1").returncode == 2
     assert run("fp32.jsonl", "--changed", "--format", "csv").returncode == 2
     assert run("fp32.jsonl", "--junit", "gates.xml").returncode == 2

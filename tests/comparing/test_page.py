@@ -1,4 +1,4 @@
-"""The comparison page: sound, self-contained HTML whatever the names in it, and quiet in a browser."""
+"""The comparison page: valid, self-contained HTML with any names in it, and without complaints of a browser."""
 
 import base64
 import io
@@ -30,7 +30,7 @@ BLANK = "<!DOCTYPE html><title>blank</title>"
 
 
 class Page(HTMLParser):
-    """The elements of a page, in order: (tag, attributes, text within). It fails where tags are not balanced."""
+    """The elements of a page, in order: (tag, attributes, inner text). It fails if tags are not balanced."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ def page(*files: str, gates: Tuple[str, ...] = ()) -> str:
 
 @pytest.fixture
 def files(tmp_path, monkeypatch) -> Tuple[str, ...]:
-    """Two models with scores of images that are there, but for one class, and their bench."""
+    """Two models with a bench file and with scores of images, which exist for only one of the classes."""
     monkeypatch.chdir(tmp_path)
     random = np.random.default_rng(0)
     Path("data/bolt").mkdir(parents=True)
@@ -78,7 +78,7 @@ def files(tmp_path, monkeypatch) -> Tuple[str, ...]:
     return "fp32.jsonl", "int8.jsonl", "bench.json"
 
 
-def test_the_page_has_what_it_should(files):
+def test_the_page_has_its_sections_charts_and_figures(files):
     found = Page(page(*files, gates=("image_auroc>=-0.01", "file_size<=0.5x")))
     assert [text for _, text in found.all("h2")] == [
         "Models", "Gates", "All figures", "Accuracy", "Scores by class", "Images to look at", "Provenance"]
@@ -95,7 +95,7 @@ def test_the_page_has_what_it_should(files):
         assert fact in provenance
 
 
-def test_the_page_is_sound_and_can_be_read_aloud(files):
+def test_the_page_is_valid_and_accessible(files):
     found = Page(page(*files, gates=("recall>0.1",)))
     ids = [attributes["id"] for _, attributes, _ in found.elements if "id" in attributes]
     assert len(ids) == len(set(ids))
@@ -125,7 +125,7 @@ def test_charts_say_what_they_show(files):
     assert re.search(r"model 2: \d+ of 20 good above, \d+ of 20 defective", told["scores-0-text"])
 
 
-def test_thumbnails_are_small_and_few_and_what_is_gone_is_named(files, caplog):
+def test_thumbnails_are_small_and_few_and_missing_images_are_named(files, caplog):
     caplog.set_level("INFO", "uadtool")
     text = page(*files)
     found = Page(text)
@@ -141,7 +141,7 @@ def test_thumbnails_are_small_and_few_and_what_is_gone_is_named(files, caplog):
     assert len(text) < 2_000_000
 
 
-def test_an_image_that_hardly_moved_is_on_the_side_where_it_is(tmp_path):
+def test_an_image_at_the_threshold_is_on_the_right_side(tmp_path):
     files = []
     for name, threshold in (("fp32", 2.0), ("int8", 2 - 1e-7)):
         run, *images, summary = score_records(f"{name}.onnx")
@@ -180,7 +180,7 @@ def test_names_are_text_wherever_they_stand(files):
     assert any(HOSTILE in text for text in (of for _, of in found.all("th")))
 
 
-def test_the_page_asks_for_nothing_else(files):
+def test_the_page_requests_nothing(files):
     found = Page(page(*files))
     for name, attributes, _ in found.elements:
         assert name not in ("script", "link", "iframe", "object", "embed", "base", "form")
@@ -192,11 +192,11 @@ def test_the_page_asks_for_nothing_else(files):
     policy = next(attributes["content"] for attributes, _ in found.all("meta")
                   if attributes.get("http-equiv") == "Content-Security-Policy")
     assert policy.startswith("default-src 'none';")
-    assert policy.endswith("; base-uri 'none'; form-action 'none'")  # default-src is not about these
+    assert policy.endswith("; base-uri 'none'; form-action 'none'")  # default-src does not cover these
 
 
 def luminance(colour: str) -> float:
-    """Of #rgb or #rrggbb (WCAG 2.2, relative luminance)."""
+    """Relative luminance (WCAG 2.2) of #rgb or #rrggbb."""
     digits = colour.lstrip("#")
     digits = digits if len(digits) == 6 else "".join(2 * digit for digit in digits)
     red, green, blue = (part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4
@@ -220,7 +220,7 @@ def test_text_and_charts_stand_out_in_both_themes(theme):
 
 @pytest.mark.parametrize("chosen", [["fp32.jsonl"], ["bench.json"], ["int8.jsonl", "bench.json"],
                                     ["fp32.jsonl", "int8.jsonl"], ["fp32.jsonl", "fp32.jsonl"]])
-def test_a_part_of_the_results_is_a_page_too(files, chosen):
+def test_a_page_from_some_of_the_results(files, chosen):
     found = Page(page(*chosen))
     assert found.all("h1")
     assert ("Accuracy" in [text for _, text in found.all("h2")]) == ("fp32.jsonl" in chosen or "int8.jsonl" in chosen)
@@ -298,7 +298,7 @@ def test_numbers_have_a_real_minus_and_zero_no_sign(value, digits, sign, text):
     assert number(value, digits, sign) == text
 
 
-def test_labels_keep_off_what_is_there():
+def test_labels_avoid_what_is_there():
     taken = [(0.0, 0.0, 100.0, 100.0)]
     assert svg.free_place([(50, 50), (120, 50)], 40, taken, (0, 400)) == (120, 50)
     assert svg.free_place([(50, 50), (120, 50)], 40, taken, (0, 150)) == (50, 50)  # nowhere is free: the first
@@ -309,7 +309,7 @@ def test_labels_keep_off_what_is_there():
 
 @pytest.fixture(scope="session")
 def chromium() -> Callable[[Path, Path], Tuple[List[str], Set[str]]]:
-    """Open a page and take its picture: the messages of its console, and the hosts that anything was asked of."""
+    """Opens a page and takes a screenshot; returns the messages of the console and the requested hosts."""
     program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if not program:
         pytest.skip("no Chromium on this machine to open the page in")
@@ -329,11 +329,11 @@ def chromium() -> Callable[[Path, Path], Tuple[List[str], Set[str]]]:
     return visit
 
 
-def test_a_browser_has_nothing_to_complain_of_and_asks_nobody(files, chromium, tmp_path):
+def test_a_browser_reports_no_problem_and_requests_nothing(files, chromium, tmp_path):
     Path("report.html").write_text(page(*files, gates=("recall>0.1",)), encoding="utf-8")
     Path("blank.html").write_text(BLANK)
     Path("bad.html").write_text(f"{BLANK}<script>missing()</script><img src='http://example.org/x.png'>")
-    _, own = chromium(tmp_path / "blank.html", tmp_path / "blank.png")  # what the browser itself asks for
+    _, own = chromium(tmp_path / "blank.html", tmp_path / "blank.png")  # requests of the browser itself
     console, hosts = chromium(tmp_path / "bad.html", tmp_path / "bad.png")
     assert "missing is not defined" in console[0]
     assert "example.org" in hosts

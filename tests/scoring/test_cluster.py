@@ -1,4 +1,4 @@
-"""Scoring on a real Ray cluster of several nodes on this machine, some of which are lost."""
+"""Scoring on a real Ray cluster of several nodes on this machine, which loses nodes."""
 
 import json
 import re
@@ -18,12 +18,12 @@ from uadtool.runtimes.opening import open_model
 ray = pytest.importorskip("ray", reason="Ray is not installed")
 
 COPIES = 40
-"""Of the 16 images, so that a node can be lost in the midst of them."""
+"""Copies of the 16 images: enough to lose a node in the middle of a run."""
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Any]:
-    """A head without cores of its own, and three nodes of one core each."""
+    """A head without cores, and three nodes of one core each."""
     from ray.cluster_utils import Cluster
 
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
@@ -35,7 +35,7 @@ def cluster() -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def manifest(mvtec: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The data set many times, by links: each image has paths of its own."""
+    """The data set many times, through links: each copy of an image has its own path."""
     folder = tmp_path_factory.mktemp("many")
     rows = []
     for copy in range(COPIES):
@@ -65,7 +65,7 @@ def test_a_node_that_is_lost_costs_no_image(cluster, detector: Path, manifest: P
     printed = [process.stdout.readline() for _ in range(100)]
     cluster.remove_node(cluster.nodes.pop(), allow_graceful=False)
     cluster.wait_for_nodes()
-    assert process.poll() is None  # it waits for somebody to read
+    assert process.poll() is None  # it waits for a reader
     rest, said = process.stdout.read(), process.stderr.read()
     assert process.wait() == 0
     assert said == "uadtool: the cluster lost a node; the 3 remaining nodes repeat its unfinished work\n"
@@ -101,7 +101,7 @@ def test_pictures_are_drawn_here_and_paths_start_here(cluster, detector: Path, m
 
 
 @pytest.mark.slow
-def test_what_cannot_be_read_is_a_line(cluster, detector: Path, mvtec: Path, tmp_path: Path) -> None:
+def test_unreadable_images_are_lines(cluster, detector: Path, mvtec: Path, tmp_path: Path) -> None:
     (tmp_path / "broken.png").write_bytes(b"no image")
     process = start(cluster.address, detector, mvtec / "red", tmp_path / "broken.png", tmp_path / "none.png")
     printed, said = process.communicate(timeout=300)

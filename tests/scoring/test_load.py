@@ -27,7 +27,7 @@ def scores(printed: str) -> dict:
 
 
 def test_processes_on_one_model_file(fp32: Step, textures: Path) -> None:
-    """All alive at once, and then each says what one alone says."""
+    """All processes are alive at once, and each gives the scores of a single process."""
     alone, _ = start(fp32.path, textures).communicate()
     processes = [start(fp32.path, Path("-")) for _ in range(PROCESSES)]
     assert all(json.loads(process.stdout.readline())["type"] == "run" for process in processes)
@@ -40,7 +40,7 @@ def test_processes_on_one_model_file(fp32: Step, textures: Path) -> None:
 
 
 def test_memory_stays(detector: Path, mvtec: Path) -> None:
-    """Of a process that scores 20,000 images."""
+    """The memory of a process that scores 20,000 images."""
     path = next(mvtec.glob("*/test/good/*"))
     process = start(detector, Path("-"))
     feeding = threading.Thread(target=lambda: (process.stdin.writelines(20_000 * [f"{path}\n"]), process.stdin.close()))

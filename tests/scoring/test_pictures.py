@@ -140,7 +140,7 @@ def test_a_mask_has_the_size_of_the_image_and_is_white_where_the_map_is_above_th
     assert read_mask(path, (480, 480)).sum() == mask.sum()  # it can serve as ground truth
 
 
-def test_anomalous_images_alone_are_copied(photo, tmp_path):
+def test_only_anomalous_images_are_copied(photo, tmp_path):
     photo.chmod(0o444)
     images = AnomalousImages(str(tmp_path / "suspicious"))
     assert images.add(record(photo, anomalous=False), np.zeros((4, 4)), THRESHOLD) == {}
@@ -155,7 +155,7 @@ def test_anomalous_images_alone_are_copied(photo, tmp_path):
 
 @pytest.mark.parametrize(("images", "columns"), [(1, 1), (2, 2), (5, 3), (12, 5)])
 def test_the_contact_sheet_shows_the_highest_scores_first(tmp_path, images, columns):
-    """Each image is of a grey that tells its score."""
+    """The grey of each image encodes its score."""
     for score in range(20):
         Image.new("RGB", (300, 150), (10 * score,) * 3).save(tmp_path / f"{score}.png")
     sheet = ContactSheet(str(tmp_path / "sheet.png"), images)
@@ -214,6 +214,6 @@ def test_a_link_of_an_earlier_run_is_replaced_and_not_followed(tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("output", [Heatmaps, Masks, AnomalousImages])
-def test_an_image_that_is_gone_is_no_reason_to_end(tmp_path, output):
+def test_a_missing_image_is_an_image_error(tmp_path, output):
     with pytest.raises(ImageError):
         output(str(tmp_path / "out")).add(record(tmp_path / "gone.png"), np.zeros((4, 4), np.float32), THRESHOLD)
