@@ -238,27 +238,6 @@ def run_here(*line: object) -> str:
 
 
 @pytest.fixture(scope="session")
-def chain(step: Callable[..., Step], textures: Path) -> Callable[..., Dict[str, float]]:
-    """The pooled image AUROC of a trained model on the textures, in float and in int8 for each target."""
-    def auroc(model: Step) -> float:
-        onnx = step("export", model.path, "--images", textures, output=f"{model.path.stem}.onnx")
-        *_, summary = run_here("score", onnx.path, textures).splitlines()
-        return json.loads(summary)["metrics"]["image_auroc"]["pooled"]
-
-    def chain(trained: Step, *targets: str, source: str = "good") -> Dict[str, float]:
-        name, found = trained.path.stem, {"float": auroc(trained)}
-        ranges = step("calibrate", trained.path, textures, "--source", source, "--count", 16, output=f"{name}.json")
-        for target in targets:
-            int8 = step("quantize", trained.path, textures, "--ranges", ranges.path, "--target", target,
-                        output=f"{name}-{target}.safetensors")
-            assert int8.record["float_layers"] == []
-            found[target] = auroc(int8)
-        return found
-
-    return chain
-
-
-@pytest.fixture(scope="session")
 def trained(step: Callable[..., Step], textures: Path) -> Step:
     return step("train", textures, "--image-size", 64, "--epochs", 20, output="fp32.safetensors", alone=True)
 

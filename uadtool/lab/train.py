@@ -102,11 +102,7 @@ def train(samples: Sequence[Sample], options: TrainingOptions, checkpoint: Path,
     torch.manual_seed(options.seed)
     job = _prepare(samples, options, checkpoint, resume)
     outcome = job.detector.fit(job.run)
-    if distributed.rank() > 0:
-        return None
-    held_out_scores = _finish(job)
-    return TrainingResult(job.detector, _metadata(job, samples, options, held_out_scores),
-                          _report(job, outcome, time.monotonic() - began))
+    return _finish(job, outcome, samples, options, began) if distributed.rank() == 0 else None
 
 
 def _prepare(samples: Sequence[Sample], options: TrainingOptions, checkpoint: Path, resume: bool) -> _Job:
@@ -117,10 +113,13 @@ def _prepare(samples: Sequence[Sample], options: TrainingOptions, checkpoint: Pa
         dtype = torch.float32
     classes = sorted({str(sample.class_name) for sample in samples})
     training_samples, held_out_samples = split_training(samples, options.held_out, options.seed)
-    _warn_of_small_classes(classes, held_out_samples)
-    chosen_options = method_options(options.method, options.method_options)
+    counts = Counter(sample.class_name for sample in held_out_samples)
+    if small_classes := [name for name in classes if counts[name] < LEAST_HELD_OUT]:
+        log.warning("too few good images to learn what is normal: %s; such a class may score as anomalous throughout, "
+                    "or not at all; give it at least %d", ", ".join(small_classes), 2 * LEAST_HELD_OUT)
+    all_options = method_options(options.method, options.method_options)
     config = {**asdict(replace(options, method_options={})),
-              **{f"option {name}": value for name, value in chosen_options.items()},
+              **{f"option {name}": value for name, value in all_options.items()},
               "teacher_weights": file_digest(options.teacher_weights) if options.teacher_weights else None,
               "teacher_ranges": ranges_digest(options.teacher_ranges) if options.teacher_ranges else None,
               "image_size": list(options.image_size),
@@ -132,7 +131,7 @@ def _prepare(samples: Sequence[Sample], options: TrainingOptions, checkpoint: Pa
         raise UadtoolError(f"there are more processes ({processes}) than images in a batch ({batch_size}); start at "
                            f"most {batch_size}")
 
-    detector = find_method(options.method)(options.teacher, options.image_size, len(classes), **chosen_options)
+    detector = find_method(options.method)(options.teacher, options.image_size, len(classes), **all_options)
     pretrained = detector.pretrained()
     weights_source = load_teacher_weights(pretrained, options.teacher, options.teacher_weights)
     log.info("teacher %s with weights of %s", options.teacher, weights_source)
@@ -140,90 +139,65 @@ def _prepare(samples: Sequence[Sample], options: TrainingOptions, checkpoint: Pa
     detector.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     pretrained.to(device).eval().requires_grad_(False)
 
-    teacher = (_int8_teacher(detector, options, training_samples, device) if options.teacher_ranges
-               else _float_teacher(detector, device, dtype))
+    teacher = _teacher(detector, options, training_samples, device, dtype)
     training, held_out = (
         TeacherFeatures(part, options.image_size, teacher, distributed.own_cores(), len(samples))
         for part in (training_samples, held_out_samples))
     steps = options.steps or options.epochs * steps_per_epoch(len(training))
     run = Run(training, held_out, steps, options.seed, device, dtype, checkpoint, config, resume)
-    return _Job(detector, classes, chosen_options, weights_source, run)
+    return _Job(detector, classes, all_options, weights_source, run)
 
 
-def _warn_of_small_classes(classes: Sequence[str], held_out: Sequence[Sample]) -> None:
-    counts = Counter(sample.class_name for sample in held_out)
-    small = [name for name in classes if counts[name] < LEAST_HELD_OUT]
-    if small:
-        log.warning("too few good images to learn what is normal: %s; such a class may score as anomalous throughout, "
-                    "or not at all; give it at least %d", ", ".join(small), 2 * LEAST_HELD_OUT)
-
-
-def _float_teacher(detector: Detector, device: torch.device, dtype: torch.dtype) -> Teacher:
-    network = detector.pretrained()
+def _teacher(detector: Detector, options: TrainingOptions, samples: Sequence[Sample], device: torch.device,
+             dtype: torch.dtype) -> Teacher:
+    """The float teacher, or the quantized teacher with biases corrected on images of the samples."""
+    network, prepare = detector.pretrained(), detector.prepare
+    if detector.float_teacher or options.teacher_ranges:
+        dtype = torch.float32
+    if options.teacher_ranges:
+        images = read_images(balanced(list(samples), CORRECTION_IMAGES, options.seed), options.image_size,
+                             distributed.own_cores())
+        network = quantized_teacher(detector, options.teacher_ranges, TARGETS[options.target], images.to(device))
+        prepare = torch.nn.Identity()  # the quantized teacher takes uint8 images
 
     def teacher(images: Tensor) -> Sequence[Tensor]:
-        with torch.no_grad(), autocast(device, torch.float32 if detector.float_teacher else dtype):
-            features: Sequence[Tensor] = network(detector.prepare(images.to(device)))
+        with torch.no_grad(), autocast(device, dtype):
+            features: Sequence[Tensor] = network(prepare(images.to(device)))
             return features
 
     return teacher
 
 
-def _int8_teacher(detector: Detector, options: TrainingOptions, samples: Sequence[Sample],
-                  device: torch.device) -> Teacher:
-    """The ``quantized_teacher``, its biases corrected with images of the samples."""
-    assert options.teacher_ranges is not None
-    correction_samples = balanced(list(samples), CORRECTION_IMAGES, options.seed)
-    images = read_images(correction_samples, options.image_size, distributed.own_cores())
-    network = quantized_teacher(detector, options.teacher_ranges, TARGETS[options.target], images.to(device))
-
-    def teacher(images: Tensor) -> Sequence[Tensor]:
-        with torch.no_grad():
-            features: Sequence[Tensor] = network(images.to(device))
-            return features
-
-    return teacher
-
-
-def _finish(job: _Job) -> list[float]:
-    """Bring the trained detector into its deployed form, in place; returns the scores of the held-out images."""
+def _finish(job: _Job, outcome: Outcome, samples: Sequence[Sample], options: TrainingOptions,
+            began: float) -> TrainingResult:
+    """Bring the trained detector into its deployed form, set its statistics, and describe it."""
     detector, run = job.detector, job.run
     detector.fold_batch_norm()
     fit_prototypes(detector, job.classes, run.training)
     scores = fit_statistics_from_files(detector, detector.raw_maps_and_class, job.classes, run.held_out.samples,
-                                       run.held_out.image_size, run.device)
+                                       options.image_size, run.device)
     detector.to(device="cpu", memory_format=torch.contiguous_format)  # type: ignore[call-overload]
-    return scores
-
-
-def _report(job: _Job, outcome: Outcome, seconds: float) -> dict[str, Any]:
-    run = job.run
     training, held_out = (Counter(sample.class_name for sample in images.samples)
                           for images in (run.training, run.held_out))
-    return {
+    report = {
         "classes": {name: {"training": training[name], "held_out": held_out[name]} for name in job.classes},
         "steps": run.steps, "epochs": round(run.steps / steps_per_epoch(len(run.training)), 2),
-        "best_step": outcome.best_step, "held_out_loss": outcome.held_out_loss, "seconds": round(seconds, 1),
-        "device": run.device.type, "dtype": _dtype_name(run), "processes": distributed.world_size(),
+        "best_step": outcome.best_step, "held_out_loss": outcome.held_out_loss,
+        "seconds": round(time.monotonic() - began, 1), "device": run.device.type,
+        "dtype": str(run.dtype).removeprefix("torch."), "processes": distributed.world_size(),
         "teacher_weights": job.weights_source,
     }
-
-
-def _metadata(job: _Job, samples: Sequence[Sample], options: TrainingOptions, held_out_scores: list[float]) -> Metadata:
-    detector, run = job.detector, job.run
-    step = {"command": "train", "tool_version": __version__, "images": run.config["images"],
-            "names": names_digest(samples),
-            "teacher_weights": job.weights_source, "teacher_weights_digest": run.config["teacher_weights"],
-            "steps": run.steps, "seed": options.seed,
-            "held_out": options.held_out, "dtype": _dtype_name(run), "processes": distributed.world_size(),
-            "teacher_int8": options.target if options.teacher_ranges else None}
-    return Metadata(
+    step = {
+        "command": "train", "tool_version": __version__, "images": run.config["images"], "names": names_digest(samples),
+        "teacher_weights": job.weights_source, "teacher_weights_digest": run.config["teacher_weights"],
+        "steps": run.steps, "seed": options.seed, "held_out": options.held_out, "dtype": report["dtype"],
+        "processes": report["processes"], "teacher_int8": options.target if options.teacher_ranges else None,
+    }
+    metadata = Metadata(
         method=options.method, teacher=options.teacher, classes=job.classes, image_size=options.image_size,
-        map_size=detector.map_size, threshold=threshold_at(held_out_scores, options.false_positive_rate),
-        false_positive_rate=options.false_positive_rate, good_scores=bounded_scores(held_out_scores),
+        map_size=detector.map_size, threshold=threshold_at(scores, options.false_positive_rate),
+        false_positive_rate=options.false_positive_rate, good_scores=bounded_scores(scores),
         parameters=count_parameters(detector), macs=count_macs(detector, options.image_size),
-        options=job.method_options, tool_version=__version__, provenance=[step])
-
-
-def _dtype_name(run: Run) -> str:
-    return str(run.dtype).removeprefix("torch.")
+        options=job.method_options, tool_version=__version__, provenance=[step],
+    )
+    return TrainingResult(detector, metadata, report)

@@ -1,22 +1,15 @@
 """Encoder, bottleneck and decoder, through the whole chain, with a CNN and with a vision transformer."""
 
-import shutil
 
 import numpy as np
 import pytest
-import timm
 import torch
-from conftest import validate
 from scipy.ndimage import gaussian_filter
 from torch.nn import functional as F
 
-from uadtool.data.dataset import training_samples
 from uadtool.errors import UadtoolError
 from uadtool.lab.detectors.dinomaly import EASY_GRADIENT, Decoder, Dinomaly, LinearAttention, loose_loss
 from uadtool.lab.detectors.stfpm import cosine_distance
-from uadtool.lab.models import load_model
-from uadtool.lab.train import TrainingOptions, train
-from uadtool.lab.training import loop
 
 SIZE = (64, 96)
 TEACHERS = ("mobilenetv2_035", "test_vit")
@@ -111,61 +104,3 @@ def test_a_decoder_that_cannot_be_is_refused(options):
     (name, value), = options.items()
     with pytest.raises(UadtoolError, match=rf"cannot have .*\b{name} {value}\b.*; take a width"):
         Dinomaly(TEACHERS[0], SIZE, 2, **options)
-
-
-@pytest.fixture(scope="module")
-def transformer_weights(tmp_path_factory):
-    """Of an untrained one, at the image size that timm gives it."""
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("weights") / "vit.pth"
-    torch.save(timm.create_model(TEACHERS[1]).state_dict(), path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def trained_with_cnn(step, textures):
-    return step("train", textures, "--method", "dinomaly", "--option", "width=64", "--option", "depth=2",
-                "--image-size", 64, "--steps", 60, output="cnn.safetensors")
-
-
-@pytest.fixture(scope="module")
-def trained_with_transformer(step, textures, transformer_weights):
-    return step("train", textures, "--method", "dinomaly", "--option", "width=64", "--option", "depth=2",
-                "--teacher", TEACHERS[1], "--teacher-weights", transformer_weights, "--image-size", 64,
-                "--steps", 60, output="vit.safetensors")
-
-
-def test_training_is_recorded(trained_with_cnn):
-    validate(trained_with_cnn.record, "train")
-    _, metadata = load_model(trained_with_cnn.path)
-    assert (metadata.method, metadata.options) == (
-        "dinomaly", {"width": 64, "depth": 2, "bottleneck": 24, "dropout": 0.2})
-    assert trained_with_cnn.record["held_out_loss"] < 1.7  # 2 is chance
-
-
-@pytest.mark.parametrize(("network", "target", "least"), [
-    ("trained_with_cnn", "onnxruntime", 0.9),
-    pytest.param("trained_with_transformer", "tensorrt", 0.7, marks=pytest.mark.slow)])  # it has random weights
-def test_the_chain(request, chain, network, target, least):
-    found = chain(request.getfixturevalue(network), target)
-    assert found["float"] > least
-    assert found[target] == pytest.approx(found["float"], abs=0.05)
-
-
-def test_a_resumed_run_repeats_its_dropout(textures, transformer_weights, tmp_path, monkeypatch):
-    samples, checkpoint = training_samples(str(textures)), tmp_path / "checkpoint"
-    options = TrainingOptions(
-        method="dinomaly", method_options={"width": "32", "depth": "2"}, teacher=TEACHERS[1],
-        teacher_weights=str(transformer_weights), image_size=(64, 64), steps=4)
-    save = loop.save_checkpoint
-
-    def save_and_keep(path, config, state, *rest):
-        save(path, config, state, *rest)
-        if state["step"] == 2:
-            shutil.copy(path, tmp_path / "kept")
-
-    monkeypatch.setattr(loop, "save_checkpoint", save_and_keep)
-    whole = train(samples, options, checkpoint).detector.decoder.state_dict()
-    shutil.copy(tmp_path / "kept", checkpoint)
-    resumed = train(samples, options, checkpoint, resume=True).detector.decoder.state_dict()
-    assert all(torch.equal(whole[name], resumed[name]) for name in whole)

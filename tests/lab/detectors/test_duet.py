@@ -1,21 +1,17 @@
 """The memories, the head, and all together through the whole chain."""
 
-import signal
 
 import numpy as np
 import pytest
 import torch
-from conftest import validate
 from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.decomposition import PCA
 from torch import nn
 
 from uadtool.data.dataset import training_samples
-from uadtool.lab.detectors.duet import Duet, Head, _crop, segmentation_loss, vary
+from uadtool.lab.detectors.duet import Duet, Head, segmentation_loss, vary
 from uadtool.lab.detectors.memory import PatchMemory, coreset, principal_components
-from uadtool.lab.detectors.registry import build_detector
-from uadtool.lab.models import load_model
 from uadtool.lab.train import TrainingOptions, train
 
 SIZE = (64, 64)
@@ -141,53 +137,6 @@ def test_options():
     assert [part.shape for part in wide.small.parts] == [(13, 30)]
     assert [part.shape for part in wide.large.parts] == [(13, 40)]
     assert wide.head.out.in_channels == 8
-
-
-@pytest.fixture(scope="module")
-def duet(step, textures):
-    return step("train", textures, "--method", "duet", "--image-size", 64, "--steps", 30, "--option", "small=100",
-                "--option", "large=200", output="duet.safetensors")
-
-
-def test_training_is_recorded(duet):
-    validate(duet.record, "train")
-    model, metadata = load_model(duet.path)
-    assert metadata.method == "duet"
-    assert metadata.options == {"small": 100, "large": 200, "components": 64, "width": 96}
-    assert set(build_detector(metadata).state_dict()) == set(model.state_dict())
-
-
-def test_the_chain(duet, chain):
-    found = chain(duet, "onnxruntime", "tensorrt")
-    assert found["float"] > 0.95
-    assert list(found.values()) == pytest.approx([found["float"]] * 3, abs=0.03)
-
-
-def test_the_head_is_what_fine_tuning_moves(duet, step, textures):
-    ranges = step("calibrate", duet.path, textures, "--count", 16, output="duet-qat.json")
-    tuned = step("quantize", duet.path, textures, "--ranges", ranges.path, "--scope", "student", "--qat", "--steps", 3,
-                 output="duet-qat.safetensors")
-    assert tuned.record["method"] == "qat"
-    assert tuned.record["float_layers"]
-    assert not any(name.startswith("head.") for name in tuned.record["float_layers"])
-
-
-def test_an_interrupted_run_goes_on_to_the_same_result(textures, tmp_path, monkeypatch):
-    """The memories are chosen anew, the head goes on."""
-    samples = training_samples(str(textures))
-
-    def run(name, resume=False):
-        options = TrainingOptions(method="duet", method_options={"small": "50", "large": "50"}, image_size=SIZE,
-                                  steps=6)
-        return train(samples, options, tmp_path / name, resume).detector.state_dict()
-
-    whole, clock = run("whole"), iter(range(100))
-    monkeypatch.setattr("uadtool.lab.detectors.duet._crop", lambda *arguments: (
-        signal.raise_signal(signal.SIGINT) if next(clock) == 3 else None, _crop(*arguments))[1])
-    with pytest.raises(KeyboardInterrupt):
-        run("resumed")
-    resumed = run("resumed", resume=True)
-    assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
 
 
 @pytest.mark.parametrize(("most", "sizes"), [(32, [32, 4, 4]), (1, [32, 4])])

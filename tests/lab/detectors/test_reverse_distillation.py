@@ -4,13 +4,11 @@
 import numpy as np
 import pytest
 import torch
-from conftest import validate
 from scipy.ndimage import gaussian_filter
-from torch import fx, nn
+from torch import nn
 
 from uadtool.lab.detectors.reverse_distillation import ReverseDistillation, Student
 from uadtool.lab.detectors.stfpm import cosine_distance
-from uadtool.lab.models import load_model
 from uadtool.lab.quantization.graph import QuantizableGraph
 
 SIZE = (64, 96)
@@ -61,46 +59,9 @@ def test_the_width_is_that_of_the_decoder():
     assert [module.out_channels for module in wide.coarse.modules() if isinstance(module, nn.Conv2d)] == [60, 60]
 
 
-def test_folding_batch_norm_keeps_the_output(pixels):
-    torch.manual_seed(0)
-    one = ReverseDistillation("mobilenetv2_035", SIZE, 2).eval()
-    for module in one.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.running_mean.uniform_(-0.5, 0.5)
-            module.running_var.uniform_(0.5, 2)
-    with torch.inference_mode():
-        before = one.raw_maps_and_descriptor(pixels)
-        one.fold_batch_norm()
-        after = one.raw_maps_and_descriptor(pixels)
-    assert isinstance(one.student, fx.GraphModule)
-    assert not any(isinstance(module, nn.BatchNorm2d) for module in one.modules())
-    for expected, found in zip(before, after):
-        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
-
-
 def test_enlarged_maps_have_the_range_of_what_is_enlarged():
     graph = QuantizableGraph(ReverseDistillation("mobilenetv2_035", SIZE, 2).fold_batch_norm())
     enlarged = [node for node in graph.points if node.target is nn.functional.interpolate]
     assert len(enlarged) == 3
     for node in enlarged:
         assert graph.points[node] == graph.points[node.args[0]]
-
-
-@pytest.fixture(scope="module")
-def trained_rd(step, textures):
-    return step("train", textures, "--method", "rd", "--option", "width=1", "--image-size", 64, "--epochs", 30,
-                output="rd.safetensors")
-
-
-def test_training_is_recorded(trained_rd):
-    validate(trained_rd.record, "train")
-    _, metadata = load_model(trained_rd.path)
-    assert (metadata.method, metadata.options) == ("rd", {"width": 1.0})
-    assert trained_rd.record["held_out_loss"] < 1.5  # 3 is chance
-
-
-@pytest.mark.slow
-def test_the_chain(trained_rd, chain):
-    found = chain(trained_rd, "onnxruntime", "tensorrt")
-    assert found["float"] > 0.9
-    assert list(found.values()) == pytest.approx([found["float"]] * 3, abs=0.05)

@@ -1,13 +1,9 @@
 """Options of STFPM: attention in training (DCAM), stages that teacher and student share (PaSTe)."""
 
-import signal
 
 import numpy as np
 import pytest
-import timm
 import torch
-from conftest import METADATA, validate
-from PIL import Image
 from safetensors.torch import load_file
 from scipy.special import expit, rel_entr, softmax
 from torch import nn
@@ -19,16 +15,12 @@ from uadtool.lab.detectors.backbones import build_backbone
 from uadtool.lab.detectors.complexity import count_macs
 from uadtool.lab.detectors.dcam import ChannelAttention, spatial_divergence
 from uadtool.lab.detectors.stfpm import STFPM
-from uadtool.lab.models import load_model
-from uadtool.lab.onnx_export.deployed import open_proto
 from uadtool.lab.onnx_export.parity import parity_images
-from uadtool.lab.onnx_export.writer import to_onnx
 from uadtool.lab.quantization.calibration import calibrate
 from uadtool.lab.quantization.modules import QuantizedConv2d
 from uadtool.lab.quantization.ptq import layers_outside, quantize
 from uadtool.lab.quantization.targets import TARGETS
 from uadtool.lab.train import TrainingOptions, train
-from uadtool.lab.training import loop
 
 SIZE = (64, 96)
 TEACHERS = ["tf_efficientnet_lite0", "resnet18"]
@@ -92,24 +84,6 @@ def test_shared_stages_are_computed_once(teacher, stages):
     assert count_macs(shared, SIZE) == expected
 
 
-@pytest.mark.parametrize(("teacher", "stages"), [("tf_efficientnet_lite0", 2), ("resnet18", 1)])
-def test_a_deployed_int8_detector_with_shared_stages_computes_what_torch_does(teacher, stages):
-    detector = random_stfpm(teacher, stages).fold_batch_norm()
-    coarse = np.random.default_rng(0).integers(0, 256, (16, 8, 8, 3), dtype=np.uint8)
-    images = torch.from_numpy(np.stack([np.asarray(Image.fromarray(one).resize(SIZE[::-1], Image.Resampling.BICUBIC))
-                                        for one in coarse]))
-    model = quantize(detector, calibrate(detector, [images], "entropy"), images=images)
-    layers = [module for module in model.modules() if isinstance(module, QuantizedConv2d)]
-    assert len(layers) == len(convolutions(detector))
-    proto = to_onnx(model, METADATA.replace(image_size=SIZE, map_size=detector.map_size))
-    found = torch.from_numpy(open_proto(proto).run(images.numpy()).anomaly_map)
-    with torch.inference_mode():
-        exact, rounded = detector(images).anomaly_map, model(images).anomaly_map
-    error = (rounded - exact).abs().mean()
-    assert 0 < error < 0.1 * exact.mean()
-    assert (found - rounded).abs().mean() < 0.2 * error
-
-
 def test_scope_student_leaves_the_shared_stages_in_float():
     detector = random_stfpm("resnet18", 1).fold_batch_norm()
     outside = layers_outside(detector, "student")
@@ -164,62 +138,8 @@ def test_spatial_divergence_does_not_depend_on_the_unit_of_the_features():
     torch.testing.assert_close(spatial_divergence(*larger), spatial_divergence(teacher, student))
 
 
-@pytest.fixture(scope="module")
-def run(textures, tmp_path_factory):
-    """Train a tiny student for some steps."""
-    folder = tmp_path_factory.mktemp("dcam")
-    torch.manual_seed(0)
-    torch.save(timm.create_model("mobilenetv2_035").state_dict(), folder / "teacher.pth")
-
-    def run(checkpoint="checkpoint", resume=False, **options):
-        chosen = TrainingOptions(teacher="mobilenetv2_035", teacher_weights=str(folder / "teacher.pth"),
-                                 image_size=(64, 64), steps=6, method_options=options)
-        return train(training_samples(str(textures)), chosen, folder / checkpoint, resume)
-
-    return run
-
-
-@pytest.fixture(scope="module")
-def attended(run):
-    return run(dcam="true").detector.state_dict()
-
-
-def test_nothing_of_the_attention_is_deployed(run, attended):
-    plain = run().detector.state_dict()
-    assert {name: tensor.shape for name, tensor in attended.items()} == {
-        name: tensor.shape for name, tensor in plain.items()}
-    changed = [name for name in plain if name.startswith("student.") and not torch.equal(plain[name], attended[name])]
-    assert changed
-
-
-def test_an_interrupted_run_with_attention_goes_on_to_the_same_result(run, attended, monkeypatch):
-    save, saved = loop.save_checkpoint, []
-
-    def save_and_interrupt(path, *state):
-        save(path, *state)
-        if not saved:
-            saved.append(load_file(path))
-            signal.raise_signal(signal.SIGINT)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(loop, "save_checkpoint", save_and_interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            run("interrupted", dcam="true")
-    assert [name for name in saved[0] if name.startswith("model.attention.0.")]
-    resumed = run("interrupted", resume=True, dcam="true").detector.state_dict()
-    assert all(torch.equal(resumed[name], attended[name]) for name in attended)
-
-
-# The whole chain
-
-
-def test_the_chain(step, chain, textures):
-    trained = step("train", textures, "--option", "dcam=true", "--option", "shared_stages=1", "--image-size", 64,
-                   "--epochs", 10, output="stfpm.safetensors")
-    validate(trained.record, "train")
-    _, metadata = load_model(trained.path)
-    assert metadata.options == {"fusion": "sum", "dcam": True, "shared_stages": 1}
-    assert metadata.map_size == (8, 8)
-    found = chain(trained, "onnxruntime")
-    assert found["float"] > 0.9
-    assert found["onnxruntime"] == pytest.approx(found["float"], abs=0.05)
+def test_only_the_trained_student_has_attention(textures, tmp_path):
+    options = TrainingOptions(image_size=(64, 64), steps=1, method_options={"dcam": "true"})
+    detector = train(training_samples(str(textures)), options, tmp_path / "checkpoint").detector
+    assert [name for name in load_file(tmp_path / "checkpoint") if name.startswith("model.attention.0.")]
+    assert {name.split(".")[0] for name, _ in detector.named_parameters()} == {"teacher", "student"}
