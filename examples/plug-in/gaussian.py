@@ -1,9 +1,9 @@
-"""A detection method in 30 lines: how unusual are the teacher's features at stride 8, channel by channel?"""
+"""A detection method in 30 lines: how unusual is each channel of the teacher's features at stride 8?"""
 
 import torch
 from torch import Tensor
 
-from uadtool.lab.detectors.backbones import build_backbone, feature_shapes, fold_batch_norm, normalization
+from uadtool.lab.detectors.backbones import build_backbone, feature_shapes, normalization
 from uadtool.lab.detectors.contract import Detector, pooled_descriptor
 from uadtool.lab.training.loop import Outcome, Run
 
@@ -17,8 +17,8 @@ class Gaussian(Detector):
     def __init__(self, teacher: str, image_size: tuple[int, int], classes: int, least: float = 1e-3) -> None:
         backbone = build_backbone(teacher, image_size)
         shapes = feature_shapes(backbone, image_size)
-        channels, *map_size = shapes[1]
-        super().__init__(classes, sum(s[0] for s in shapes), (map_size[0], map_size[1]), *normalization(teacher))
+        channels, height, width = shapes[1]
+        super().__init__(classes, sum(shape[0] for shape in shapes), (height, width), *normalization(teacher))
         self.teacher, self.least = backbone, least
         self.register_buffer("mean", torch.zeros(1, channels, 1, 1))
         self.register_buffer("weight", torch.ones(1, channels, 1, 1))
@@ -28,10 +28,6 @@ class Gaussian(Detector):
         self.mean.copy_(values.mean((0, 2, 3), keepdim=True))
         self.weight.copy_(1 / values.var((0, 2, 3), keepdim=True).clamp(min=self.least))
         return Outcome(best_step=run.steps, held_out_loss=0.0)
-
-    def fold_batch_norm(self) -> "Gaussian":
-        fold_batch_norm(self.teacher.eval())
-        return self.eval()
 
     def raw_maps_and_descriptor(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         features = self.teacher(pixels)

@@ -103,7 +103,8 @@ def apply_recipe(detector: Detector, metadata: Metadata, digest: str, ranges: Op
         UadtoolError: the ranges do not belong to this detector, a pattern matches no layer, or as
             ``training_samples``.
     """
-    if (recipe.qat_steps or recipe.scope == "student") and detector.trained_network not in dict(detector.named_modules()):
+    networks = dict(detector.named_modules())
+    if (recipe.qat_steps or recipe.scope == "student") and detector.trained_network not in networks:
         raise UadtoolError(f"the method {metadata.method} does not train a network, so --qat and --scope student "
                            "do not apply")
     plan = QuantizationPlan(detector)

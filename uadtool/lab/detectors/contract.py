@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from typing_extensions import Self
 
+from uadtool.lab.detectors.backbones import fold_batch_norm
 from uadtool.lab.training.loop import Outcome, Run
 
 SCORE_SHARE = 0.01
@@ -87,8 +88,12 @@ class Detector(nn.Module, ABC):
         """Train everything except ``pretrained()``, in place."""
 
     def fold_batch_norm(self: Self) -> Self:
-        """Turn the trained networks into their deployed form, in place."""
-        return self.eval()
+        """Turn the trained networks into their deployed form, in place: in graphs, batch norms are folded."""
+        self.eval()
+        for network in self.children():
+            if isinstance(network, fx.GraphModule):
+                fold_batch_norm(network)
+        return self
 
     def pretrained(self) -> fx.GraphModule:
         """The network that gets ImageNet weights; training uses its features."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from uadtool.errors import UadtoolError
-from uadtool.lab.detectors.backbones import LayerNorm, feature_shapes, fold_batch_norm, normalization
+from uadtool.lab.detectors.backbones import LayerNorm, feature_shapes, normalization
 from uadtool.lab.detectors.contract import Detector, Smoothing, pooled_descriptor
 from uadtool.lab.detectors.encoders import build_encoder
 from uadtool.lab.detectors.stfpm import cosine_distance, distance_maps, distillation_loss
@@ -89,11 +89,6 @@ class Dinomaly(Detector):
         return run.optimize(self.decoder, optimizer, training_loss, lambda: (
             (distillation_loss(*reconstruct(features)), len(images))
             for _, (images, features) in run.held_out_batches()))
-
-    def fold_batch_norm(self) -> "Dinomaly":
-        self.eval()
-        fold_batch_norm(self.teacher)
-        return self
 
 
 class Decoder(nn.Module):

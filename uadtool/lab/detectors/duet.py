@@ -124,11 +124,9 @@ class Duet(Detector):
             (loss_of(features, masks), len(masks)) for features, masks in held_out))
 
     def fold_batch_norm(self) -> "Duet":
-        self.eval()
         if isinstance(self.head, Head):
-            fold_batch_norm(self.teacher)
             self.head = self.head.folded()
-        return self
+        return super().fold_batch_norm()
 
 
 class Head(nn.Module):

@@ -38,11 +38,7 @@ class PatchMemory(nn.Module):
 
     @torch.no_grad()
     def fit(self, features: Iterable[Tensor], images: int, seed: int) -> None:
-        """Choose principal components and entries, in place, from batches of feature maps [N, C, h, w] of good images.
-
-        Args:
-            images: the number of images in all batches.
-        """
+        """Choose principal components and entries, in place, from batches of feature maps of ``images`` good images."""
         per_image = max(1, PATCHES // images)
         generator = torch.Generator().manual_seed(seed)
         candidates = []

@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from uadtool.errors import UadtoolError
-from uadtool.lab.detectors.backbones import build_backbone, check_size, feature_shapes, fold_batch_norm, normalization
+from uadtool.lab.detectors.backbones import build_backbone, check_size, feature_shapes, normalization
 from uadtool.lab.detectors.contract import Detector, Smoothing, pooled_descriptor
 from uadtool.lab.detectors.stfpm import distance_maps, distillation_loss
 from uadtool.lab.training.loop import Outcome, Run
@@ -60,11 +60,9 @@ class ReverseDistillation(Detector):
         return run.distill(self.student, optimizer, loss)
 
     def fold_batch_norm(self) -> "ReverseDistillation":
-        self.eval()
-        fold_batch_norm(self.teacher)
         if isinstance(self.student, Student):
-            self.student = fold_batch_norm(fx.symbolic_trace(self.student))
-        return self
+            self.student = fx.symbolic_trace(self.student)
+        return super().fold_batch_norm()
 
 
 class Student(nn.Module):

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from uadtool.errors import UadtoolError
-from uadtool.lab.detectors.backbones import build_backbone, cut_after, feature_shapes, fold_batch_norm, normalization
+from uadtool.lab.detectors.backbones import build_backbone, cut_after, feature_shapes, normalization
 from uadtool.lab.detectors.contract import Detector, pooled_descriptor
 from uadtool.lab.detectors.dcam import Attended, spatial_divergence
 from uadtool.lab.training.loop import Outcome, Run
@@ -66,12 +66,6 @@ class STFPM(Detector):
             return cosine + spatial_divergence(targets, predictions) if self.dcam else cosine
 
         return run.distill(network, optimizer, loss)
-
-    def fold_batch_norm(self) -> "STFPM":
-        self.eval()
-        fold_batch_norm(self.teacher)
-        fold_batch_norm(self.student)
-        return self
 
     def raw_maps_and_descriptor(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         features = self.teacher(pixels)

@@ -83,8 +83,8 @@ class UninformedStudents(Detector):
                 predictions = torch.stack([student(pixels) for student in self.student]).float()
             targets = components([feature_map.to(run.device) for feature_map in features])
             targets = F.interpolate(targets, size=descriptors.shape[2:], mode="bilinear")
-            return (F.mse_loss(descriptors, targets)
-                    + F.mse_loss(predictions, descriptors.detach().expand_as(predictions)))
+            expected = descriptors.detach().expand_as(predictions)
+            return F.mse_loss(descriptors, targets) + F.mse_loss(predictions, expected)
 
         def training_loss(step: int) -> Tensor:
             return loss_of(*_crop(*run.training_batch(step), np.random.default_rng((run.seed, step))))
@@ -96,9 +96,8 @@ class UninformedStudents(Detector):
         return run.optimize(networks, optimizer, training_loss, held_out_losses)
 
     def fold_batch_norm(self) -> "UninformedStudents":
-        self.eval()
         self.backbone = None
-        return self
+        return super().fold_batch_norm()
 
 
 class PatchNetwork(nn.Sequential):

@@ -14,9 +14,6 @@ from torch import Tensor, fx
 from uadtool.errors import MissingPackage, UadtoolError
 from uadtool.lab.detectors.backbones import DEFAULT_TEACHER, POSITION_GRID
 
-POSITIONS = "pos_embed"
-"""timm's name of the position embedding of a vision transformer."""
-
 log = logging.getLogger("uadtool")
 
 
@@ -75,11 +72,11 @@ def _load(backbone: fx.GraphModule, weights: dict[str, Tensor], source: str) -> 
     # timm joins the names of a network's first levels when it takes feature maps: features_0 for features.0.
     dotted = {name.replace("_", "."): value for name, value in weights.items()}
     weights = {name: dotted[name.replace("_", ".")] for name in expected if name.replace("_", ".") in dotted}
-    positions = weights.get(POSITIONS)
-    if positions is not None and positions.shape != expected[POSITIONS].shape:
-        height, width = backbone.meta[POSITION_GRID]
-        other_tokens = expected[POSITIONS].shape[1] - height * width
-        weights[POSITIONS] = resample_abs_pos_embed(positions, [height, width], num_prefix_tokens=other_tokens)
+    positions = weights.get("pos_embed")  # timm's name
+    if positions is not None and positions.shape != expected["pos_embed"].shape:
+        grid = backbone.meta[POSITION_GRID]
+        other_tokens = expected["pos_embed"].shape[1] - grid[0] * grid[1]
+        weights["pos_embed"] = resample_abs_pos_embed(positions, grid, num_prefix_tokens=other_tokens)
     missing = [name for name in expected if name not in weights and not name.endswith("num_batches_tracked")]
     if missing:
         raise UadtoolError(f"{source} does not fit: it lacks {len(missing)} tensors, among them {missing[0]}")

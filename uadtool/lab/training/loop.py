@@ -80,10 +80,7 @@ class Run:
             with autocast(self.device, self.dtype):
                 return loss(images.to(self.device), [feature_map.to(self.device) for feature_map in features])
 
-        def training_loss(step: int) -> Tensor:
-            return loss_of(*self.training_batch(step))
-
-        return self.optimize(student, optimizer, training_loss, lambda: (
+        return self.optimize(student, optimizer, lambda step: loss_of(*self.training_batch(step)), lambda: (
             (loss_of(*batch), len(batch[0])) for _, batch in self.held_out_batches()))
 
     def optimize(self, model: nn.Module, optimizer: torch.optim.Optimizer, training_loss: Callable[[int], Tensor],

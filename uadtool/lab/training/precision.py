@@ -72,7 +72,7 @@ def _without_autocast(forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor],
 
 
 def usable_memory() -> int:
-    """Bytes of main memory that this process may use; a container can limit it below the machine's."""
+    """Bytes of main memory that this process may use: the machine's, or less in a container."""
     limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
     for file in CGROUP_LIMITS:
         with contextlib.suppress(OSError, ValueError):  # the other version of cgroups, or no limit

@@ -50,12 +50,10 @@ def synthetic_anomaly(image: NDArray[np.uint8], others: Sequence[NDArray[np.uint
             return np.where(mask[..., None], anomalous, original).astype(np.uint8), mask
 
 
-def synthetic_anomalies(
-    images: NDArray[np.uint8], donors: NDArray[np.uint8], generator: Generator
-) -> NDArray[np.uint8]:
+def synthetic_anomalies(images: NDArray[np.uint8], donors: NDArray[np.uint8],
+                        generator: Generator) -> NDArray[np.uint8]:
     """``synthetic_anomaly`` for each of the images [N, H, W, 3], without the masks."""
-    others = list(donors)
-    anomalous = [synthetic_anomaly(image, others, generator)[0] for image in images]
+    anomalous = [synthetic_anomaly(image, list(donors), generator)[0] for image in images]
     return np.array(anomalous, np.uint8).reshape(images.shape)  # also for no images
 
 
@@ -182,12 +180,9 @@ def _side(image: Floats) -> int:
 def _place(image: Floats, generator: Generator) -> tuple[int, int]:
     """A random (y, x), preferably on structure instead of a plain background."""
     reach = max(1, _side(image) // 32)
-
-    def contrast(place: Sequence[int]) -> float:
-        y, x = place
-        return float(image[max(0, y - reach):y + reach, max(0, x - reach):x + reach].std())
-
-    y, x = max(generator.integers(image.shape[:2], size=(3, 2)).tolist(), key=contrast)
+    places = generator.integers(image.shape[:2], size=(3, 2)).tolist()
+    contrasts = [image[max(0, y - reach):y + reach, max(0, x - reach):x + reach].std() for y, x in places]
+    y, x = places[int(np.argmax(contrasts))]
     return y, x
 
 
