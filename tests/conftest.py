@@ -22,12 +22,12 @@ from uadtool.cli.main import cli
 from uadtool.host import keep_freed_memory
 from uadtool.metadata import KEY, Metadata
 
-settings.register_profile("tests", deadline=None, derandomize=True)  # no clock, no luck
+settings.register_profile("tests", deadline=None, derandomize=True)  # results depend neither on the clock nor on luck
 settings.load_profile("tests")
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test downloads anything, nor does a command that it runs
-os.environ["OMP_NUM_THREADS"] = "1"  # tiny networks gain nothing from more, and wait long for a busy core
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job, and all it starts, ignores it
-keep_freed_memory()  # a third of the time for what tests compute in torch
+os.environ["OMP_NUM_THREADS"] = "1"  # tiny networks gain nothing from more threads, and wait long for a busy core
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs and their children ignore it
+keep_freed_memory()  # a third of the time for computations in torch
 
 METADATA = Metadata(
     method="brightness", teacher="none", classes=["green", "red"], image_size=(32, 32), map_size=(8, 8), threshold=3.0,
@@ -37,11 +37,11 @@ METADATA = Metadata(
 STATISTICS = {"green": (40.0, 20.0), "red": (40.0, 10.0)}
 """Mean and standard deviation of the brightness of good images: they are dark."""
 SCORE_TOLERANCE = {"fp32": {"rtol": 0, "atol": 1e-3}, "int8": {"rtol": 0.05, "atol": 0.25}}
-"""Between torch and ONNX Runtime, by precision. One kernel rounds up what lies between two codes, another one down."""
+"""Between torch and ONNX Runtime, by precision. Between two codes, one kernel rounds up and another down."""
 
 
 def pytest_collection_modifyitems(items: List[pytest.Item]) -> None:
-    """The longest test starts first, so that no core waits for it in the end."""
+    """Start the longest tests first, so that no core waits for them in the end."""
     items.sort(key=lambda item: item.path.name != "test_docs.py")
 
 
@@ -155,7 +155,7 @@ def mvtec(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def uadtool() -> Callable[..., "subprocess.CompletedProcess[str]"]:
-    """Run the command line in a process of its own; ``input`` is what it reads from stdin."""
+    """Run the command line in a process of its own, with ``input`` on stdin."""
 
     def run(*arguments: object, input: str = "") -> "subprocess.CompletedProcess[str]":
         command = [sys.executable, "-m", "uadtool", *map(str, arguments)]
@@ -166,9 +166,9 @@ def uadtool() -> Callable[..., "subprocess.CompletedProcess[str]"]:
 
 @pytest.fixture(scope="session")
 def python38() -> Path:
-    """The interpreter that JetPack 5 has."""
-    found = [shutil.which("python3.8"), *Path.home().glob(".pyenv/versions/3.8*/bin/python3.8")]
-    for path in filter(None, reversed(found)):  # that of pyenv may be called but not there
+    """The interpreter of JetPack 5."""
+    candidates = [shutil.which("python3.8"), *Path.home().glob(".pyenv/versions/3.8*/bin/python3.8")]
+    for path in filter(None, reversed(candidates)):  # pyenv's python3.8 on PATH may not be installed
         return Path(path)
     pytest.skip("no Python 3.8 on this machine")
 
@@ -201,7 +201,7 @@ def textures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Step(NamedTuple):
-    """A command of the chain: the file that it wrote, the record that it printed, its messages if it ran alone."""
+    """A command of the chain: the file it wrote, the record it printed, and its messages if it ran alone."""
 
     path: Path
     record: Dict[str, Any]
@@ -211,9 +211,9 @@ class Step(NamedTuple):
 @pytest.fixture(scope="session")
 def step(uadtool: Callable[..., "subprocess.CompletedProcess[str]"],
          tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Step]:
-    """Run a command in a folder that all chains share; ``outputs`` are the files that it was to write there.
+    """Run a command in a folder that all chains share; ``outputs`` are the files that commands should write there.
 
-    It runs in this process, for importing torch takes longer than a small step; or ``alone``, as a user runs it.
+    It runs in this process, because importing torch takes longer than a small step, or ``alone``, as a user runs it.
     """
     folder, outputs = tmp_path_factory.mktemp("chain"), set()
 
@@ -231,7 +231,7 @@ def step(uadtool: Callable[..., "subprocess.CompletedProcess[str]"],
 
 
 def run_here(*line: object) -> str:
-    """What a command prints. Errors are raised."""
+    """Run a command and return its stdout. Errors are raised."""
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         cli.main([str(part) for part in line], prog_name="uadtool", standalone_mode=False)
     return printed.getvalue()

@@ -34,7 +34,7 @@ def test_the_chain(textures, tmp_path, monkeypatch):
 
 
 class Point(metadata.EntryPoint):
-    """One that is there without being installed."""
+    """An entry point of a package that is not installed."""
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def points(monkeypatch):
     return set_points
 
 
-def test_unknown_methods_are_refused_with_those_there_are(points):
+def test_unknown_methods_are_refused_with_a_list_of_methods(points):
     points(("gaussian", "gaussian:Gaussian"))
     with pytest.raises(UadtoolError, match="unknown method 'x'; take one of stfpm, rd, us, dinomaly, duet, gaussian"):
         find_method("x")

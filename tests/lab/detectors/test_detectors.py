@@ -40,7 +40,7 @@ def stfpm(request):
 
 
 class Head(Detector):
-    """What all methods share, without networks."""
+    """The parts that all methods share, without networks."""
 
     def fit(self, run):
         raise NotImplementedError
@@ -50,7 +50,7 @@ class Head(Detector):
 
 
 def images(count, seed=0):
-    """Of several colours, so that their descriptors differ."""
+    """Noise on a different colour each, so that the descriptors differ."""
     random = np.random.default_rng(seed)
     colours = random.uniform(0, 256, (count, 1, 1, 3))
     return torch.from_numpy((colours + random.normal(0, 40, (count, *SIZE, 3))).clip(0, 255).astype(np.uint8))
@@ -156,7 +156,7 @@ def test_nearest_class_is_that_of_the_smallest_scaled_distance(seed):
     descriptor = torch.randn(16, 20, generator=generator)
     distances = ((descriptor[:, None] - detector.prototypes) * detector.descriptor_scale).double().square().sum(2)
     chosen = distances.gather(1, detector.nearest_class(descriptor)[:, None])[:, 0]
-    torch.testing.assert_close(chosen, distances.min(1).values, rtol=1e-5, atol=0)  # of two equally near, either
+    torch.testing.assert_close(chosen, distances.min(1).values, rtol=1e-5, atol=0)  # either of two equally near
 
 
 @given(stn.arrays(np.float32, st.tuples(st.integers(1, 3), st.integers(1, 40), st.integers(1, 40)),
@@ -189,7 +189,7 @@ class TwoConvolutions(nn.Module):
         return self.depthwise(self.first(image.permute(0, 3, 1, 2).float()))
 
 
-def test_complexity_counts_what_there_is():
+def test_complexity_counts_all_layers():
     network = TwoConvolutions()
     assert count_parameters(network) == (8 * 3 * 9 + 8) + 8 * 25
     assert count_macs(network, (32, 64)) == 16 * 32 * 8 * 27 + 16 * 32 * 8 * 25
@@ -208,6 +208,6 @@ def test_the_help_of_train_names_every_option():
     ({"method": "oracle"}, "unknown method 'oracle'; take one of stfpm, rd, us, dinomaly, duet"),
     ({"teacher": "none"}, "timm .* has no model 'none'"),
 ])
-def test_what_this_version_cannot_build(changes, message):
+def test_metadata_that_this_version_cannot_build_are_refused(changes, message):
     with pytest.raises(UadtoolError, match=message):
         build_detector(METADATA.replace(**{"method": "stfpm", "teacher": "resnet18", **changes}))

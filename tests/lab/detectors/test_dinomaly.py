@@ -1,5 +1,4 @@
-"""Encoder, bottleneck and decoder, through the whole chain, with a CNN and with a vision transformer."""
-
+"""Encoder, bottleneck and decoder, with a CNN and with a vision transformer."""
 
 import numpy as np
 import pytest
@@ -46,7 +45,7 @@ def test_the_raw_maps_are_those_of_the_groups_smoothed(detector):
         np.testing.assert_allclose(raw[:, index], expected, atol=1e-4)
 
 
-def test_a_token_is_all_that_the_maps_hold_of_a_cell_and_passes_the_bottleneck():
+def test_a_token_holds_a_cell_of_all_maps_and_passes_the_bottleneck():
     decoder = Decoder([(3, 8, 12), (5, 4, 6)], 32, 2, 7, 0.2).eval()
     seen = []
     decoder.bottleneck[0].register_forward_hook(lambda module, inputs, result: seen.append((inputs[0], result)))
@@ -68,7 +67,7 @@ def test_upper_blocks_give_the_fine_map_and_lower_ones_the_coarse_map():
         assert trained == [place < reached for place in range(4)]
 
 
-def test_linear_attention_is_attention_with_a_kernel_in_place_of_the_exponential():
+def test_linear_attention_is_attention_with_a_kernel_instead_of_the_exponential():
     torch.manual_seed(0)
     attention = LinearAttention(64)
     tokens = torch.randn(2, 5, 64)
@@ -80,14 +79,14 @@ def test_linear_attention_is_attention_with_a_kernel_in_place_of_the_exponential
     torch.testing.assert_close(attention(tokens), attention.out(expected), rtol=1e-4, atol=1e-5)
 
 
-def test_the_loss_is_that_of_whole_maps_whatever_is_easy():
+def test_the_loss_compares_whole_maps_whatever_is_easy():
     targets, rebuilt = ([torch.randn(2, 3, 4, 4), torch.randn(2, 5, 2, 2)] for _ in range(2))
     expected = sum((1 - F.cosine_similarity(t.flatten(1), r.flatten(1))).mean() for t, r in zip(targets, rebuilt))
     for easy in (0.0, 0.5, 0.9):
         torch.testing.assert_close(loose_loss(targets, rebuilt, easy), expected)
 
 
-def test_the_loss_scales_down_the_gradients_of_the_best_rebuilt_places():
+def test_the_loss_scales_down_the_gradients_of_the_best_reconstructed_places():
     target = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
     rebuilt = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(1)).requires_grad_()
     full, = torch.autograd.grad(loose_loss([target], [rebuilt], 0.0), rebuilt)
@@ -100,7 +99,7 @@ def test_the_loss_scales_down_the_gradients_of_the_best_rebuilt_places():
 
 @pytest.mark.parametrize("options", [
     {"width": 48}, {"width": 0}, {"depth": 3}, {"depth": 0}, {"bottleneck": 0}, {"dropout": 1.0}, {"dropout": -0.1}])
-def test_a_decoder_that_cannot_be_is_refused(options):
+def test_options_out_of_range_are_refused(options):
     (name, value), = options.items()
     with pytest.raises(UadtoolError, match=rf"cannot have .*\b{name} {value}\b.*; take a width"):
         Dinomaly(TEACHERS[0], SIZE, 2, **options)

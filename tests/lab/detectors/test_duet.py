@@ -1,5 +1,4 @@
-"""The memories, the head, and all together through the whole chain."""
-
+"""The memories and the head."""
 
 import numpy as np
 import pytest
@@ -58,7 +57,7 @@ def test_principal_components_are_those_of_scikit_learn():
 
 
 @pytest.mark.parametrize("context", [1, 3])
-def test_a_memory_knows_what_it_has_seen(context):
+def test_a_memory_recognises_the_patches_it_was_fitted_to(context):
     generator = torch.Generator().manual_seed(0)
     scales = torch.tensor([100.0, 1.0, 0.1])[:, None, None]
     seen = [scales * torch.randn(4, 3, 6, 6, generator=generator) for _ in range(2)]
@@ -67,7 +66,7 @@ def test_a_memory_knows_what_it_has_seen(context):
     with torch.inference_mode():
         assert memory(seen[0]).max() < 0.1
         strange = seen[0].clone()
-        strange[1, 2, 3, 4] += 2  # many deviations of this channel, though not of the first
+        strange[1, 2, 3, 4] += 2  # many deviations of this channel, but not of the first
         distances = memory(strange)
     reach = context // 2
     raised = distances[1, 0] > 0.5
@@ -76,7 +75,7 @@ def test_a_memory_knows_what_it_has_seen(context):
     assert distances[[0, 2, 3]].max() < 0.1
 
 
-def test_a_memory_larger_than_what_there_is_to_store_has_it_all():
+def test_a_memory_with_room_for_all_patches_has_them_all():
     values = patches(0, 9, 4).T.view(1, 4, 3, 3)
     memory = PatchMemory(4, 2, 20, context=1)
     memory.fit([values], images=1, seed=0)
@@ -84,7 +83,7 @@ def test_a_memory_larger_than_what_there_is_to_store_has_it_all():
         assert memory(values).max() < 1e-2
 
 
-def test_the_deployed_head_gives_what_the_trained_one_gives():
+def test_the_deployed_head_gives_the_logits_of_the_trained_head():
     torch.manual_seed(0)
     head = Head((4, 6, 8), 16)
     features = [3 * torch.randn(8, n, s, s) + 2 for n, s in ((4, 16), (6, 8), (8, 4))]
@@ -140,8 +139,8 @@ def test_options():
 
 
 @pytest.mark.parametrize(("most", "sizes"), [(32, [32, 4, 4]), (1, [32, 4])])
-def test_of_many_held_out_images_a_part_measures_the_head(textures, tmp_path, monkeypatch, most, sizes):
-    """Of 4 to train on and 36 held out, the features of all at once would be too large where there are very many."""
+def test_a_part_of_many_held_out_images_measures_the_head(textures, tmp_path, monkeypatch, most, sizes):
+    """With very many held-out images, the features of all would not fit into memory; here 36 are held out."""
     seen = []
     monkeypatch.setattr("uadtool.lab.detectors.duet.HELD_OUT_BATCHES", most)
     monkeypatch.setattr("uadtool.lab.detectors.duet.vary", lambda images, *rest: (

@@ -39,7 +39,7 @@ def test_a_transformer_gives_the_means_of_its_lower_and_upper_middle_layers(name
         torch.testing.assert_close(found, sum(group) / len(group), rtol=1e-4, atol=1e-4)
 
 
-def test_an_encoder_holds_no_layer_above_the_ones_that_it_gives():
+def test_an_encoder_has_no_layer_above_its_outputs():
     names = {name for name, _ in build_encoder(TRANSFORMERS[0], (64, 64)).named_parameters()}
     assert any(name.startswith("blocks.4.") for name in names)
     assert not [name for name in names if name.startswith(("blocks.5.", "norm.", "head."))]

@@ -1,5 +1,4 @@
-"""Teacher, bottleneck and decoder, through the whole chain."""
-
+"""Teacher, bottleneck and decoder."""
 
 import numpy as np
 import pytest
@@ -59,7 +58,7 @@ def test_the_width_is_that_of_the_decoder():
     assert [module.out_channels for module in wide.coarse.modules() if isinstance(module, nn.Conv2d)] == [60, 60]
 
 
-def test_enlarged_maps_have_the_range_of_what_is_enlarged():
+def test_enlarged_maps_share_the_range_of_their_input():
     graph = QuantizableGraph(ReverseDistillation("mobilenetv2_035", SIZE, 2).fold_batch_norm())
     enlarged = [node for node in graph.points if node.target is nn.functional.interpolate]
     assert len(enlarged) == 3

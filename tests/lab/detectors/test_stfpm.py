@@ -1,5 +1,4 @@
-"""Options of STFPM: attention in training (DCAM), stages that teacher and student share (PaSTe)."""
-
+"""Options of STFPM: attention in training (DCAM), and stages that teacher and student share (PaSTe)."""
 
 import numpy as np
 import pytest

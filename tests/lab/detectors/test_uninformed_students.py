@@ -1,5 +1,4 @@
-"""Patch networks, their maps, and all of it through the whole chain."""
-
+"""Patch networks and their maps."""
 
 import numpy as np
 import pytest
@@ -27,8 +26,8 @@ def detector():
     return UninformedStudents(TEACHER, SIZE, 2).eval()
 
 
-def test_a_descriptor_is_that_of_its_patch_alone():
-    """Of 32 x 32 pixels around its cell; without padding, the paper's layers give one descriptor of them."""
+def test_a_descriptor_depends_only_on_its_patch():
+    """A patch is 32 x 32 pixels around a cell. Without padding, the paper's layers give it one descriptor."""
     torch.manual_seed(0)
     network = PatchNetwork(0.1).eval()
     with torch.inference_mode():
@@ -103,7 +102,7 @@ def test_only_patch_networks_are_deployed():
     assert {name.split(".")[0] for name, _ in deployed.named_parameters()} == {"teacher", "student"}
 
 
-def test_ranges_of_a_patch_network_are_none_of_the_backbone(detector):
+def test_ranges_of_a_patch_network_do_not_fit_the_backbone(detector):
     deployed = UninformedStudents(TEACHER, SIZE, 2).fold_batch_norm()
     images = torch.zeros(1, *SIZE, 3, dtype=torch.uint8)
     with pytest.raises(UadtoolError, match="run calibrate again"):

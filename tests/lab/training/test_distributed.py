@@ -38,7 +38,7 @@ def free_port():
 
 
 def torchrun(processes, *arguments):
-    """The command line that starts so many processes of what the arguments say."""
+    """The command line that starts so many processes with the arguments."""
     return [sys.executable, "-m", "torch.distributed.run", f"--master-port={free_port()}",
             f"--nproc-per-node={processes}", *map(str, arguments)]
 
@@ -48,7 +48,7 @@ def run_together(processes, *arguments):
 
 
 def messages(stderr):
-    """What uadtool says, without what torchrun reports."""
+    """The messages of uadtool, without those of torchrun."""
     return [line for line in stderr.splitlines() if line.startswith("uadtool: ")]
 
 
@@ -125,7 +125,7 @@ def by_two(textures, tmp_path_factory):
     return output, done
 
 
-def test_one_process_says_and_writes_what_there_is(by_two):
+def test_only_one_process_logs_and_writes(by_two):
     output, done = by_two
     record = json.loads(done.stdout)
     validate(record, "train")
@@ -149,7 +149,7 @@ def auroc(model, *data):
 
 
 def interrupt(number, command, checkpoint):
-    """Start it, send the signal once there is a checkpoint, and return how it ended."""
+    """Start the command, send the signal once a checkpoint exists, and return the messages."""
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         while not checkpoint.exists() and process.poll() is None:
             time.sleep(0.01)
@@ -161,7 +161,7 @@ def interrupt(number, command, checkpoint):
 
 
 @pytest.mark.parametrize(("number", "processes"), [
-    (signal.SIGTERM, 1),  # they need not be as many as before
+    (signal.SIGTERM, 1),  # the number of processes may change
     (signal.SIGINT, 2),
 ])
 def test_an_interrupted_run_goes_on(textures, tmp_path, number, processes):
@@ -199,7 +199,7 @@ def test_more_processes_than_images(textures, tmp_path):
 
 @pytest.fixture
 def scheduler():
-    """Start a process for each of the arguments, on machines of their own as it were; returns how they ended."""
+    """Start a process for each of the arguments, as if each had its own machine; returns outputs and exit codes."""
     started = []
 
     def start(*arguments):
@@ -241,7 +241,7 @@ def test_machines_that_do_not_agree(textures, tmp_path, scheduler, changes, mess
     assert not (tmp_path / "model").exists()
 
 
-def test_when_one_is_killed_all_end(textures, tmp_path):
+def test_all_processes_end_when_one_is_killed(textures, tmp_path):
     command = torchrun(4, *train(textures, tmp_path / "model", "--method", "us", "--steps", 2000))
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         while not (tmp_path / "model.checkpoint").exists() and process.poll() is None:

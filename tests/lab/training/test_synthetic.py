@@ -41,7 +41,7 @@ def test_the_generator_decides_everything():
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
 def test_every_kind_is_local_and_varied(kind):
-    """Each changes something most of the time, never most of the image, and not the same place every time."""
+    """Each kind usually changes something, never most of the image, and varies the place."""
     image, donor = picture(0).astype(np.float32), picture(1).astype(np.float32)[::-1]
     generator = np.random.default_rng(0)
     results = [kind(image, donor, generator) for _ in range(40)]
@@ -63,7 +63,7 @@ def test_kinds_do_not_change_their_input():
 
 
 def test_parts_of_other_images_appear():
-    """A dark image gets no green from itself: light donors bring it."""
+    """A dark image has no green itself; it comes from green donors."""
     image, green = np.full((64, 64, 3), 5, np.uint8), np.full((64, 64, 3), (10, 240, 10), np.uint8)
 
     def greens(others):

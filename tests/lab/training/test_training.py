@@ -41,7 +41,7 @@ TEACHER = "mobilenetv2_035"
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
-    """Of a tiny teacher: random ones."""
+    """Random weights of a tiny teacher."""
     torch.manual_seed(0)
     file = tmp_path_factory.mktemp("weights") / "teacher.pth"
     torch.save(timm.create_model(TEACHER).state_dict(), file)
@@ -95,7 +95,7 @@ def test_a_seed_decides_the_file(run, samples, tmp_path):
     assert digests[0] == digests[1] != digests[2]
 
 
-def test_the_file_tells_how_it_was_made(run, samples):
+def test_the_file_records_how_it_was_made(run, samples):
     result = run(samples, held_out=0.5, seed=3, method_options={"fusion": "product"}, false_positive_rate=0.25)
     metadata = result.metadata
     assert (metadata.classes, metadata.image_size, metadata.map_size) == (["dots", "stripes"], (64, 64), (16, 16))
@@ -118,12 +118,12 @@ def test_statistics_and_threshold_are_those_of_the_deployed_detector(run, sample
     owners = [metadata.classes.index(sample.class_name) for sample in held_out]
     with torch.inference_mode():
         raw, nearest = detector.raw_maps_and_class(images)
-    assert 5 < (nearest == torch.tensor(owners)).sum() < 20  # some are taken for the other class's
+    assert 5 < (nearest == torch.tensor(owners)).sum() < 20  # some are taken for the other class
 
     def patches(index, but=None):
-        """Of the class's maps but one: [M, h, w, all values of a position]."""
-        chosen = raw[[place for place, owner in enumerate(owners) if owner == index and place != but]]
-        return chosen.unfold(2, 2, 2).unfold(3, 2, 2).permute(1, 2, 3, 0, 4, 5).flatten(3).double()
+        """The class's maps, except one: [M, h, w, all values of a position]."""
+        maps = raw[[place for place, owner in enumerate(owners) if owner == index and place != but]]
+        return maps.unfold(2, 2, 2).unfold(3, 2, 2).permute(1, 2, 3, 0, 4, 5).flatten(3).double()
 
     def statistics(values):
         count, mean, variance = values.shape[3] / 4, values.mean(3), values.var(3, correction=0)
@@ -134,7 +134,7 @@ def test_statistics_and_threshold_are_those_of_the_deployed_detector(run, sample
         return nn.functional.interpolate(grid[None], size=metadata.map_size, mode="bilinear")[0]
 
     def standardised(place):
-        """By what the other images of the class that it is taken for show."""
+        """Standardised with the other images of the nearest class."""
         expected, spread = statistics(patches(nearest[place], but=place))
         return (raw[place] - enlarge(expected)) / enlarge(spread)
 
@@ -169,7 +169,7 @@ def test_prototypes_are_the_mean_descriptors_of_the_training_images(run, samples
 
 
 class Described(Detector):
-    """One whose descriptors, of the images in order, are known."""
+    """A detector with known descriptors of the images in order."""
 
     def __init__(self, descriptors, classes=2, map_size=(8, 8)):
         super().__init__(classes, descriptors.shape[1], map_size, [0.5] * 3, [0.5] * 3)
@@ -183,7 +183,7 @@ class Described(Detector):
 
 
 def test_a_channel_that_is_dead_on_training_images_does_not_drown_the_others(samples):
-    """As one behind a ReLU that some other image wakes."""
+    """A channel after a ReLU may be activated only by other images."""
     descriptors = torch.randn(40, 4, generator=torch.Generator().manual_seed(0))
     descriptors[:, 3] = 0
     descriptors[20:, 0] += 10
@@ -211,7 +211,7 @@ def test_a_training_that_diverges_ends(run, samples, monkeypatch):
 
 
 def test_held_out_images_choose_the_checkpoint_only(run, textures, tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "EVALUATIONS", 1)  # at the end; so there is nothing to choose
+    monkeypatch.setattr(loop, "EVALUATIONS", 1)  # at the end, so there is nothing to choose
     shutil.copytree(textures, tmp_path / "data")
     samples = training_samples(str(tmp_path / "data"))
     rest, held_out = split_held_out(samples, 0.2, 0)
@@ -226,7 +226,7 @@ def test_held_out_images_choose_the_checkpoint_only(run, textures, tmp_path, mon
     assert not same(networks(before), networks(run(samples, epochs=1, steps=None)))
 
 
-def test_the_networks_do_not_know_the_classes(run, samples, monkeypatch):
+def test_the_networks_do_not_depend_on_the_classes(run, samples, monkeypatch):
     paths = {sample.path for sample in split_held_out(samples, 0.2, 0)[1]}
     monkeypatch.setattr(training, "split_training", lambda samples, *_: (
         [s for s in samples if s.path not in paths], [s for s in samples if s.path in paths]))
@@ -276,7 +276,7 @@ def command(textures, output, *options):
 
 @pytest.fixture(scope="module")
 def interrupted(textures, tmp_path_factory):
-    """The output of a run that SIGINT ended after some steps, and what it said; its checkpoint is there."""
+    """The output of a run that SIGINT ended after some steps, with its checkpoint, and the messages."""
     output = tmp_path_factory.mktemp("interrupted") / "model.safetensors"
     checkpoint = Path(f"{output}.checkpoint")
     with subprocess.Popen(command(textures, output), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
@@ -334,7 +334,7 @@ def test_other_weights_of_the_teacher_make_another_run(run, samples, weights, tm
 def test_without_resume_a_run_starts_anew(run, samples, tmp_path):
     (tmp_path / "checkpoint").write_text("of no use")
     result = run(samples)
-    assert same(networks(result), networks(run(samples, resume=True)))  # from its end: the model was not saved
+    assert same(networks(result), networks(run(samples, resume=True)))  # from its end, as the model was not saved
     (tmp_path / "checkpoint").unlink()
     assert same(networks(result), networks(run(samples, resume=True)))  # nothing to resume from
     (tmp_path / "checkpoint").write_text("of no use")
@@ -371,11 +371,11 @@ def test_statistics_of_a_class(scores):
     for (mean, std), values in zip(statistics, scores):
         assert mean == pytest.approx(np.mean(values))
         assert std > 0
-        if len(values) > 1:  # drawn from its own towards what is usual, which lies between the extremes
+        if len(values) > 1:  # drawn towards the usual spread, which lies between the extremes
             own = np.std(values, ddof=1)
             assert min(*spreads, own) - 1e-9 <= std <= max(*spreads, own, 0.01) + 1e-9
     lone = [std for (_, std), values in zip(statistics, scores) if len(values) == 1]
-    assert np.allclose(lone, lone[:1] * len(lone))  # without a spread of their own, they have the usual one
+    assert np.allclose(lone, lone[:1] * len(lone))  # a single image has no spread, so its class gets the usual one
 
 
 @given(SCORES, st.floats(0.1, 10))
@@ -388,7 +388,7 @@ def test_statistics_scale_with_the_scores(scores, factor):
 
 
 def test_a_map_that_is_constant_on_good_images_does_not_drown_the_others():
-    """As that of the head of duet in int8, where one code stands for all that is good."""
+    """The map of duet's head in int8 may be such: one code stands for all good patches."""
     maps = torch.from_numpy(np.random.default_rng(0).normal(size=(20, 2, 8, 8)))
     maps[:, 1] = 0
     usual, constant = _units(maps).flatten().tolist()
@@ -398,7 +398,7 @@ def test_a_map_that_is_constant_on_good_images_does_not_drown_the_others():
 
 @pytest.mark.parametrize("side", [16, 17])
 def test_the_last_row_of_a_map_is_expected_as_the_others_are(samples, side):
-    """A grid of patches that left it out would take what is usual at a rim for an anomaly."""
+    """If the grid of patches omitted it, the usual values at a rim would count as anomalous."""
     random = np.random.default_rng(0)
     detector = Described(torch.zeros(1, 4), classes=1, map_size=(side, side))
     maps = torch.from_numpy(random.normal(1, 0.05, (40, 1, side, side)).astype(np.float32))
@@ -419,12 +419,12 @@ def test_many_images_outweigh_what_is_usual():
 
 
 @given(st.lists(st.floats(-100, 100), min_size=1, max_size=50), st.floats(0, 0.5))
-def test_the_threshold_is_exceeded_at_the_wanted_rate(scores, rate):
+def test_the_threshold_is_exceeded_at_the_given_rate(scores, rate):
     threshold = threshold_at(scores, rate)
     assert threshold in scores
     assert np.mean(np.array(scores) > threshold) <= rate + 1e-9
     lower = [score for score in scores if score < threshold]
-    if lower:  # the next lower one would be exceeded too often
+    if lower:  # the next lower score would be exceeded too often
         assert np.mean(np.array(scores) > max(lower)) > rate - 1e-9
     assert threshold_at(scores, 0) == threshold_at(scores, 0.99 / len(scores)) == max(scores)
 
@@ -439,7 +439,7 @@ def test_very_many_scores_are_kept_as_quantiles():
     assert bounded_scores([2.0, 1.0]) == [1.0, 2.0]
 
 
-def test_what_does_not_fit_into_memory_gives_the_same_batches(samples, monkeypatch):
+def test_images_that_do_not_fit_into_memory_give_the_same_batches(samples, monkeypatch):
     network = build_backbone(TEACHER, (64, 64)).eval()
 
     @torch.no_grad()
@@ -457,7 +457,7 @@ def test_what_does_not_fit_into_memory_gives_the_same_batches(samples, monkeypat
         assert torch.equal(images, same_images)
         for one, other in zip(features, same_features):
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
-    assert counted.calls == 1 + len(batches)  # one to know the size, then batch by batch
+    assert counted.calls == 1 + len(batches)  # one image to know the size, then batch by batch
 
 
 class Counted:
@@ -493,7 +493,7 @@ def test_slow_layers_are_float_within_the_block_only():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_cuda_where_there_is_none():
+def test_cuda_on_a_machine_without_it():
     assert choose_device("auto") == choose_device("cpu") == torch.device("cpu")
     with pytest.raises(UadtoolError, match="no CUDA device is available; take --device cpu"):
         choose_device("cuda")

@@ -1,9 +1,9 @@
-"""What test_distributed.py runs in one process and in several: a small training whose parts can be compared.
+"""A small training that test_distributed.py runs in one process and in several, to compare its parts.
 
     torchrun train_together.py DATA OUTPUT
 
 Every process writes OUTPUT.RANK: the teacher's features, the weights and losses of a student without batch norm, the
-statistics of one with it, and what the process drew.
+statistics of a student with batch norm, and the random numbers that the process drew.
 """
 
 import sys
@@ -19,7 +19,7 @@ from uadtool.lab.training.loop import Run
 
 
 def main(folder: str, output: str) -> None:
-    data.CHUNK = 5  # so that each process has something to do, or nearly so
+    data.CHUNK = 5  # so that nearly every process has something to do
     samples = training_samples(folder)
     torch.manual_seed(0)
     teacher = nn.Conv2d(3, 4, 3, stride=4).requires_grad_(False)
