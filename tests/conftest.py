@@ -49,21 +49,21 @@ SCHEMAS = Path(uadtool_package.__file__).parent / "schemas"
 
 
 def validate(record: Any, name: str) -> None:
-    """Require that a record obeys the schema ``uadtool/schemas/NAME.json``, according to another implementation."""
+    """Require that a record obeys ``uadtool/schemas/NAME.json``, or a definition in it (``NAME#/$defs/...``)."""
     pytest.importorskip("jsonschema")
-    _validators()[name].validate(record)
+    _validator(name).validate(record)
 
 
 @lru_cache(maxsize=None)
-def _validators() -> Dict[str, Any]:
+def _validator(name: str) -> Any:
     from jsonschema import Draft202012Validator
     from referencing import Registry
 
+    file, separator, definition = name.partition("#")
     schemas = {path.name: json.loads(path.read_text()) for path in SCHEMAS.glob("*.json")}
-    for schema in schemas.values():
-        Draft202012Validator.check_schema(schema)
+    Draft202012Validator.check_schema(schemas[f"{file}.json"])
     registry = Registry().with_contents(schemas.items())
-    return {name[:-len(".json")]: Draft202012Validator({"$ref": name}, registry=registry) for name in schemas}
+    return Draft202012Validator({"$ref": f"{file}.json{separator}{definition}"}, registry=registry)
 
 
 @pytest.fixture(scope="session")

@@ -112,12 +112,15 @@ def _prepare(samples: Sequence[Sample], options: TrainingOptions, checkpoint: Pa
     if distributed.any_process(dtype == torch.float32):
         dtype = torch.float32
     classes = sorted({str(sample.class_name) for sample in samples})
+    all_options = method_options(options.method, options.method_options)
+    Metadata(options.method, options.teacher, classes, options.image_size, map_size=options.image_size, threshold=0.0,
+             false_positive_rate=options.false_positive_rate, parameters=0, macs=0,
+             options=all_options).to_json()  # raises if no command could read the model
     training_samples, held_out_samples = split_training(samples, options.held_out, options.seed)
     counts = Counter(sample.class_name for sample in held_out_samples)
     if small_classes := [name for name in classes if counts[name] < LEAST_HELD_OUT]:
         log.warning("too few good images to learn what is normal: %s; such a class may score as anomalous throughout, "
                     "or not at all; give it at least %d", ", ".join(small_classes), 2 * LEAST_HELD_OUT)
-    all_options = method_options(options.method, options.method_options)
     config = {**asdict(replace(options, method_options={})),
               **{f"option {name}": value for name, value in all_options.items()},
               "teacher_weights": file_digest(options.teacher_weights) if options.teacher_weights else None,

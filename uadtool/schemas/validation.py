@@ -127,7 +127,7 @@ def _object(schema: Schema, problem: str, file: str, strict: bool) -> Check:
             check_item = checks.get(name, check_other)
             found = check_item(item) if check_item else ""
             if found:
-                return f".{name if name.isidentifier() else repr(name):.60}{found}"
+                return f".{name:.60}{found}" if name.isidentifier() else f"[{name!r:.60}]{found}"
         return ""
 
     needed = frozenset(required)
