@@ -63,7 +63,7 @@ def test_a_sweep_over_threads(detector):
 def test_invalid_batch_sizes(uadtool, detector, sizes):
     done = uadtool("bench", detector, "--batch-sizes", sizes)
     assert done.returncode == 2
-    assert "whole numbers from 1" in done.stderr
+    assert "give positive integers, separated by commas" in done.stderr
 
 
 def test_every_model_is_opened_before_anything_is_timed(uadtool, detector, tmp_path):

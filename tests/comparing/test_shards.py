@@ -256,15 +256,15 @@ def test_a_missing_shard_is_named(tmp_path, caplog):
 
 
 @pytest.mark.parametrize("value", ["0/2", "3/2", "1/0", "a/b", "1", "-1/2", "1/2/3"])
-def test_shards_that_there_are_not(uadtool, detector, value):
+def test_invalid_shards(uadtool, detector, value):
     done = uadtool("score", detector, "photos", f"--shard={value}")
     assert done.returncode == 2
-    assert f"{value!r} is not I/N with I from 1 to N, 2/8 say" in done.stderr
+    assert f"{value!r} is not I/N with I from 1 to N, such as 2/8" in done.stderr
 
 
 @pytest.mark.parametrize("shard", [{"index": 0, "count": 1}, {"index": 2, "count": 1}, {"index": 1}, 3,
                                    {"index": "1", "count": 2}])
-def test_a_record_of_a_shard_that_is_none(tmp_path, shard):
+def test_a_record_with_an_invalid_shard(tmp_path, shard):
     (opening, *rest), = shards_of(examples(0, 3), 1)
     with pytest.raises(UadtoolError, match=r"0.jsonl:1: not a record of a score or bench file: "):
         compare(written(tmp_path, [{**opening, "shard": shard}, *rest]))
