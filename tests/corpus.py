@@ -1,4 +1,4 @@
-"""Image files as no test data set has them and some folder will: what each is, how to make it, what must happen."""
+"""Image files that no test data set has but some folder will: how to make them, and whether they must be read."""
 
 import io
 import os
@@ -19,8 +19,8 @@ FORMATS = {"png": "PNG", "jpg": "JPEG", "gif": "GIF", "tif": "TIFF", "bmp": "BMP
 
 
 class Item(NamedTuple):
-    """``make`` puts it at a path whose last part is ``name``; ``read`` tells whether it must be read, or must be
-    refused with a line that names it. None: both will do, but nothing else.
+    """``make`` writes it to a path that ends in ``name``. It must be read if ``read`` is True, and be refused with a
+    line that names it if False; None allows both.
     """
 
     name: bytes
@@ -32,7 +32,7 @@ class Item(NamedTuple):
 
 
 def make(items: List[Item], folder: Path) -> Dict[str, Item]:
-    """Make the items in a folder; by path."""
+    """Make the items in a folder; returns them by path."""
     folder.mkdir(parents=True, exist_ok=True)
     for item in items:
         item.make(item.path(folder))
@@ -41,9 +41,9 @@ def make(items: List[Item], folder: Path) -> Dict[str, Item]:
 
 @lru_cache(maxsize=1)
 def corpus() -> List[Item]:
-    found = [*_truncated(), *_others(), *_bombs(), *_modes(), *_exif(), *_names(), *_files()]
-    assert len({item.name for item in found}) == len(found)
-    return found
+    items = [*_truncated(), *_others(), *_bombs(), *_modes(), *_exif(), *_names(), *_files()]
+    assert len({item.name for item in items}) == len(items)
+    return items
 
 
 def encoded(kind: str, pixels: Any = PIXELS, **options: Any) -> bytes:
@@ -62,7 +62,7 @@ def _item(name: str, content: bytes, read: Optional[bool]) -> Item:
 
 
 def _truncated() -> Iterator[Item]:
-    """After nothing, in the signature, behind it, in the header, in the pixels, before the end."""
+    """Images cut off before and in the signature, after it, in the header, in the pixels, before the end."""
     for suffix, kind in FORMATS.items():
         whole = encoded(kind)
         sizes = {0, 1, 4, 8, 16, 24, *(len(whole) * part // 8 for part in range(1, 8)), len(whole) - 1}
@@ -88,7 +88,7 @@ def _others() -> Iterator[Item]:
 
 
 def png(width: int, height: int, bits: int, colour: int, data: bytes, *chunks: bytes) -> bytes:
-    """A PNG with this compressed data and further chunks before it."""
+    """A PNG with this compressed data, after further chunks."""
     header = struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + b"".join([chunk(b"IHDR", header), *chunks, chunk(b"IDAT", data), chunk(b"IEND", b"")])
 
@@ -98,7 +98,7 @@ def chunk(kind: bytes, content: bytes) -> bytes:
 
 
 def _bombs() -> Iterator[Item]:
-    """Small files of very large images or texts, and shapes at the border."""
+    """Small files of very large images or texts, and extreme shapes."""
     yield _item("bomb-3.6-gigapixels.png", png(60_000, 60_000, 1, 0, zlib.compress(bytes(1 << 20))), False)
     yield _item("bomb-largest.png", png(2**31 - 1, 2**31 - 1, 16, 6, zlib.compress(bytes(100))), False)
     yield _item("bomb-without-height.png", png(10, 0, 8, 0, zlib.compress(b"")), False)
@@ -111,7 +111,7 @@ def _bombs() -> Iterator[Item]:
     yield _item("bomb-4-gigapixels.jpg", jpeg, False)
     sizes = 100, 0, 54, 40, 2**31 - 1, 2**31 - 1, 1, 24, 0, 0, 0, 0, 0, 0
     yield _item("bomb.bmp", b"BM" + struct.pack("<IIIIiiHHIIiiII", *sizes), False)
-    yield _item("bomb.tif", _tiff(100_000, 100_000, bytes(64)), False)
+    yield _item("bomb.tif", tiff(100_000, 100_000, bytes(64)), False)
     yield _item("bomb.ppm", b"P6 2000000000 2000000000 255\n" + bytes(64), False)
     yield _item("bomb-of-digits.ppm", b"P6 " + b"9" * 100_000 + b" 1 255\n", False)
     yield _item("one-pixel.png", encoded("PNG", PIXELS[:1, :1]), True)
@@ -121,7 +121,7 @@ def _bombs() -> Iterator[Item]:
     yield _item("wide.jpg", encoded("JPEG", np.zeros((3, 30_000, 3), np.uint8)), True)
 
 
-def _tiff(width: int, height: int, data: bytes, **more: int) -> bytes:
+def tiff(width: int, height: int, data: bytes, **more: int) -> bytes:
     """A grey TIFF of one strip; ``more`` are tags, as t274=6."""
     tags = {256: width, 257: height, 258: 8, 259: 1, 262: 1, 277: 1, 278: height, 279: len(data),
             **{int(name[1:]): value for name, value in more.items()}}
@@ -151,7 +151,7 @@ def _modes() -> Iterator[Item]:
 
 
 def _exif() -> Iterator[Item]:
-    """Broken EXIF data do not make an image worse."""
+    """Good images with broken EXIF data."""
     ifd = b"II*\0\x08\0\0\0"
     for name, exif in {
         "garbage": b"garbage", "empty": b"", "cut": ifd + b"\xff\xff\x12\x01",
@@ -162,11 +162,11 @@ def _exif() -> Iterator[Item]:
     }.items():
         for suffix in ("jpg", "png", "webp"):
             yield _item(f"exif-{name}.{suffix}", encoded(FORMATS[suffix], exif=b"Exif\0\0" + exif), True)
-    yield _item("orientation-of-99.tif", _tiff(4, 3, bytes(12), t274=99), True)
+    yield _item("orientation-of-99.tif", tiff(4, 3, bytes(12), t274=99), True)
 
 
 def _names() -> Iterator[Item]:
-    """Good images."""
+    """Good images with hostile names."""
     for name in ("line\nbreak", "return\r", "tab\t", "bell\a", "\x1b[31mred\x1b]0;title\a", "-o", "--help", "a'b\"c",
                  "$(id)", "<script>alert(1)<", "sp ace ", "%s%n", "a..", "\u202egnp", "\u2028", "\U0001f600", "a|b",
                  "a,b", "{}", "w" * 251):
@@ -181,8 +181,8 @@ def _files() -> Iterator[Item]:
         before = os.getcwd()  # noqa: PTH109 - the path of a socket has at most 108 bytes
         os.chdir(path.parent)
         try:
-            with socket.socket(socket.AF_UNIX) as one:
-                one.bind(path.name)
+            with socket.socket(socket.AF_UNIX) as server:
+                server.bind(path.name)
         finally:
             os.chdir(before)
 
@@ -214,4 +214,4 @@ def _files() -> Iterator[Item]:
     yield Item(b"loop-of-two.png", loop_of_two, False)
     yield Item(b"link.png", link, True)
     yield Item(b"unreadable.png", unreadable, os.geteuid() == 0)
-    yield Item(b"folder", folder, None)  # nobody asks to read it, but links in it go round in a circle
+    yield Item(b"folder", folder, None)  # is not read itself, but its links form a circle

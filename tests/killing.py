@@ -1,4 +1,4 @@
-"""Runs commands of uadtool that are killed, stopped or starved at a chosen moment, many of them in little time.
+"""Runs commands of uadtool that are killed, stopped or starved at a chosen moment, many of them quickly.
 
 Importing torch takes longer than a small training, so one process imports everything and forks for each command.
 """
@@ -14,12 +14,12 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple, Optional, Tuple
 
-CHANGES = {"open", "os.rename", "os.remove", "os.chmod", "os.mkdir", "os.symlink"}
-"""Audit events (https://docs.python.org/3/library/audit_events.html) of all that a command does to its files."""
+CHANGES = {"open", "os.rename", "os.remove", "os.chmod", "os.mkdir"}
+"""Audit events (https://docs.python.org/3/library/audit_events.html) of all changes that a command makes to files."""
 
 
 class Ended(NamedTuple):
-    """``code`` is that of the shell, but negative after a signal."""
+    """``code`` is the exit code, or after a signal its number, negative."""
 
     code: int
     stdout: str
@@ -27,7 +27,7 @@ class Ended(NamedTuple):
 
 
 class Commands:
-    """A context manager: ``run`` forks a process for each command from one that has everything imported."""
+    """A context manager: ``run`` forks each command from a process that has imported everything."""
 
     def __init__(self, folder: Path) -> None:
         self._output = folder / "stdout", folder / "stderr"
@@ -45,12 +45,12 @@ class Commands:
         """Run a command to its end, or until it gets the signal ``number``.
 
         Args:
-            at: a folder and n: it comes before the n-th change there.
-            after: or after so many seconds.
-            limit: bytes that a file may have.
+            at: a folder and n: send the signal before the n-th change there.
+            after: send the signal after so many seconds.
+            limit: the largest size of a file in bytes.
         """
         out, err = self._output
-        request = {"arguments": [str(one) for one in arguments], "at": at and (str(at[0]), at[1]), "after": after,
+        request = {"arguments": list(map(str, arguments)), "at": at and (str(at[0]), at[1]), "after": after,
                    "number": number, "limit": limit, "stdout": stdout or str(out), "stderr": str(err)}
         assert self._process.stdin
         assert self._process.stdout
@@ -69,10 +69,9 @@ def serve() -> None:
     import uadtool.lab.quantize
     import uadtool.lab.train  # noqa: F401
 
-
     for line in iter(sys.stdin.readline, ""):
         request = json.loads(line)
-        said, stderr = os.pipe()  # what is said is short, and a limit of files does not count for it
+        messages, stderr = os.pipe()  # messages are short, and a pipe is exempt from the limit of files
         process = os.fork()
         if not process:
             become(request, stderr)
@@ -80,14 +79,14 @@ def serve() -> None:
         if request["after"] is not None:
             time.sleep(request["after"])
             os.kill(process, request["number"])
-        with open(said, "rb") as pipe:  # noqa: PTH123
+        with open(messages, "rb") as pipe:  # noqa: PTH123
             Path(request["stderr"]).write_bytes(pipe.read())
         print(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]), flush=True)
 
 
 def become(request: Any, stderr: int) -> None:
-    """The command itself, in the forked process."""
-    sys.dont_write_bytecode = True  # where there is no room, Python would leave half a .pyc file
+    """Run the command, in the forked process."""
+    sys.dont_write_bytecode = True  # without room, Python would leave half a .pyc file
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # tests that run under nohup ignore it
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(os.open(request["stdout"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 1)
@@ -103,11 +102,11 @@ def become(request: Any, stderr: int) -> None:
 
 
 def signal_at(folder: str, count: int, number: int = signal.SIGKILL) -> None:
-    """Send this process a signal before its change number ``count`` of what is in the folder."""
+    """Send this process a signal before its change number ``count`` in the folder."""
     changes = itertools.count(1)
 
     def watch(event: str, arguments: Tuple[Any, ...]) -> None:
-        concerned = event in CHANGES and any(str(one).startswith(folder) for one in arguments[:2])
+        concerned = event in CHANGES and any(str(path).startswith(folder) for path in arguments[:2])
         if concerned and next(changes) == count:
             os.kill(os.getpid(), number)
 

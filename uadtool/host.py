@@ -1,7 +1,6 @@
 """The machine and the process: cores, memory, signals, and the opening of every record."""
 
 import contextlib
-import ctypes
 import os
 import platform
 import signal
@@ -34,6 +33,8 @@ def keep_freed_memory() -> None:
     quarters of the time of torch on a CPU. Does nothing with other C libraries.
     """
     trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD and M_MMAP_MAX of malloc.h
+    import ctypes  # lazy: most commands do not need it
+
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(mmap_max, 0)
@@ -81,10 +82,8 @@ def _cpu() -> str:
     except OSError:
         lines = []
     names = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
-    for key in CPUINFO_KEYS:
-        if names.get(key):
-            return names[key]
-    return platform.processor() or platform.machine() or "unknown"
+    name = next(filter(None, map(names.get, CPUINFO_KEYS)), None)
+    return name or platform.processor() or platform.machine() or "unknown"
 
 
 def ending_signals() -> List[signal.Signals]:

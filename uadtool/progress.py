@@ -5,8 +5,7 @@ import logging
 import os
 import sys
 import time
-from types import TracebackType
-from typing import Optional, Type
+from typing import Optional
 
 log = logging.getLogger("uadtool")
 
@@ -16,15 +15,14 @@ FIRST_BAR, NEXT_BAR, LINE = 0.5, 0.1, 20.0
 
 
 class Progress:
-    """A context manager that counts the items of the task ``what``.
+    """A context manager that counts the finished items of a ``task``.
 
     With ``total`` it shows the share and the time left. ``start`` items were done earlier, by an interrupted run; they
     count for the share but not for the rate. Silent if the ``uadtool`` logger ignores INFO messages.
     """
 
-    def __init__(self, what: str, total: Optional[int] = None, start: int = 0) -> None:
-        self.what = what
-        self.total = total
+    def __init__(self, task: str, total: Optional[int] = None, start: int = 0) -> None:
+        self.task, self.total = task, total
         self.start = self.count = start
         self.note = ""
         self._bar = log.isEnabledFor(logging.INFO) and sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
@@ -46,8 +44,7 @@ class Progress:
             self._next = now + (NEXT_BAR if self._bar else LINE)
             self._show()
 
-    def __exit__(self, kind: Optional[Type[BaseException]], error: Optional[BaseException],
-                 trace: Optional[TracebackType]) -> None:
+    def __exit__(self, *_: object) -> None:
         log.removeFilter(self._make_room)
         if self._shown:
             self._show()
@@ -71,12 +68,12 @@ class Progress:
         seconds = time.monotonic() - self._began
         rate = (self.count - self.start) / seconds if seconds else 0.0
         if self.total is None:
-            parts = [f"{self.what}: {self.count}"]
+            parts = [f"{self.task}: {self.count}"]
         else:
             share = min(1.0, self.count / self.total) if self.total else 1.0
             filled = round(BAR_WIDTH * share)
             picture = f" [{'#' * filled}{'.' * (BAR_WIDTH - filled)}]" if self._bar else ""
-            parts = [f"{self.what}:{picture} {self.count} of {self.total} ({100 * share:.0f} %)"]
+            parts = [f"{self.task}:{picture} {self.count} of {self.total} ({100 * share:.0f} %)"]
         parts.append((f"{rate:.0f}" if rate >= 100 else f"{rate:.3g}") + " per second")
         if self.total is not None and self.count < self.total and rate:
             parts.append(f"{_clock((self.total - self.count) / rate)} left")

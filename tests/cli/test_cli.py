@@ -15,11 +15,12 @@ import uadtool as package
 from uadtool.cli.main import COMMANDS, cli
 
 PROGRAM = [sys.executable, "-m", "uadtool"]
-HEAVY = ("torch", "timm", "onnx", "onnxruntime", "numpy", "PIL", "scipy")
+HEAVY = ("torch", "timm", "onnx", "onnxruntime", "openvino", "numpy", "PIL", "scipy", "sklearn",
+         "uadtool.scoring.heatmaps")
 
 
 def python(program, *arguments, **options):
-    """Run a program of Python in a process of its own."""
+    """Run a Python program in its own process."""
     return subprocess.run([sys.executable, *program, *map(str, arguments)], capture_output=True, text=True, timeout=60,
                           check=False, **options)
 
@@ -70,7 +71,7 @@ def test_examples_are_commands_that_can_be_parsed(name, tmp_path, monkeypatch):
 
 
 def loaded(done):
-    """Modules that the process of ``IMPORTS`` had loaded in the end."""
+    """The modules of ``HEAVY`` that the process of ``IMPORTS`` has loaded."""
     return set(done.stderr.splitlines()[-1].split()[1:])
 
 
@@ -94,7 +95,7 @@ def test_help_and_wrong_usage_load_nothing_heavy(arguments):
     assert loaded(done) == set()
 
 
-def test_scoring_does_not_load_the_lab(detector, mvtec):
+def test_scoring_imports_only_what_it_needs(detector, mvtec):
     done = python(IMPORTS, "score", detector, mvtec / "red/test/good")
     assert done.returncode == 0
     assert loaded(done) == {"numpy", "PIL", "onnxruntime"}
@@ -138,7 +139,7 @@ def test_wrong_usage(uadtool, arguments, message):
     (["score", "missing.onnx", "."], "missing.onnx: no such model file"),
     (["compare", "missing.jsonl"], "missing.jsonl"),
 ])
-def test_bad_input_is_told_in_one_line(uadtool, tmp_path, monkeypatch, arguments, message):
+def test_bad_input_is_reported_in_one_line(uadtool, tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
     done = uadtool(*arguments)
     assert (done.returncode, done.stdout) == (1, "")
@@ -165,7 +166,7 @@ main()
 """]
 
 
-def test_a_bug_is_told_in_one_line_too():
+def test_a_bug_is_also_reported_in_one_line():
     done = python(BUG, "compare", "x")
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == "uadtool: error: RuntimeError: first line second line (-v shows where)\n"
@@ -174,7 +175,7 @@ def test_a_bug_is_told_in_one_line_too():
 
 @pytest.fixture(scope="module")
 def bare(tmp_path_factory):
-    """Environments for a Python without the site-packages: with these modules only, linked into a folder."""
+    """Makes environments for a Python without site-packages, with only the given modules."""
     def make(*modules):
         folder = tmp_path_factory.mktemp("site")
         for name in ("click", *modules):
@@ -207,7 +208,7 @@ def test_without_a_runtime(bare, detector):
     assert done.stderr == "uadtool: error: onnxruntime is not installed; pip install 'uadtool[onnxruntime]'\n"
 
 
-def test_help_needs_click_alone(bare):
+def test_help_needs_only_click(bare):
     for arguments in (["--help"], ["--version"], *([name, "--help"] for name in COMMANDS)):
         done = python(["-S", "-m", "uadtool"], *arguments, env=bare())
         assert (done.returncode, done.stderr) == (0, "")

@@ -1,4 +1,4 @@
-"""Commands that are killed, stopped, or run out of space: the old file or the new one, and a run that can go on."""
+"""Commands that are killed, stopped, or run out of space leave the old file or the new one, and can be resumed."""
 
 import itertools
 import json
@@ -25,7 +25,7 @@ CHAIN = ("train", "calibrate", "quantize", "export")
 
 
 class Line(NamedTuple):
-    """A command of the chain without its output, the name of that, what it holds in the end, and seconds until then."""
+    """A command of the chain without its output; the name and the final content of the output; the seconds it takes."""
 
     words: List[object]
     output: str
@@ -47,7 +47,7 @@ def lines(commands, textures, tmp_path_factory) -> Dict[str, Line]:
     weights = folder / "teacher.pth"
     torch.save(timm.create_model(TEACHER).state_dict(), weights)
     model, ranges, int8 = (folder / name for name in ("m.safetensors", "r.json", "q.safetensors"))
-    found = {}
+    lines = {}
     for output, *words in (
         (model, "train", textures, "--teacher", TEACHER, "--teacher-weights", weights, "--image-size", 64,
          "--steps", 3),
@@ -58,15 +58,15 @@ def lines(commands, textures, tmp_path_factory) -> Dict[str, Line]:
         began = time.monotonic()
         ended = commands.run(*words, "-o", output)
         assert ended.code == 0, ended.stderr
-        found[words[0]] = Line(words, output.name, output.read_bytes(), time.monotonic() - began)
-    return found
+        lines[words[0]] = Line(words, output.name, output.read_bytes(), time.monotonic() - began)
+    return lines
 
 
 @pytest.fixture
 def crash(commands, lines, tmp_path):
-    """Run a command of the chain, with an old output, until something comes between; ``at`` is the number of a change.
+    """Run a command of the chain over an old output until it is interrupted; ``at`` is the number of a change.
 
-    However it ended, the output is the old one or the new one, and the next run leaves the new one and nothing else.
+    However it ends, the output is the old or the new file, and the next run leaves only the new file.
     """
     def crash(name: str, at: Optional[int] = None, **between: Any) -> Ended:
         line, output = lines[name], tmp_path / lines[name].output
@@ -99,26 +99,26 @@ with atomic_write(f"{sys.argv[1]}/file") as temporary:
 
 @pytest.fixture
 def environment():
-    """For ``WRITE``, which imports from this folder."""
+    """The environment of ``WRITE``, which imports from this folder."""
     return {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])}
 
 
 def test_killed_at_each_step_of_writing_a_file(environment, tmp_path):
-    path, found = tmp_path / "file", []
+    path, states = tmp_path / "file", []
     for step in itertools.count(1):
         path.write_text("old")
         code = subprocess.call([sys.executable, "-c", WRITE, str(tmp_path), str(step)], env=environment)
-        found.append((path.read_text(), len(list(tmp_path.iterdir()))))
+        states.append((path.read_text(), len(list(tmp_path.iterdir()))))
         check_writable(path)  # as the next run does
         assert list(tmp_path.iterdir()) == [path]
         if code == 0:
             break
         assert code == -signal.SIGKILL
-    assert found == sorted(found, key=lambda one: one[0], reverse=True)  # never new and then old
-    assert {("old", 1), ("old", 2), ("new", 1)} == set(found)
+    assert states == sorted(states, key=lambda state: state[0], reverse=True)  # never new and then old
+    assert {("old", 1), ("old", 2), ("new", 1)} == set(states)
 
 
-def test_what_another_process_is_writing_is_not_removed(environment, tmp_path):
+def test_a_file_that_another_process_is_writing_is_not_removed(environment, tmp_path):
     program = WRITE.replace('temporary.write_text("new")', "input(temporary)")
     with subprocess.Popen([sys.executable, "-c", program, str(tmp_path), "1000"], stdin=subprocess.PIPE,
                           stdout=subprocess.PIPE, env=environment, text=True) as process:
@@ -157,7 +157,7 @@ def test_killed_at_random_moments(crash, lines, name, times):
         if crash(name, after=moments.uniform(0, longest)).code == -signal.SIGKILL:
             killed += 1
         else:
-            longest *= 0.8  # it was timed once, on a machine that may have become faster
+            longest *= 0.8  # the machine may be faster now than when it was timed
     print(f"{name}: killed {killed} of {times} times")
     assert killed > times / 2
 
@@ -167,7 +167,7 @@ def test_a_training_that_is_killed_again_and_again_ends_as_if_it_was_not(command
     line, output = lines["train"], tmp_path / "m.safetensors"
     kills = 0
     while True:
-        ended = commands.run(*line.words, "-o", output, "--resume", at=(tmp_path, 12))  # a checkpoint further, at least
+        ended = commands.run(*line.words, "-o", output, "--resume", at=(tmp_path, 12))  # one more checkpoint
         if ended.code == 0:
             break
         assert ended.code == -signal.SIGKILL
@@ -181,7 +181,7 @@ def test_a_training_that_is_killed_again_and_again_ends_as_if_it_was_not(command
 
 @pytest.fixture
 def score_killed(commands, detector, mvtec, tmp_path):
-    """Score with all files that it can write. Pictures that are there are whole, and lines but the last; then again."""
+    """Score with all outputs. All pictures and all lines except the last are whole; a second run completes them."""
     options = [word for name in ("heatmaps", "masks", "copy-anomalous")
                for word in (f"--{name}", tmp_path / name)]
     words = ["score", detector, mvtec, *options, "--contact-sheet", tmp_path / "sheet.png", "--threads", 1]
@@ -237,7 +237,7 @@ def test_a_training_that_is_stopped_leaves_a_checkpoint(commands, lines, tmp_pat
 
 
 @pytest.mark.slow
-def test_a_checkpoint_that_is_not_resumed_from_is_not_passed_over_in_silence(commands, lines, tmp_path):
+def test_a_run_that_ignores_a_checkpoint_says_so(commands, lines, tmp_path):
     line, output = lines["train"], tmp_path / "m.safetensors"
     assert commands.run(*line.words, "-o", output, at=(tmp_path, 8)).code == -signal.SIGKILL
     ended = commands.run(*line.words, "-o", output)
@@ -257,7 +257,7 @@ def test_other_commands_that_are_stopped_leave_nothing(crash, name, number):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CHAIN)
-def test_where_there_is_no_room_for_the_output(crash, name):
+def test_no_room_for_the_output(crash, name):
     ended = crash(name, limit=1000)
     assert (ended.code, ended.stdout) == (1, "")
     assert re.fullmatch(r"(uadtool: teacher .*\n)?uadtool: error: cannot write .*: File too large\n", ended.stderr)
@@ -265,7 +265,7 @@ def test_where_there_is_no_room_for_the_output(crash, name):
 
 @pytest.mark.slow
 def test_a_training_whose_model_finds_no_room_can_be_resumed(commands, lines, tmp_path):
-    """The memories of duet are in the model and not in the checkpoint, which is smaller."""
+    """The memory banks of duet are in the model, but not in the checkpoint, which is smaller."""
     words = [*lines["train"].words, "--method", "duet", "--option", "large=4000", "--option", "small=16", "--option",
              "width=8", "-o", tmp_path / "m"]
     ended = commands.run(*words, limit=600_000)
@@ -279,7 +279,7 @@ def test_a_training_whose_model_finds_no_room_can_be_resumed(commands, lines, tm
 
 @pytest.mark.slow
 @pytest.mark.parametrize("option", ["--heatmaps", "--masks", "--copy-anomalous", "--contact-sheet"])
-def test_where_there_is_no_room_for_pictures(commands, detector, mvtec, tmp_path, option):
+def test_no_room_for_pictures(commands, detector, mvtec, tmp_path, option):
     ended = commands.run("score", "-q", detector, mvtec, option, tmp_path / "out", limit=50, stdout="/dev/null")
     assert ended.code == 1
     assert re.fullmatch(f"uadtool: error: cannot write {tmp_path}/out.*: File too large\n", ended.stderr)
@@ -302,7 +302,7 @@ def test_a_full_disk_behind_stdout(commands, lines, detector, mvtec, tmp_path, n
 
 @pytest.mark.slow
 @pytest.mark.parametrize("option", ["-o", "--junit"])
-def test_where_there_is_no_room_for_a_comparison(commands, detector, mvtec, tmp_path, option):
+def test_no_room_for_a_comparison(commands, detector, mvtec, tmp_path, option):
     (tmp_path / "scores").write_text(commands.run("score", detector, mvtec).stdout)
     ended = commands.run("compare", tmp_path / "scores", "--gate", "recall>=0", option, tmp_path / "out", limit=50)
     assert ended.code == 1

@@ -22,7 +22,7 @@ from uadtool.scoring.records import score
 from uadtool.terminal import printable
 
 MEMORY = 256 << 20
-"""Bytes that scoring the whole corpus may take, on two threads."""
+"""Bytes of memory that scoring the whole corpus may take on two threads."""
 
 MEASURED = """
 import atexit, sys
@@ -32,8 +32,7 @@ from uadtool.host import peak_memory
 atexit.register(lambda file: Path(file).write_text(str(peak_memory())), sys.argv.pop(1))
 main()
 """
-"""uadtool, which writes at its end how much memory it took. Not `wait4`: what it tells begins with the memory of the
-process that forked."""
+"""uadtool, which writes its peak memory to a file at its end. `wait4` would include the memory of the parent."""
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +42,7 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> Tuple[Path, Dict[str, I
 
 
 def run(*line: object, folder: Path) -> Tuple[int, str, str, int]:
-    """Exit code, output, messages and peak memory in bytes of a command. Ghostscript leaves a trace, if it is run."""
+    """Exit code, output, messages and peak memory in bytes of a command. Ghostscript leaves a file if it is run."""
     trap = folder / "bin" / "gs"
     trap.parent.mkdir(exist_ok=True)
     trap.write_text(f"#!/bin/sh\ntouch {folder}/ghostscript-was-run\n")
@@ -52,22 +51,22 @@ def run(*line: object, folder: Path) -> Tuple[int, str, str, int]:
     with (folder / "out").open("wb") as out, (folder / "err").open("wb") as err:
         process = subprocess.run([sys.executable, "-c", MEASURED, folder / "memory", *map(str, line)], stdout=out,
                                  stderr=err, env=environment)
-    read = [(folder / name).read_bytes().decode("utf-8", "surrogateescape") for name in ("out", "err")]
-    return process.returncode, read[0], read[1], int((folder / "memory").read_text())
+    printed, messages = ((folder / name).read_bytes().decode("utf-8", "surrogateescape") for name in ("out", "err"))
+    return process.returncode, printed, messages, int((folder / "memory").read_text())
 
 
 @pytest.mark.slow  # it draws hundreds of pictures
 def test_score_answers_each_with_one_line(hostile: Tuple[Path, Dict[str, Item]], detector: Path,
                                           tmp_path: Path) -> None:
     folder, items = hostile
-    code, printed, said, memory = run(
+    code, printed, messages, memory = run(
         "score", "-q", detector, folder, "--threads", 2, "--threshold", -100, "--heatmaps", tmp_path / "maps",
         "--masks", tmp_path / "masks", "--copy-anomalous", tmp_path / "copies", "--contact-sheet",
         tmp_path / "sheet.png", "--top", 500, folder=tmp_path)
     images = {record["path"]: record for record in map(json.loads, printed.splitlines()) if record["type"] == "image"}
     assert code == 1
-    assert said.count("\n") == 1
-    assert printable(said[:-1]) == said[:-1]
+    assert messages.count("\n") == 1
+    assert printable(messages[:-1]) == messages[:-1]
     assert images.keys() == {path for path in items if Path(path).suffix}
     for path, record in images.items():
         assert items[path].read in (None, "score" in record), record
@@ -95,19 +94,19 @@ def test_csv_holds_each(hostile: Tuple[Path, Dict[str, Item]], detector: Path, t
     folder, items = hostile
     code, printed, _, _ = run("score", "-q", detector, folder, "--format", "csv", folder=tmp_path)
     assert code == 1
-    found = {row["path"] for row in csv.DictReader(io.StringIO(printed, newline=""))}
-    assert found == {path for path in items if Path(path).suffix}
+    rows = csv.DictReader(io.StringIO(printed, newline=""))
+    assert {row["path"] for row in rows} == {path for path in items if Path(path).suffix}
 
 
 READABLE = [item for item in corpus() if item.read]
 REFUSED = [item for item in corpus() if item.read is False]
 KINDS = [b"cut-00000.png", b"zeros-by-nature.png", b"bomb-3.6-gigapixels.png", b"float-nan.tif", b"fifo.png",
          b"loop.png"]
-"""Of what is refused, those that are so for different reasons."""
+"""Refused images, one for each reason."""
 
 
 def dataset(folder: Path, items: List[Item]) -> Path:
-    """One class: two good images and these."""
+    """A data set of one class, with two good images and these."""
     images = folder / "part" / "train" / "good"
     make(items, images)
     for index in range(2):
@@ -117,27 +116,27 @@ def dataset(folder: Path, items: List[Item]) -> Path:
 
 @pytest.fixture(scope="module")
 def model(step: Callable[..., Step], textures: Path) -> Path:
-    """As small as they get, for it is loaded for each item."""
+    """The smallest model, since each item loads it."""
     return step("train", textures, "--image-size", 32, "--steps", 1, output="smallest.safetensors").path
 
 
-def test_train_and_calibrate_take_what_can_be_read(model: Path, tmp_path: Path) -> None:
+def test_train_and_calibrate_use_each_readable_image(model: Path, tmp_path: Path) -> None:
     data = dataset(tmp_path / "data", READABLE)
-    found = json.loads(run_here("train", data, "--image-size", 32, "--steps", 1, "-o", tmp_path / "m.safetensors"))
-    assert sum(found["classes"]["part"].values()) == 2 + len(READABLE)
-    found = json.loads(run_here("calibrate", model, data, "--classes", "part", "--count", 1000,
-                                "-o", tmp_path / "r.json"))
-    assert found["images"] == 2 + len(READABLE)
+    record = json.loads(run_here("train", data, "--image-size", 32, "--steps", 1, "-o", tmp_path / "m.safetensors"))
+    assert sum(record["classes"]["part"].values()) == 2 + len(READABLE)
+    record = json.loads(run_here("calibrate", model, data, "--classes", "part", "--count", 1000,
+                                 "-o", tmp_path / "r.json"))
+    assert record["images"] == 2 + len(READABLE)
 
 
 @pytest.mark.parametrize("item", [item for item in REFUSED if item.name in KINDS], ids=lambda item: item.name.decode())
-def test_train_and_calibrate_name_what_cannot(item: Item, model: Path, tmp_path: Path) -> None:
+def test_train_and_calibrate_name_an_unreadable_image(item: Item, model: Path, tmp_path: Path) -> None:
     refuse(item, model, tmp_path)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("item", REFUSED, ids=lambda item: ascii(item.name))
-def test_train_and_calibrate_name_each(item: Item, model: Path, tmp_path: Path) -> None:
+def test_train_and_calibrate_name_each_unreadable_image(item: Item, model: Path, tmp_path: Path) -> None:
     refuse(item, model, tmp_path)
 
 
@@ -163,20 +162,20 @@ def test_images_that_change_and_vanish_while_they_are_read(detector: Path, tmp_p
     runtime, changing = open_model(str(detector), 2), threading.Thread(target=change)
     changing.start()
     try:
-        found: List[Dict[str, Any]] = list(score(runtime, [Sample(str(path))] * 500))
+        lines: List[Dict[str, Any]] = list(score(runtime, [Sample(str(path))] * 500))
     finally:
         over.set()
         changing.join()
-    assert len(found) == 502
-    assert all(("score" in record) != ("error" in record) for record in found[1:-1])
-    assert found[-1]["errors"] > 0
+    assert len(lines) == 502
+    assert all(("score" in record) != ("error" in record) for record in lines[1:-1])
+    assert lines[-1]["errors"] > 0
 
 
 def test_folders_as_deep_as_they_get(detector: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Deeper than Python's stack, and then than a path may be long."""
+    """Deeper than Python's stack, and than the longest path."""
     monkeypatch.chdir(tmp_path)
     for _ in range(2200):
-        os.mkdir("d")  # noqa: PTH102 - relative to where we are, for the path is too long
+        os.mkdir("d")  # noqa: PTH102 - relative, since the absolute path is too long
         os.chdir("d")
     monkeypatch.chdir(tmp_path)
     try:
@@ -192,8 +191,8 @@ def test_paths_on_stdin_have_an_end(detector: Path, tmp_path: Path) -> None:
         done = subprocess.run([sys.executable, "-m", "uadtool", "score", "-q", str(detector), "-"], stdin=paths,
                               capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    found = [json.loads(line) for line in done.stdout.splitlines() if "error" in line]
-    assert [record["path"] for record in found] == ["a\0b.csv", "c\0d.png"]
-    assert all("embedded null byte" in record["error"] for record in found)
+    errors = [json.loads(line) for line in done.stdout.splitlines() if "error" in line]
+    assert [record["path"] for record in errors] == ["a\0b.csv", "c\0d.png"]
+    assert all("embedded null byte" in record["error"] for record in errors)
     assert done.stderr == ("uadtool: error: stdin is not a list of paths: a line does not end; after find -print0, "
                            "use -0\n")

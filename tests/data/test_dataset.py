@@ -16,7 +16,7 @@ from uadtool.errors import UadtoolError
 
 
 def draw(path: Path, size: Sequence[int] = (8, 6), **options: object) -> Path:
-    """A small image that no other test image equals: its pixels come from its path."""
+    """A small image that differs from all other test images: its pixels come from its path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     pixels = random.Random(os.fsencode(path)).choices(range(256), k=3 * size[0] * size[1])
     Image.frombytes("RGB", (size[0], size[1]), bytes(pixels)).save(path, **options)
@@ -25,7 +25,7 @@ def draw(path: Path, size: Sequence[int] = (8, 6), **options: object) -> Path:
 
 @pytest.fixture
 def mvtec(tmp_path: Path) -> Path:
-    """Classes bolt and nut, three good training images each, a test split, masks for bolt only."""
+    """Classes bolt and nut, each with three good training images and a test split; masks only for bolt."""
     root = tmp_path / "mvtec"
     for name in ("bolt", "nut"):
         for stem in ("000", "001", "002"):
@@ -102,7 +102,7 @@ def test_nested_defects_have_nested_masks(mvtec: Path) -> None:
     assert [s.mask for s in scoring_samples([str(mvtec)]) if s.path.endswith("a.JPG")] == [str(mask)]
 
 
-def test_images_outside_the_layout_are_left_out_with_a_warning(mvtec: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_images_outside_the_layout_are_ignored_with_a_warning(mvtec: Path, caplog: pytest.LogCaptureFixture) -> None:
     before = list(scoring_samples([str(mvtec)]))
     assert not caplog.text
     for place in ("a.png", "bolt/b.png", "bolt/validation/good/c.png", "photos/d.png", "photos/2024/e.png"):
@@ -221,7 +221,7 @@ def test_folder_without_images(tmp_path: Path) -> None:
             list(scoring_samples([str(tmp_path / name)]))
 
 
-def test_paths_that_are_no_folders_are_images(tmp_path: Path) -> None:
+def test_paths_that_are_not_folders_are_images(tmp_path: Path) -> None:
     paths = ["./a.png", "x" * 5000, f"{tmp_path}/no\nsuch", "b.unknown", os.fsdecode(b"\xff.png")]
     assert [sample.path for sample in scoring_samples(paths)] == paths
 
@@ -291,7 +291,7 @@ def test_manifest_with_split(manifest: Path) -> None:
     assert [Path(sample.path).name for sample in scoring_samples([data])] == ["c.png", "d.png", "e.png"]
 
 
-def test_manifest_whose_training_images_are_tests_too(manifest: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_manifest_whose_training_images_are_also_tests(manifest: Path, caplog: pytest.LogCaptureFixture) -> None:
     training_samples(write_manifest(manifest, ROWS[:2]))
     assert not caplog.text  # there is nothing to test
     training_samples(write_manifest(manifest, ROWS))
@@ -401,8 +401,8 @@ def test_split_held_out(samples: Sequence[Sample], share: float, seed: int) -> N
         held = count(held_out)[name]
         assert (held == 0) if number == 1 else (min(3, number // 2) <= held < number)
         assert abs(held - share * number) <= 1 or held == min(3, number // 2)
-        alone = [sample for sample in samples if sample.class_name == name]
-        assert split_held_out(alone, share, seed)[1] == [s for s in held_out if s.class_name == name]
+        members = [sample for sample in samples if sample.class_name == name]
+        assert split_held_out(members, share, seed)[1] == [s for s in held_out if s.class_name == name]
 
 
 def test_split_held_out_depends_on_the_seed() -> None:

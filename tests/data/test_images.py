@@ -11,8 +11,10 @@ import zlib
 from pathlib import Path
 from typing import Callable, Iterator, List, Sequence, Tuple
 
+import corpus
 import numpy as np
 import pytest
+from corpus import tiff
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
@@ -23,7 +25,7 @@ from uadtool.data.read_ahead import read_ahead
 from uadtool.errors import UadtoolError
 
 RGB = np.random.default_rng(0).integers(0, 256, (3, 4, 3), np.uint8)
-"""A tiny picture in which every pixel differs, for formats that keep every value."""
+"""A tiny picture whose pixels all differ, for lossless formats."""
 
 
 def smooth(height: int, width: int) -> np.ndarray:
@@ -54,7 +56,7 @@ def test_rgb_is_kept_as_it_is(suffix: str, tmp_path: Path) -> None:
     np.testing.assert_array_equal(found, RGB)
 
 
-def test_the_name_does_not_tell_the_format(tmp_path: Path) -> None:
+def test_the_name_does_not_decide_the_format(tmp_path: Path) -> None:
     save(tmp_path / "a.png", Image.fromarray(RGB))
     (tmp_path / "a.png").rename(tmp_path / "a.jpg")
     np.testing.assert_array_equal(read_image(str(tmp_path / "a.jpg"), (3, 4)), RGB)
@@ -128,23 +130,10 @@ def test_transparent_colour_of_rgb(tmp_path: Path) -> None:
 
 
 def png(width: int, height: int, bits: int, colour_type: int, data: bytes) -> bytes:
-    """A PNG without filters, from the specification."""
-    def chunk(kind: bytes, content: bytes) -> bytes:
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-
+    """A PNG of this data, without filters."""
     stride = len(data) // height
     lines = b"".join(b"\0" + data[i * stride:(i + 1) * stride] for i in range(height))
-    header = struct.pack(">IIBBBBB", width, height, bits, colour_type, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(lines)) + chunk(b"IEND", b"")
-
-
-def tiff(width: int, height: int, data: bytes, bits: int = 8, photometric: int = 1, **extra: int) -> bytes:
-    """An uncompressed grey TIFF of one strip, from the specification. ``extra`` are further tags, as t274=6."""
-    tags = {256: width, 257: height, 258: bits, 259: 1, 262: photometric, 277: 1, 278: height, 279: len(data)}
-    tags.update({int(name[1:]): value for name, value in extra.items()})
-    tags[273] = 8 + 2 + 12 * (len(tags) + 1) + 4
-    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in sorted(tags.items()))
-    return b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + struct.pack("<I", 0) + data
+    return corpus.png(width, height, bits, colour_type, zlib.compress(lines))
 
 
 @given(values=npst.arrays(np.uint16, (2, 3)))
@@ -153,8 +142,8 @@ def test_16_bit_grey_keeps_its_range(values: np.ndarray, tmp_path_factory: pytes
     folder = tmp_path_factory.getbasetemp()
     expected = rgb(np.rint(values / 65535 * 255))
     (folder / "16.png").write_bytes(png(3, 2, 16, 0, values.astype(">u2").tobytes()))
-    (folder / "16.tif").write_bytes(tiff(3, 2, values.astype("<u2").tobytes(), 16))
-    (folder / "inverted.tif").write_bytes(tiff(3, 2, (65535 - values).astype("<u2").tobytes(), 16, photometric=0))
+    (folder / "16.tif").write_bytes(tiff(3, 2, values.astype("<u2").tobytes(), t258=16))
+    (folder / "inverted.tif").write_bytes(tiff(3, 2, (65535 - values).astype("<u2").tobytes(), t258=16, t262=0))
     (folder / "16.pgm").write_bytes(b"P5 3 2 65535\n" + values.astype(">u2").tobytes())
     Image.fromarray(values.astype(np.int32)).save(folder / "32.tif")
     Image.frombytes("I;16B", (3, 2), values.astype(">u2").tobytes()).save(folder / "big.tif")
@@ -163,7 +152,7 @@ def test_16_bit_grey_keeps_its_range(values: np.ndarray, tmp_path_factory: pytes
 
 
 def test_12_bit_grey(tmp_path: Path) -> None:
-    (tmp_path / "a.tif").write_bytes(tiff(2, 1, bytes([0xff, 0xf8, 0x00]), 12))
+    (tmp_path / "a.tif").write_bytes(tiff(2, 1, bytes([0xff, 0xf8, 0x00]), t258=12))
     np.testing.assert_array_equal(read_image(str(tmp_path / "a.tif"), (1, 2))[0, :, 0], [255, 128])
 
 
@@ -211,7 +200,7 @@ def cmyk_profile() -> bytes:
 
     identity = struct.pack(">9i", 65536, 0, 0, 0, 65536, 0, 0, 0, 65536)
     linear = bytes(range(256))
-    grid = b"".join(bytes([lightness, 128, 128]) for lightness in (255, 0) for _ in range(8))  # two points for each ink
+    grid = b"".join(bytes([lightness, 128, 128]) for lightness in (255, 0) for _ in range(8))  # two points per ink
     lut = tag(b"mft1", bytes([4, 3, 2, 0]) + identity + 4 * linear + grid + 3 * linear)
     d50 = struct.pack(">3i", 63190, 65536, 54061)
     tags = [(b"A2B0", lut), (b"wtpt", tag(b"XYZ ", d50))]
@@ -258,7 +247,7 @@ def test_animation_is_its_first_frame(suffix: str, tmp_path: Path) -> None:
     np.testing.assert_array_equal(read_image(path, (3, 4)), np.array(frames[0]))
 
 
-# Orientation: where EXIF says that the first row and the first column of the file are (EXIF 2.3, 4.6.4)
+# Orientation: where the first row and the first column of the file are, according to EXIF (EXIF 2.3, 4.6.4)
 
 STORED = {
     1: lambda upright: upright,
@@ -301,7 +290,7 @@ def test_orientation_of_a_resized_jpeg(orientation: int, tmp_path: Path) -> None
 
 
 def test_grey_16_bit_is_turned(tmp_path: Path) -> None:
-    (tmp_path / "a.tif").write_bytes(tiff(3, 1, struct.pack("<3H", 0, 257, 514), 16, t274=6))
+    (tmp_path / "a.tif").write_bytes(tiff(3, 1, struct.pack("<3H", 0, 257, 514), t258=16, t274=6))
     assert image_size(str(tmp_path / "a.tif")) == (3, 1)
     np.testing.assert_array_equal(read_image(str(tmp_path / "a.tif"), (3, 1))[:, 0, 0], [0, 1, 2])
 
@@ -346,7 +335,7 @@ def test_any_size(height: int, width: int, size: Tuple[int, int], suffix: str,
 
 @pytest.mark.parametrize("width", [1024, 1023, 1017])
 def test_shrinking_while_decoding_is_faithful(width: int, tmp_path: Path) -> None:
-    """A large JPEG against its fully decoded pixels, stripes and all; also where 8 does not divide its width."""
+    """A large JPEG with stripes against its fully decoded pixels, also if 8 does not divide its width."""
     picture = smooth(800, width)
     picture[:, width // 3:width // 3 + 9] = 255
     picture[-20:] = 0
@@ -415,7 +404,7 @@ def refused(path: Path, reader: Callable[[str], object] = READERS[0]) -> str:
 
 
 @pytest.mark.parametrize("reader", READERS)
-def test_what_is_no_image_file(reader: Callable[[str], object], tmp_path: Path) -> None:
+def test_files_that_are_not_images(reader: Callable[[str], object], tmp_path: Path) -> None:
     assert refused(tmp_path / "missing.png", reader) == "No such file or directory"
     assert refused(tmp_path / ("long" * 99), reader) == "File name too long"
     assert refused(tmp_path, reader) == "not a regular file"
@@ -440,7 +429,7 @@ def test_truncated(suffix: str, tmp_path: Path) -> None:
     path.write_bytes(whole[:len(whole) // 2])
     assert refused(path)
     if suffix in ("jpg", "png"):
-        assert image_size(str(path)) == (64, 64)  # from the header alone
+        assert image_size(str(path)) == (64, 64)  # only from the header
 
 
 def test_decompression_bomb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -482,10 +471,10 @@ def test_files_are_closed(tmp_path: Path) -> None:
     before = len(list(Path("/proc/self/fd").iterdir()))
     for reader in READERS:
         reader(good)
-    with pytest.raises(ImageError) as kept:
+    with pytest.raises(ImageError) as caught:
         read_image(str(broken), (8, 8))
     assert len(list(Path("/proc/self/fd").iterdir())) == before
-    assert kept.value.__cause__ is not None  # the traceback, which could keep the file open, was alive until here
+    assert caught.value.__cause__ is not None  # the traceback, which could keep the file open, is still alive
 
 
 def test_pillow_does_not_warn(tmp_path: Path) -> None:

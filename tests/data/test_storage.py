@@ -40,7 +40,7 @@ def elsewhere(samples: List[Sample], here: str, there: str) -> List[Sample]:
 
 
 @pytest.mark.parametrize("inside", ["", "/red", "/red/test/spot", "/red/test/good/000.png"])
-def test_what_is_found_is_what_is_found_here(memory: str, mvtec: Path, inside: str) -> None:
+def test_remote_samples_equal_local_samples(memory: str, mvtec: Path, inside: str) -> None:
     found = list(scoring_samples([f"{memory}{inside}"]))
     assert found == elsewhere(list(scoring_samples([f"{mvtec}{inside}"])), str(mvtec), memory)
     assert np.array_equal(read_image(found[0].path, (32, 32)), read_image(
@@ -55,7 +55,7 @@ def test_hidden_files_are_left_out(memory: str) -> None:
     assert list(scoring_samples([memory])) == before
 
 
-def test_a_manifest_names_what_lies_beside_it_or_elsewhere(memory: str, mvtec: Path, tmp_path: Path) -> None:
+def test_a_manifest_names_local_and_remote_files(memory: str, mvtec: Path, tmp_path: Path) -> None:
     rows = [{"path": "red/test/spot/000.png", "mask": "red/ground_truth/spot/000_mask.png", "label": "spot"},
             {"path": str(mvtec / "red/test/good/000.png"), "label": "good"},
             {"path": f"{memory}/green/test/good/000.png"}]
@@ -70,7 +70,7 @@ def test_a_manifest_names_what_lies_beside_it_or_elsewhere(memory: str, mvtec: P
     assert other.path == f"{memory}/green/test/good/000.png"
 
 
-def test_pictures_and_copies_of_what_is_elsewhere(memory: str, detector: Path, tmp_path: Path) -> None:
+def test_pictures_and_copies_of_remote_images(memory: str, detector: Path, tmp_path: Path) -> None:
     run_here("score", detector, memory, "--heatmaps", tmp_path / "maps", "--masks", tmp_path / "masks",
              "--copy-anomalous", tmp_path / "copies", "--contact-sheet", tmp_path / "sheet.png")
     assert len(list((tmp_path / "maps").iterdir())) == len(list((tmp_path / "masks").iterdir())) == 16
@@ -95,7 +95,7 @@ def test_a_root_is_a_folder(memory: str) -> None:
     assert "memory://bucket/mvtec/red/test/good/000.png" in found
 
 
-def test_signed_urls_are_read_as_what_they_end_with(mvtec: Path, detector: Path, tmp_path: Path) -> None:
+def test_the_query_of_a_signed_url_is_not_part_of_its_name(mvtec: Path, detector: Path, tmp_path: Path) -> None:
     pytest.importorskip("aiohttp")
     asked: List[str] = []
 
@@ -112,13 +112,13 @@ def test_signed_urls_are_read_as_what_they_end_with(mvtec: Path, detector: Path,
         url = f"http://127.0.0.1:{server.server_port}/red/test/spot/003.png?X-Sig=a.b#c"
         printed = run_here("score", detector, url, "--copy-anomalous", tmp_path / "copies", "--threshold", -100)
         server.shutdown()
-    assert len(asked) == 2  # for the model and for the copy
+    assert len(asked) == 2  # for scoring and for the copy
     copy = json.loads(printed.splitlines()[1])["copy"]
     assert Path(copy).name.endswith("003.png")
     assert Path(copy).read_bytes() == (mvtec / "red/test/spot/003.png").read_bytes()
 
 
-def test_what_is_no_url() -> None:
+def test_is_url() -> None:
     assert not any(map(storage.is_url, ("a", "/a", "C:\\a", "a:b", "1://a", "://", "a/b://c")))
     assert all(map(storage.is_url, ("s3://a", "gs://", "https://a/b.png", "memory://a")))
 
@@ -126,14 +126,14 @@ def test_what_is_no_url() -> None:
 # What goes wrong
 
 
-def test_what_is_not_there(memory: str, detector: Path) -> None:
+def test_missing_files(memory: str, detector: Path) -> None:
     with pytest.raises(ImageError, match=r"^cannot read memory://bucket/none.png: No such file or directory$"):
         read_image("memory://bucket/none.png", (32, 32))
     with pytest.raises(ImageError, match=r"^cannot read memory://bucket/mvtec: "):
         read_image(memory, (32, 32))
     with pytest.raises(UadtoolError, match=r"^cannot read memory://bucket/none.csv: No such file or directory$"):
         list(scoring_samples(["memory://bucket/none.csv"]))
-    assert list(scoring_samples(["memory://nowhere"])) == [Sample("memory://nowhere")]  # reading it will tell
+    assert list(scoring_samples(["memory://nowhere"])) == [Sample("memory://nowhere")]  # reading it reports the error
 
 
 def test_training_is_local(memory: str) -> None:
@@ -142,14 +142,14 @@ def test_training_is_local(memory: str) -> None:
 
 
 @pytest.mark.parametrize("row", ["memory://bucket/a.png,good,", "a.png,bad,memory://bucket/mask.png"])
-def test_what_trains_is_local(tmp_path: Path, row: str) -> None:
+def test_training_images_and_masks_are_local(tmp_path: Path, row: str) -> None:
     Image.new("RGB", (40, 40)).save(tmp_path / "a.png")
     (tmp_path / "parts.csv").write_text(f"path,label,mask\na.png,good,\n{row}\n")
     with pytest.raises(UadtoolError, match=r"^memory://bucket/.*png is remote, but training rereads its images"):
         training_samples(str(tmp_path / "parts.csv"))
 
 
-def test_a_file_url_names_what_is_here(mvtec: Path) -> None:
+def test_a_file_url_is_local(mvtec: Path) -> None:
     assert training_samples(f"file://{mvtec}") == training_samples(str(mvtec))
 
 
@@ -207,19 +207,19 @@ def lines(printed: str) -> List[Any]:
     return [timeless(json.loads(line)) for line in printed.splitlines()]
 
 
-def test_a_data_set_in_a_bucket_has_the_scores_that_it_has_here(s3: str, mvtec: Path, detector: Path) -> None:
+def test_a_data_set_in_a_bucket_has_the_same_scores(s3: str, mvtec: Path, detector: Path) -> None:
     found = lines(run_here("score", detector, s3))
     assert found == lines(run_here("score", detector, mvtec).replace(str(mvtec), s3))
     assert "aupro" in found[-1]["metrics"]
 
 
-def test_what_a_bucket_does_not_have(s3: str, detector: Path) -> None:
+def test_files_that_a_bucket_does_not_have(s3: str, detector: Path) -> None:
     command = [sys.executable, "-m", "uadtool", "score", "-q", str(detector), "s3://bucket/none.png",
                "s3://nowhere/photos", f"{s3}/red/test/good/000.png"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1
-    _, one, other, third, _ = map(json.loads, done.stdout.splitlines())
-    assert one["error"] == "cannot read s3://bucket/none.png: No such file or directory"
-    assert other["error"].startswith("cannot read s3://nowhere/photos: ")
-    assert "score" in third
+    _, missing, no_bucket, image, _ = map(json.loads, done.stdout.splitlines())
+    assert missing["error"] == "cannot read s3://bucket/none.png: No such file or directory"
+    assert no_bucket["error"].startswith("cannot read s3://nowhere/photos: ")
+    assert "score" in image
     assert done.stderr.count("\n") == 1

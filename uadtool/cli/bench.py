@@ -24,7 +24,7 @@ def _sizes(ctx: click.Context, param: click.Parameter, value: str) -> List[int]:
 @click.option("--warmup", type=click.IntRange(0), metavar="N", default=3, show_default=True,
               help="Untimed runs before each measurement.")
 @click.option("--batch-sizes", metavar="N,N", default="1,8", show_default=True, callback=_sizes,
-              help="Batch sizes for throughput; latency is always that of one image.")
+              help="Batch sizes for throughput; latency is always measured with one image.")
 @click.option("--layers", is_flag=True, help="Also time each layer.")
 @click.option("--sweep-threads", "sweep", is_flag=True, help="Also time each model on 1, 2, 4, ... threads.")
 @click.option("--roofline", is_flag=True,
@@ -40,9 +40,8 @@ def bench(models: Tuple[str, ...], repetitions: int, duration: float, warmup: in
     median of the rounds, with the lowest and the highest round; latency has percentiles over all runs. Ratios to the
     first model are taken within each round. If the ratios of two models lie on both sides of 1, the measurement cannot
     tell the models apart; more --repetitions measure more precisely. Cold start is the time from starting Python to the
-    first score. Images are random; only inference is timed, not decoding. Power and energy come from the sensors of a
-    Jetson or from the counters of the processor, if they are readable. Power mode, clocks, temperatures and throttling
-    are reported with them.
+    first score. Images are random; only inference is timed, not decoding. Power, energy, power mode, clocks,
+    temperatures and throttling come from the sensors of a Jetson or the counters of the processor, if readable.
 
     \b
     Examples:

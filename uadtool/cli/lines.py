@@ -36,17 +36,15 @@ def csv_writer(stdout: TextIO) -> Writer:
         stdout.reconfigure(errors="surrogateescape")  # file names are bytes
 
     def write_row(values: Iterable[Any]) -> None:
-        line = io.StringIO(newline="")
-        csv.writer(line).writerow(values)  # ends with CR LF, so it quotes both in names
+        line, for_eyes = io.StringIO(newline=""), stdout.isatty()
+        row = (printable(value) if for_eyes and isinstance(value, str) else value for value in values)
+        csv.writer(line).writerow(row)  # ends with CR LF, so it quotes both in names
         stdout.write(line.getvalue()[:-2] + "\n")
         stdout.flush()
 
-    def shown(value: Any) -> Any:
-        return printable(value) if isinstance(value, str) and stdout.isatty() else value
-
     def write(record: Dict[str, Any]) -> None:
         if record["type"] == "image":
-            write_row(shown(record.get(name)) for name in COLUMNS)
+            write_row(map(record.get, COLUMNS))
 
     write_row(COLUMNS)
     return write

@@ -156,11 +156,16 @@ def _threshold(arguments: SimpleNamespace, metadata: Any) -> float:
 
 
 def _samples(arguments: SimpleNamespace) -> Tuple[Iterator[Any], Optional[int]]:
-    """The samples, and how many this run scores if that is known."""
+    """The samples, and the number that this run scores, if it is known."""
     from uadtool.data.dataset import scoring_samples
 
     if arguments.follow:
-        return scoring_samples(_watched(arguments.paths[0]), strict=False), None
+        from uadtool.data.watch import Watch
+
+        watch = Watch(arguments.paths[0])
+        for number in (signal.SIGINT, *ending_signals()):
+            signal.signal(number, lambda *_: watch.stop())
+        return scoring_samples(watch, strict=False), None
     if arguments.paths == ("-",):
         return scoring_samples(stdin_paths(b"\0" if arguments.null else b"\n"), strict=False), None
     samples = list(scoring_samples(arguments.paths))
@@ -168,18 +173,8 @@ def _samples(arguments: SimpleNamespace) -> Tuple[Iterator[Any], Optional[int]]:
     return iter(samples), len(samples[index - 1::count])
 
 
-def _watched(folder: str) -> Iterator[str]:
-    """The images that appear in the folder, until a signal ends it."""
-    from uadtool.data.watch import Watch
-
-    watch = Watch(folder)
-    for number in (signal.SIGINT, *ending_signals()):
-        signal.signal(number, lambda *_: watch.stop())
-    return iter(watch)
-
-
 def _outputs(arguments: SimpleNamespace) -> Tuple[List[Any], Any]:
-    """What is written from each image, and the contact sheet among it, if there is one."""
+    """The writers of pictures and copies; and of these the contact sheet or None, since it is saved at the end."""
     if not (arguments.heatmaps or arguments.masks or arguments.copy_anomalous or arguments.contact_sheet):
         return [], None
     from uadtool.files import check_writable
@@ -189,15 +184,16 @@ def _outputs(arguments: SimpleNamespace) -> Tuple[List[Any], Any]:
 
     kinds = ((Heatmaps, arguments.heatmaps), (Masks, arguments.masks), (AnomalousImages, arguments.copy_anomalous))
     outputs: List[Any] = [kind(directory) for kind, directory in kinds if directory]
-    if not arguments.contact_sheet:
-        return outputs, None
-    check_writable(arguments.contact_sheet, [arguments.model])
-    sheet = ContactSheet(arguments.contact_sheet, arguments.top)
-    return [*outputs, sheet], sheet
+    sheet = None
+    if arguments.contact_sheet:
+        check_writable(arguments.contact_sheet, [arguments.model])
+        sheet = ContactSheet(arguments.contact_sheet, arguments.top)
+        outputs.append(sheet)
+    return outputs, sheet
 
 
 class Result:
-    """Counts the images of a run; ``limit`` is the score that none may exceed, if there is one."""
+    """Counts the images of a run; ``limit`` is the score that no image may exceed, or None."""
 
     def __init__(self, limit: Optional[float]) -> None:
         self._limit = limit

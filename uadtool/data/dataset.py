@@ -74,10 +74,8 @@ def training_samples(data: str, classes: Optional[Sequence[str]] = None) -> List
         raise UadtoolError(f"{data} does not exist")
     layout = _read_layout(data, _folder(data))
     if layout is None or not layout.classes:
-        raise UadtoolError(
-            f"no images to train on in {data}; give a folder with CLASS/train/good/*, one such CLASS folder, or a "
-            "manifest (.csv, .jsonl)"
-        )
+        raise UadtoolError(f"no images to train on in {data}; give a folder with CLASS/train/good/*, one such CLASS "
+                           "folder, or a manifest (.csv, .jsonl)")
     names = set(classes or layout.classes)
     if names - layout.classes:
         raise UadtoolError(f"{data} has no class {_names(names - layout.classes)}; it has {_names(layout.classes)}")
@@ -229,9 +227,8 @@ def _check_masks(samples: Iterable[Sample]) -> None:
             raise UadtoolError(f"{sample.path} has no mask: {sample.mask} does not exist")
         image, mask = image_size(sample.path), image_size(sample.mask)
         if image != mask:
-            raise UadtoolError(
-                f"{sample.mask} is {mask[1]} x {mask[0]} pixels, but its image {sample.path} is {image[1]} x {image[0]}"
-            )
+            raise UadtoolError(f"{sample.mask} is {mask[1]} x {mask[0]} pixels, but its image {sample.path} is "
+                               f"{image[1]} x {image[0]}")
 
 
 def _check_apart(training: Iterable[Sample], test: Iterable[Sample]) -> None:
@@ -247,10 +244,8 @@ def _check_apart(training: Iterable[Sample], test: Iterable[Sample]) -> None:
             twins += [(path, digests.get(file_digest(path))) for path in train_paths]
     twins = sorted((path, twin) for path, twin in twins if twin)
     if twins:
-        raise UadtoolError(
-            f"{len(twins)} training images are also test images, which would flatter the model; first: {twins[0][0]} "
-            f"and {twins[0][1]}"
-        )
+        raise UadtoolError(f"{len(twins)} training images are also test images, which would flatter the model; first: "
+                           f"{twins[0][0]} and {twins[0][1]}")
 
 
 def _file_size(path: str) -> int:

@@ -52,10 +52,7 @@ def beside(file: str, name: str) -> str:
 
 def exists(name: str) -> bool:
     """Whether a local file or folder exists."""
-    try:
-        return Path(name).exists()
-    except OSError:  # a name that is too long, for example
-        return False
+    return os.path.exists(name)  # noqa: PTH110 Path.exists raises for a name that is too long
 
 
 def open_file(name: str) -> BinaryIO:
@@ -146,10 +143,7 @@ class LocalFolder:
         return LocalFolder(self.place / name)
 
     def exists(self) -> bool:
-        try:
-            return self.place.is_dir()
-        except OSError:  # a name that is too long, for example
-            return False
+        return os.path.isdir(self.place)  # noqa: PTH112 Path.is_dir raises for a name that is too long
 
     def folders(self) -> List[str]:
         try:
@@ -163,7 +157,7 @@ class LocalFolder:
             if not isinstance(error, FileNotFoundError):
                 raise UadtoolError(f"cannot read {error.filename}: {error.strerror}") from error
 
-        found: List[PurePath] = []
+        paths: List[PurePath] = []
         seen: Set[Tuple[int, int]] = set()
         try:
             for here, folders, files in os.walk(self.place, followlinks=True, onerror=cannot_list):
@@ -178,10 +172,10 @@ class LocalFolder:
                 inside = Path(here).relative_to(self.place)
                 folders[:] = sorted(name for name in folders
                                     if not name.startswith(".") and (inside.parts or name not in without))
-                found += [inside / name for name in files if not name.startswith(".")]
+                paths += [inside / name for name in files if not name.startswith(".")]
         except RecursionError as error:  # from os.walk, before Python 3.12
             raise UadtoolError(f"cannot read {self.place}: its folders are nested too deeply") from error
-        return sorted(found)
+        return sorted(paths)
 
     def has(self, file: PurePath) -> bool:
         return exists(self.path(file))
