@@ -1,5 +1,6 @@
 """Images that appear in a folder, each once it is complete. Requires Linux, which reports when a file is closed."""
 
+import logging
 import os
 import queue
 import stat
@@ -119,6 +120,7 @@ class Watch:
 
     def stop(self) -> None:
         """End the iteration after the images found so far."""
+        logging.getLogger("watchdog").setLevel(logging.CRITICAL)  # it logs an error if it gets an event while it stops
         self._observer.stop()
         self._files.put(None)
 
