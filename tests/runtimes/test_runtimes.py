@@ -125,7 +125,7 @@ def test_score_runs_torch_when_asked(uadtool, trained, fp32, textures, detector)
     assert found == pytest.approx(expected, abs=1e-3)
     refused = uadtool("score", detector, image, "--runtime", "torch")
     assert refused.returncode == 1
-    assert "torch runs .safetensors files, and not" in refused.stderr
+    assert "torch runs .safetensors files, not" in refused.stderr
 
 
 # What takes how long
@@ -173,14 +173,14 @@ def test_auto_takes_what_suits_the_model_and_is_installed(make_detector, missing
     model = open_model(path, 1)
     assert (model.name, model.threads) == (chosen, 1)
     other = "onnxruntime" if chosen == "openvino" else "openvino"
-    told = [f"{path} runs on {chosen} (by its kind; --runtime {other} runs it, too)"]
+    told = [f"{path} runs on {chosen} (chosen by its kind; --runtime {other} also runs it)"]
     assert caplog.messages == (told if other not in absent and importlib.util.find_spec("openvino") else [])
 
 
 @needs_openvino
 def test_the_choice_is_told_on_stderr_and_only_where_there_is_one(uadtool, detector, mvtec):
     command = ["score", detector, mvtec / "red/test/spot/003.png"]
-    told = f"uadtool: {detector} runs on onnxruntime (by its kind; --runtime openvino runs it, too)\n"
+    told = f"uadtool: {detector} runs on onnxruntime (chosen by its kind; --runtime openvino also runs it)\n"
     for asked, expected in (([], told), (["-q"], ""), (["--runtime", "onnxruntime"], "")):
         done = uadtool(*command, *asked)
         assert (done.returncode, done.stderr) == (0, expected)
@@ -247,7 +247,7 @@ print(*(name for name in sys.modules if name.startswith(("openvino_telemetry", "
     ("model.safetensors", "export it first: uadtool export .*model.safetensors -o model.onnx"),
     ("model.engine", "has no model.engine.json beside it"),
     ("model.pb", r"its name must end in \.onnx, \.engine or \.safetensors"),
-    ("model.onnx", "model.onnx is damaged, or no ONNX file"),
+    ("model.onnx", "model.onnx is damaged or not an ONNX file"),
 ])
 def test_files_that_are_no_exported_detector(tmp_path, name, message):
     if not name.startswith("missing"):
@@ -330,7 +330,7 @@ def test_a_file_that_was_cut_off_is_noticed(detector, tmp_path):
     content = detector.read_bytes()
     for size in range(0, len(content), 7):
         (tmp_path / "model.onnx").write_bytes(content[:size])
-        with pytest.raises(UadtoolError, match=r"is damaged, or no ONNX file|not made by uadtool"):
+        with pytest.raises(UadtoolError, match=r"is damaged or not an ONNX file|not made by uadtool"):
             read_metadata(str(tmp_path / "model.onnx"))
 
 

@@ -1,4 +1,4 @@
-"""The contract of an exported detector that is ready to run."""
+"""The contract of a detector that is ready to run."""
 
 import dataclasses
 from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Protocol, Sequence, Tuple
@@ -11,10 +11,10 @@ from uadtool.metadata import Metadata
 
 
 class Output(NamedTuple):
-    """What a detector says about N images.
+    """A detector's results for N images.
 
-    ``score`` is float32 [N], ``anomaly_map`` float32 [N, h, w] in the same unit (standard deviations of the good images
-    of the nearest class), ``raw_score`` float32 [N] in the method's own unit, ``nearest_class`` int32 [N], indices into
+    ``score`` is float32 [N], ``anomaly_map`` float32 [N, h, w], both in standard deviations of the good images of the
+    nearest class. ``raw_score`` is float32 [N] in the method's own unit, ``nearest_class`` int32 [N], indices into
     ``Metadata.classes``.
     """
 
@@ -25,7 +25,7 @@ class Output(NamedTuple):
 
 
 class LayerTime(NamedTuple):
-    """What a layer, as the runtime fused it, takes in a run; ``kind`` is the runtime's name of its operation."""
+    """Time per run of a layer, as the runtime fused it. ``kind`` is the runtime's name for its operation."""
 
     name: str
     kind: str
@@ -33,10 +33,10 @@ class LayerTime(NamedTuple):
 
 
 class Runtime(Protocol):
-    """A detector ready to run: ``path`` of its file, ``name`` and ``version`` of the runtime.
+    """A detector that is ready to run: ``path`` of its file, ``name`` and ``version`` of the runtime.
 
-    It uses ``threads`` cores, shared by ``streams`` runs that go on at once. ``gpu_bytes`` is the memory that it holds
-    on a GPU, None where it uses none. ``identity`` is that of the file (``file_identity``) which ``open_model`` read.
+    ``threads`` is the number of cores, ``streams`` the number of parallel runs that share them. ``gpu_bytes`` is the
+    GPU memory that it holds, None without a GPU. ``identity`` is the ``file_identity`` that ``open_model`` read.
     """
 
     path: str
@@ -49,25 +49,25 @@ class Runtime(Protocol):
     identity: Tuple[int, ...]
 
     def run(self, images: np.ndarray) -> Output:
-        """Score ``images``, uint8 [N, H, W, 3] RGB of the size that the metadata says. Any thread may call it."""
+        """Score ``images``, uint8 [N, H, W, 3] RGB in ``metadata.image_size``. Any thread may call it."""
 
     def layer_times(self, images: np.ndarray, runs: int) -> List[LayerTime]:
-        """The mean time of each layer over some runs, in the order of the network. Measuring slows later runs."""
+        """The mean time of each layer over ``runs`` runs, in network order. Measuring slows later runs."""
 
 
 TensorSpec = Tuple[str, str, Sequence[Any]]
-"""Name, NumPy's name of the type, and shape; a size that is not an int is free."""
+"""Name, NumPy's name of the type, and shape. A size that is not an int is variable."""
 
 
 def check_signature(model: Runtime, inputs: Iterable[TensorSpec], outputs: Iterable[TensorSpec]) -> None:
-    """Require that a graph takes and gives what a detector does.
+    """Require that a graph has the inputs and outputs of a detector.
 
     Raises:
-        UadtoolError: naming what it has and what was expected.
+        UadtoolError: it does not; the message lists the actual and the expected tensors.
     """
-    found_inputs, found_outputs = _lines(inputs), _lines(outputs)
-    wanted_inputs = _lines([("image", "uint8", ("N", *model.metadata.image_size, 3))])
-    wanted_outputs = _lines([
+    found_inputs, found_outputs = _described(inputs), _described(outputs)
+    wanted_inputs = _described([("image", "uint8", ("N", *model.metadata.image_size, 3))])
+    wanted_outputs = _described([
         ("score", "float32", "N"),
         ("raw_score", "float32", "N"),
         ("anomaly_map", "float32", ("N", *model.metadata.map_size)),
@@ -78,35 +78,27 @@ def check_signature(model: Runtime, inputs: Iterable[TensorSpec], outputs: Itera
                            f"{', '.join(found_outputs)}; expected {', '.join(wanted_inputs + wanted_outputs)}")
 
 
-def _lines(tensors: Iterable[TensorSpec]) -> List[str]:
+def _described(tensors: Iterable[TensorSpec]) -> List[str]:
     shapes = [(name, kind, [size if isinstance(size, int) else "N" for size in shape]) for name, kind, shape in tensors]
     return [f"{name}: {kind} [{', '.join(map(str, shape))}]" for name, kind, shape in shapes]
 
 
 def describe(runtime: Runtime) -> Dict[str, Any]:
-    """The ``model`` and ``runtime`` objects of a record.
+    """The ``model`` and ``runtime`` objects of a record (schemas/common.json).
 
     Raises:
-        UadtoolError: the file is no longer the one that was opened.
+        UadtoolError: the file changed since it was opened.
     """
-    metadata = runtime.metadata
     digest = file_digest(runtime.path)
     if file_identity(runtime.path) != runtime.identity:
         raise UadtoolError(f"{runtime.path} was replaced while this ran; run it again")
-    quantization = metadata.quantization
-    return {
-        "model": {
-            "path": runtime.path,
-            "digest": digest,
-            "method": metadata.method,
-            "teacher": metadata.teacher,
-            "precision": metadata.precision,
-            "target": metadata.target,
-            "classes": metadata.classes,
-            "image_size": list(metadata.image_size),
-            **({"quantization": {**dataclasses.asdict(quantization), "float_layers": len(quantization.float_layers)}}
-               if quantization else {}),
-        },
-        "runtime": {"name": runtime.name, "version": runtime.version, "threads": runtime.threads,
-                    "streams": runtime.streams},
-    }
+    metadata = runtime.metadata
+    model: Dict[str, Any] = {
+        "path": runtime.path, "digest": digest, "method": metadata.method, "teacher": metadata.teacher,
+        "precision": metadata.precision, "target": metadata.target, "classes": metadata.classes,
+        "image_size": list(metadata.image_size)}
+    if metadata.quantization:
+        model["quantization"] = {**dataclasses.asdict(metadata.quantization),
+                                 "float_layers": len(metadata.quantization.float_layers)}
+    return {"model": model, "runtime": {name: getattr(runtime, name)
+                                        for name in ("name", "version", "threads", "streams")}}

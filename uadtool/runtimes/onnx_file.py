@@ -1,6 +1,6 @@
-"""What must be known of an ONNX file before a runtime sees it: its metadata, and that no tensor lies in another file.
+"""Checks on an ONNX file before a runtime opens it: it has metadata, and no tensors in other files.
 
-It is read without the onnx package, which the edge half does not need otherwise.
+It is parsed here because the edge half does not require the onnx package.
 """
 
 from pathlib import Path
@@ -10,15 +10,15 @@ from uadtool.errors import UadtoolError
 from uadtool.metadata import KEY, Metadata
 
 MOST_BYTES = (1 << 31) - 1
-"""Of a file in protobuf; larger networks need external data."""
+"""Limit of a protobuf file; larger networks need external data."""
 
 VARINT, LENGTH_DELIMITED = 0, 2
 FIXED_SIZES = {1: 8, 5: 4}
-"""Wire types of protobuf (https://protobuf.dev/programming-guides/encoding) and bytes of those of one size."""
+"""Wire types of protobuf (https://protobuf.dev/programming-guides/encoding), and bytes of those of fixed size."""
 
 METADATA_PROPS = 14
 ENTRY_KEY, ENTRY_VALUE = 1, 2
-"""Numbers of fields of ModelProto and of StringStringEntryProto, from onnx.proto."""
+"""Field numbers of ModelProto and StringStringEntryProto, from onnx.proto."""
 
 EXTERNAL_DATA = ("TensorProto", 13)
 INSIDE = {
@@ -32,18 +32,18 @@ INSIDE = {
     "SparseTensorProto": {1: "TensorProto", 2: "TensorProto"},
     "TensorProto": {},
 }
-"""By message of onnx.proto, the fields in which a tensor may lie, and their messages."""
+"""Message of onnx.proto -> fields that may contain a tensor -> their messages."""
 
 DEEPEST = 100
-"""Messages in each other, as in protobuf itself."""
+"""Levels of nested messages; protobuf itself has the same limit."""
 
 
 def read_metadata(path: str) -> Metadata:
     """The metadata that export wrote into the ONNX file ``path``.
 
     Raises:
-        UadtoolError: the file cannot be read, is damaged, was not made by uadtool, or names other files, which runtimes
-            would read wherever they lie.
+        UadtoolError: the file cannot be read, is damaged, was not made by uadtool, or names other files, which a
+            runtime would read from anywhere.
     """
     try:
         if Path(path).stat().st_size > MOST_BYTES:
@@ -54,10 +54,10 @@ def read_metadata(path: str) -> Metadata:
     except OSError as error:
         raise UadtoolError(f"cannot read {path}: {error.strerror}") from error
     except ValueError as error:
-        raise UadtoolError(f"{path} is damaged, or no ONNX file: {error}") from error
+        raise UadtoolError(f"{path} is damaged or not an ONNX file: {error}") from error
     if external:
         raise UadtoolError(f"{path} has tensors in other files (external data), which uadtool does not read; export "
-                           "writes all into one file")
+                           "writes everything into one file")
     return Metadata.from_json(properties.get(KEY), path)
 
 
@@ -65,7 +65,7 @@ def read_properties(model: bytes) -> Dict[str, str]:
     """The ``metadata_props`` of a serialized ModelProto.
 
     Raises:
-        ValueError: it is none.
+        ValueError: ``model`` is not a ModelProto.
     """
     properties = {}
     for number, content in _messages(memoryview(model)):
@@ -77,32 +77,32 @@ def read_properties(model: bytes) -> Dict[str, str]:
 
 
 def has_external_data(model: bytes) -> bool:
-    """Does a tensor of a serialized ModelProto lie in another file?
+    """Whether a serialized ModelProto has a tensor in another file.
 
     Raises:
-        ValueError: it is none.
+        ValueError: ``model`` is not a ModelProto.
     """
-    found = [("ModelProto", memoryview(model), 0)]
-    while found:
-        kind, message, depth = found.pop()
+    pending = [("ModelProto", memoryview(model), 0)]
+    while pending:
+        kind, message, depth = pending.pop()
         if depth > DEEPEST:
             raise ValueError("it is nested too deeply")
         for number, content in _messages(message):
             if (kind, number) == EXTERNAL_DATA:
                 return True
             if number in INSIDE[kind]:
-                found.append((INSIDE[kind][number], content, depth + 1))
+                pending.append((INSIDE[kind][number], content, depth + 1))
     return False
 
 
 def _messages(message: memoryview) -> Iterator[Tuple[int, memoryview]]:
-    """Number and content of each field of a message that has a length; numbers are passed over."""
+    """Number and content of each length-delimited field of a message."""
     at = 0
     while at < len(message):
         tag, at = _varint(message, at)
         number, wire_type = tag >> 3, tag & 7
         if not 0 < number < 1 << 29:
-            raise ValueError(f"there is no field {number}")
+            raise ValueError(f"field {number} does not exist")
         if wire_type == VARINT:
             _, at = _varint(message, at)
             continue
@@ -111,7 +111,7 @@ def _messages(message: memoryview) -> Iterator[Tuple[int, memoryview]]:
         elif wire_type in FIXED_SIZES:
             size = FIXED_SIZES[wire_type]
         else:
-            raise ValueError(f"there is no wire type {wire_type}")
+            raise ValueError(f"wire type {wire_type} does not exist")
         if size > len(message) - at:
             raise ValueError("it ends too early")
         if wire_type == LENGTH_DELIMITED:
@@ -120,7 +120,7 @@ def _messages(message: memoryview) -> Iterator[Tuple[int, memoryview]]:
 
 
 def _varint(message: memoryview, at: int) -> Tuple[int, int]:
-    """The number of variable length at ``at``, and where it ends."""
+    """The variable-length number at ``at``, and where it ends."""
     value = 0
     for place, byte in enumerate(message[at:at + 10]):
         value |= (byte & 0x7F) << (7 * place)

@@ -12,14 +12,14 @@ from uadtool.metadata import Metadata
 from uadtool.runtimes.contract import LayerTime, Output, TensorSpec, check_signature
 
 FATAL = 4
-"""Log severity. ONNX Runtime raises what went wrong; what it prints besides, on stderr, is noise."""
+"""Log severity. ONNX Runtime raises errors; its messages on stderr only repeat them."""
 
 TYPES = {"tensor(uint8)": "uint8", "tensor(int32)": "int32", "tensor(float)": "float32"}
-"""NumPy's names of the types that a detector has."""
+"""ONNX Runtime's names of a detector's types -> NumPy's."""
 
 
 class OnnxRuntime:
-    """A detector in an ONNX file; see ``uadtool.runtimes.Runtime``."""
+    """A detector in an ONNX file; see ``contract.Runtime``."""
 
     name = "onnxruntime"
     gpu_bytes: Optional[int] = None
@@ -51,11 +51,12 @@ class OnnxRuntime:
         times: Dict[str, List[float]] = {}
         kinds = {}
         for event in events:
-            name, _, what = event["name"].rpartition("_kernel_")
-            if event["cat"] == "Node" and what == "time":
+            name, _, measure = event["name"].rpartition("_kernel_")
+            if event["cat"] == "Node" and measure == "time":
                 times.setdefault(name, []).append(event["dur"] / 1000)
                 kinds[name] = event["args"]["op_name"]
-        return [LayerTime(name, kinds[name], sum(found[1:]) / runs) for name, found in times.items()]  # but the first
+        # The first run, which is slower, does not count.
+        return [LayerTime(name, kinds[name], sum(durations[1:]) / runs) for name, durations in times.items()]
 
     def _options(self) -> Any:
         options = self._ort.SessionOptions()

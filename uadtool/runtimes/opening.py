@@ -1,4 +1,4 @@
-"""Running an exported detector: one interface, one module per runtime."""
+"""Opens a model file with a runtime that suits it."""
 
 import importlib
 import logging
@@ -16,31 +16,30 @@ from uadtool.runtimes.onnx_file import read_metadata
 from uadtool.tensorrt.engine_file import read_engine_metadata, require_fit
 
 RUNTIMES = {"onnxruntime": "OnnxRuntime", "openvino": "OpenVino", "tensorrt": "TensorRt", "torch": "Torch"}
-"""Class of each, in the module here that has the name of the package it needs."""
+"""Name of a runtime -> its class, in the module of that name beside this one."""
 
 OPENVINO_TARGETS = ("openvino", "tensorrt")
 """Targets of quantized graphs that OpenVINO runs in integers and ONNX Runtime mostly in float."""
 
 ATTEMPTS = 10
-"""To open a file that others replace."""
+"""Attempts to open a file that other processes replace."""
 
 log = logging.getLogger("uadtool")
 
 
 def open_model(path: str, threads: Optional[int] = None, runtime: str = "auto", streams: int = 1) -> Runtime:
-    """Open the model file ``path`` on ``threads`` cores (all available ones if None).
-
-    A file that is replaced or written to meanwhile is opened anew.
+    """Open the model file ``path``. If the file changes meanwhile, open it anew.
 
     Args:
-        streams: runs that share the cores; one is fastest for an image, as many as cores for many images.
-        runtime: one of ``RUNTIMES``; "auto" takes the fastest for this kind of file of those that are installed, and
-            says which where it had a choice.
+        threads: cores to use; None: all available cores.
+        runtime: one of ``RUNTIMES``, or "auto" for the fastest installed runtime for this kind of file. With a choice,
+            "auto" logs which runtime it took.
+        streams: parallel runs that share the cores. One stream is fastest for a single image, one per core for many.
 
     Raises:
-        UadtoolError: there is no such file, it is damaged or not an exported detector, or is an engine that was not
-            built for what is here.
-        MissingPackage: the runtime, or any, is not installed.
+        UadtoolError: the file does not exist, is damaged, is not an exported detector, or is an engine that was not
+            built for this machine.
+        MissingPackage: the runtime is not installed.
     """
     path = os.fspath(path)
     if not Path(path).is_file():
@@ -48,7 +47,7 @@ def open_model(path: str, threads: Optional[int] = None, runtime: str = "auto", 
     for _ in range(ATTEMPTS):
         identity = file_identity(path)
         try:
-            model = _open(path, threads, runtime, streams)
+            model = _open(path, threads or available_cores(), runtime, streams)
         except UadtoolError:
             if identity == file_identity(path):
                 raise
@@ -59,58 +58,64 @@ def open_model(path: str, threads: Optional[int] = None, runtime: str = "auto", 
     raise UadtoolError(f"{path} was replaced whenever it was opened; run this again once it stays")
 
 
-def _open(path: str, threads: Optional[int], runtime: str, streams: int) -> Runtime:
-    metadata = _metadata(path, runtime)
-    others: List[str] = []
-    if runtime == "auto":
-        runtime, *others = ["tensorrt"] if Path(path).suffix == ".engine" else _installed(metadata.target)
-    module = importlib.import_module(f"uadtool.runtimes.{runtime}")
+def _open(path: str, threads: int, runtime: str, streams: int) -> Runtime:
+    _require_suitable(path, runtime)
+    metadata = _read_metadata(path)
+    names = [runtime] if runtime != "auto" else _suitable_runtimes(path, metadata)
+    module = importlib.import_module(f"uadtool.runtimes.{names[0]}")  # each imports a package that may be missing
     try:
-        model: Runtime = getattr(module, RUNTIMES[runtime])(path, metadata, threads or available_cores(), streams)
+        model: Runtime = getattr(module, RUNTIMES[names[0]])(path, metadata, threads, streams)
     except UadtoolError:
         raise
-    except Exception as error:  # those of the runtimes have no common base
-        raise UadtoolError(f"{path} cannot be loaded by {runtime}: {' '.join(str(error).split())}") from error
-    if others:
-        log.info("%s runs on %s (by its kind; --runtime %s runs it, too)", path, runtime, others[0])
+    except Exception as error:  # the runtimes' errors have no common base
+        raise UadtoolError(f"{path} cannot be loaded by {names[0]}: {' '.join(str(error).split())}") from error
+    if len(names) > 1:
+        log.info("%s runs on %s (chosen by its kind; --runtime %s also runs it)", path, *names)
     return model
 
 
-def _metadata(path: str, runtime: str) -> Metadata:
-    """Those of a model file that the runtime runs."""
+def _require_suitable(path: str, runtime: str) -> None:
+    """Require that the runtime runs files of this kind."""
     suffix = Path(path).suffix
-    if suffix == ".safetensors":
-        if runtime != "torch":
-            raise UadtoolError(f"{path} cannot be run as it is; export it first: uadtool export {path} -o model.onnx "
-                               "(or take --runtime torch)")
-        require_lab()
-        from uadtool.runtimes.torch import read_metadata as of_safetensors
-
-        return of_safetensors(path)
-    if suffix not in (".onnx", ".engine"):
+    if suffix not in (".onnx", ".engine", ".safetensors"):
         raise UadtoolError(f"{path} is not a model that can be run: its name must end in .onnx, .engine or "
                            ".safetensors")
-    if runtime == "torch":
-        raise UadtoolError(f"torch runs .safetensors files, and not {path}")
+    if suffix == ".safetensors" and runtime != "torch":
+        raise UadtoolError(f"{path} cannot be run as it is; export it first: uadtool export {path} -o model.onnx "
+                           "(or choose --runtime torch)")
+    if suffix != ".safetensors" and runtime == "torch":
+        raise UadtoolError(f"torch runs .safetensors files, not {path}")
+    if suffix == ".engine" and runtime not in ("auto", "tensorrt"):
+        raise UadtoolError(f"{path} is an engine, which {runtime} cannot run; give it the .onnx file")
+    if suffix == ".onnx" and runtime == "tensorrt":
+        raise UadtoolError(f"TensorRT runs engines; first, on this device: uadtool export {path} -o "
+                           f"{Path(path).with_suffix('.engine')}")
+
+
+def _read_metadata(path: str) -> Metadata:
+    suffix = Path(path).suffix
+    if suffix == ".onnx":
+        return read_metadata(path)
     if suffix == ".engine":
-        if runtime not in ("auto", "tensorrt"):
-            raise UadtoolError(f"{path} is an engine, which {runtime} cannot run; give it the .onnx file")
         metadata, build = read_engine_metadata(path)
         require_fit(path, build)
         return metadata
-    if runtime == "tensorrt":
-        raise UadtoolError(f"TensorRT runs engines; first, on this device: uadtool export {path} -o "
-                           f"{Path(path).with_suffix('.engine')}")
-    return read_metadata(path)
+    require_lab()
+    from uadtool.runtimes.torch import read_metadata as read_safetensors  # needs torch
+
+    return read_safetensors(path)
 
 
-def _installed(target: Optional[str]) -> List[str]:
-    """The runtimes here that run an ONNX file of this target, the fastest first; ONNX Runtime if there is none.
+def _suitable_runtimes(path: str, metadata: Metadata) -> List[str]:
+    """The installed runtimes for a file, fastest first; the default runtime if none is installed.
 
-    The order is a rule, from the latencies in the README; where neither is ahead throughout, ONNX Runtime is first. To
-    measure here would take longer than to score an image, and two runs that chose differently could not be merged.
+    The order is a rule based on measured latencies (examples/results); where neither is faster throughout, ONNX Runtime
+    is first. Measuring here would take longer than scoring an image, and runs with different choices could not be
+    merged.
     """
+    if Path(path).suffix == ".engine":
+        return ["tensorrt"]
     names = ["onnxruntime", "openvino"]
-    if target in OPENVINO_TARGETS:
+    if metadata.target in OPENVINO_TARGETS:
         names.reverse()
     return list(filter(find_spec, names)) or ["onnxruntime"]

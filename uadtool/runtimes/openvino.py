@@ -14,16 +14,16 @@ from uadtool.runtimes.contract import LayerTime, Output, TensorSpec, check_signa
 
 SETTINGS = {
     "PERFORMANCE_HINT": "LATENCY",
-    "INFERENCE_PRECISION_HINT": "f32",  # not bf16 or f16 where the processor has it; integers remain integers
-    "ENABLE_CPU_PINNING": False,  # several processes would be pinned to the same core
+    "INFERENCE_PRECISION_HINT": "f32",  # not bf16 or f16, even if the processor supports it; integers stay integers
+    "ENABLE_CPU_PINNING": False,  # it would pin several processes to the same core
 }
 
 TYPES = {"u8": "uint8", "i32": "int32", "f32": "float32"}
-"""NumPy's names of the types that a detector has."""
+"""OpenVINO's names of a detector's types -> NumPy's."""
 
 
 class OpenVino:
-    """A detector in an ONNX file; see ``uadtool.runtimes.Runtime``."""
+    """A detector in an ONNX file; see ``contract.Runtime``."""
 
     name = "openvino"
     gpu_bytes: Optional[int] = None
@@ -60,7 +60,7 @@ class OpenVino:
         kinds = {}
         for run in range(1 + runs):
             request.infer({"image": images})
-            for layer in request.profiling_info if run else []:  # but the first
+            for layer in request.profiling_info if run else []:  # the first run is slower
                 if layer.status.name == "EXECUTED":
                     milliseconds = layer.real_time.total_seconds() * 1000
                     times[layer.node_name] = times.get(layer.node_name, 0.0) + milliseconds / runs
@@ -68,7 +68,7 @@ class OpenVino:
         return [LayerTime(name, kinds[name], time) for name, time in times.items()]
 
     def _detector(self, batch_size: int) -> Any:
-        """The detector compiled for this batch size: a small one is up to a fifth faster than if compiled for any."""
+        """The detector compiled for this batch size, which makes a small one up to a fifth faster."""
         with self._compiling:
             if batch_size not in self._compiled:
                 self._compiled[batch_size] = self._compile(batch_size)
@@ -81,7 +81,7 @@ class OpenVino:
 
 
 def import_openvino() -> ModuleType:
-    """The package without its converter, which would report the import to the makers and write to the home folder."""
+    """Import the package without its converter, which would send telemetry and write to the home folder."""
     converter = "openvino.tools.ovc"
     if converter in sys.modules:
         return require("openvino", "openvino")

@@ -15,15 +15,14 @@ from uadtool.tensorrt.logger import make_logger
 from uadtool.tensorrt.versions import import_tensorrt
 
 TYPES = {"UINT8": "uint8", "INT32": "int32", "FLOAT": "float32"}
-"""NumPy's names of the types that a detector has. (TensorRT 8.5's own ``nptype`` fails with NumPy 1.24 and later.)"""
+"""TensorRT's names of a detector's types -> NumPy's. (TensorRT 8.5's ``nptype`` fails with NumPy 1.24 and later.)"""
 
 
 class TensorRt:
-    """A detector in an engine; see ``uadtool.runtimes.Runtime``.
+    """A detector in an engine; see ``contract.Runtime``.
 
-    It shares the GPU's primary context with whatever else the process runs there. All its memory is taken at the start,
-    for the largest batch of the engine: page-locked on the host, so that copies do not pass through a buffer of the
-    driver's. What it took is freed with the object.
+    It shares the GPU's primary context with other users in the process. It allocates all its memory at the start, for
+    the engine's largest batch, and frees it with the object. Host memory is page-locked, which saves the driver a copy.
     """
 
     name = "tensorrt"
@@ -35,7 +34,7 @@ class TensorRt:
         self.path = path
         self.version = trt.__version__
         self.threads = threads
-        self.streams = 1  # the GPU has enough to do with one run; other threads decode meanwhile
+        self.streams = 1  # one run keeps the GPU busy while other threads decode
         self._running = threading.Lock()
         self.metadata = metadata
         self._cuda.init()
@@ -73,17 +72,17 @@ class TensorRt:
         profiler = _profiler(self._trt)
         self._execution.profiler = profiler
         self.run(images)
-        profiler.milliseconds.clear()  # of the first run, which is slower
+        profiler.milliseconds.clear()  # the first run is slower
         for _ in range(runs):
             self.run(images)
         return [LayerTime(name, "", sum(times) / runs) for name, times in profiler.milliseconds.items()]
 
     def _run(self, images: np.ndarray) -> Output:
         count = len(images)
-        batch = max(count, self._min_batch)  # what lies behind the images is run, too, and not looked at
+        batch = max(count, self._min_batch)  # results beyond the images are ignored
         with self._current():
             self._host["image"][:count] = images
-            if batch != self._batch:  # shapes are worked out anew
+            if batch != self._batch:  # setting a shape is slow
                 self._execution.set_input_shape("image", (batch, *images.shape[1:]))
                 self._batch = batch
             self._cuda.memcpy_htod_async(self._on_device["image"], self._host["image"][:batch], self._stream)
@@ -96,7 +95,7 @@ class TensorRt:
 
     @contextmanager
     def _current(self) -> Iterator[None]:
-        """CUDA's state belongs to a thread; this one has the GPU's for a while."""
+        """Make the GPU's context current in this thread; CUDA keeps that state per thread."""
         self._device.push()
         try:
             yield
@@ -110,7 +109,7 @@ class TensorRt:
 
 
 def _profiler(trt: Any) -> Any:
-    """It keeps what TensorRT reports."""
+    """A profiler that keeps the times that TensorRT reports."""
     class Profiler(trt.IProfiler):  # type: ignore[misc]
         def __init__(self) -> None:
             super().__init__()

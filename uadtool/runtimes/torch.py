@@ -1,39 +1,36 @@
-"""PyTorch on the CPU: a model before it is exported, quantized ones with their rounding computed in float."""
+"""PyTorch on the CPU: a model before export. Quantized models simulate their rounding in float."""
 
 import time
 from typing import Any, Dict, List, Optional, Tuple
 
 import numpy as np
+import torch
 
+from uadtool.lab import models
 from uadtool.metadata import Metadata
 from uadtool.runtimes.contract import LayerTime, Output
 
 
 class Torch:
-    """A detector in a .safetensors file; see ``uadtool.runtimes.Runtime``."""
+    """A detector in a .safetensors file; see ``contract.Runtime``."""
 
     name = "torch"
     gpu_bytes: Optional[int] = None
     identity: Tuple[int, ...] = ()
 
     def __init__(self, path: str, metadata: Metadata, threads: int, streams: int = 1) -> None:
-        import torch
-
-        from uadtool.lab.models import load_model  # only this runtime needs torch
-
         self.path = path
         self.version = torch.__version__
         self.threads = threads
         self.streams = streams
         self.metadata = metadata
-        self._torch = torch
-        torch.set_num_threads(max(1, threads // streams))  # of all that torch does in this process
-        self._model = load_model(path)[0]
+        torch.set_num_threads(max(1, threads // streams))  # affects the whole process
+        self._model = models.load_model(path)[0]
 
     def run(self, images: np.ndarray) -> Output:
-        with self._torch.inference_mode():
-            found = self._model(self._torch.from_numpy(images))
-        return Output(*(getattr(found, name).numpy() for name in Output._fields))
+        with torch.inference_mode():
+            output = self._model(torch.from_numpy(images))
+        return Output(*(getattr(output, name).numpy() for name in Output._fields))
 
     def layer_times(self, images: np.ndarray, runs: int) -> List[LayerTime]:
         seconds: Dict[str, float] = {}
@@ -44,7 +41,7 @@ class Torch:
                 kinds[name] = type(module).__name__
                 hooks += _timing(module, name, seconds)
         self.run(images)
-        seconds.clear()  # of the first run, which is slower
+        seconds.clear()  # the first run is slower
         for _ in range(runs):
             self.run(images)
         for hook in hooks:
@@ -58,18 +55,18 @@ def read_metadata(path: str) -> Metadata:
     Raises:
         UadtoolError: as ``lab.models.read_metadata``.
     """
-    from uadtool.lab.models import read_metadata as read
-
-    return read(path)
+    return models.read_metadata(path)
 
 
 def _timing(module: Any, name: str, seconds: Dict[str, float]) -> Tuple[Any, Any]:
-    began = [0.0]
+    """Hooks that add the time of each forward pass of a module to ``seconds[name]``."""
+    began = 0.0
 
     def before(*_: Any) -> None:
-        began[0] = time.perf_counter()
+        nonlocal began
+        began = time.perf_counter()
 
     def after(*_: Any) -> None:
-        seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - began[0]
+        seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - began
 
     return module.register_forward_pre_hook(before), module.register_forward_hook(after)

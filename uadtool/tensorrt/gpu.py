@@ -1,4 +1,4 @@
-"""The GPU that this process would compute on, asked of the driver itself."""
+"""The GPU that this process would use, according to the driver."""
 
 import ctypes
 from typing import NamedTuple, Optional
@@ -8,14 +8,14 @@ MAJOR, MINOR = 75, 76
 
 
 class Gpu(NamedTuple):
-    """Its name and its compute capability, ``8.7`` for an Orin."""
+    """A GPU's name and compute capability, ``8.7`` for an Orin."""
 
     name: str
     compute_capability: str
 
 
 def current_gpu() -> Optional[Gpu]:
-    """The first GPU, or None where there is no driver or no GPU."""
+    """The first GPU, or None without a GPU or driver."""
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:

@@ -1,4 +1,4 @@
-"""What TensorRT has to say."""
+"""TensorRT's messages."""
 
 import logging
 from typing import Any, List
@@ -7,15 +7,15 @@ log = logging.getLogger("uadtool")
 
 
 def make_logger(trt: Any) -> Any:
-    """A TensorRT logger: ``reason`` is the first error, of which others follow; all and warnings are debug messages."""
+    """A TensorRT logger. ``reason`` is the first error, which causes the others. Errors and warnings are logged."""
     class Logger(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
-            super().__init__()  # else TensorRT crashes on it
+            super().__init__()  # without it TensorRT crashes
             self._errors: List[str] = []
 
         @property
         def reason(self) -> str:
-            return self._errors[0] if self._errors else "it gives no reason"
+            return self._errors[0] if self._errors else "no reason given"
 
         def log(self, severity: Any, message: str) -> None:
             if severity <= trt.ILogger.ERROR:

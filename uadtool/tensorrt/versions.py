@@ -1,4 +1,4 @@
-"""What differs between TensorRT 8.5 (JetPack 5), 8.6, 10, 11 and TensorRT-RTX."""
+"""The differences between TensorRT 8.5 (JetPack 5), 8.6, 10, 11 and TensorRT-RTX."""
 
 import importlib
 import platform
@@ -7,20 +7,20 @@ from typing import Any, List, Optional, Tuple
 from uadtool.errors import MissingPackage
 
 PACKAGES = ("tensorrt", "tensorrt_rtx")
-"""Imported in this order; the second builds without a GPU, too."""
+"""Packages in order of preference. The second also builds without a GPU."""
 
 
 def import_tensorrt(package: Optional[str] = None) -> Any:
-    """The TensorRT that is installed; or this one of ``PACKAGES``.
+    """The installed TensorRT, or a certain one of ``PACKAGES``.
 
     Raises:
-        MissingPackage: there is none; with what installs it on this machine.
+        MissingPackage: it is not installed; the message says how to install it on this machine.
     """
     for name in [package] if package else PACKAGES:
         try:
             return importlib.import_module(name)
         except ImportError as reason:
-            if reason.name != name:  # it is there, but a library that it needs is not
+            if reason.name != name:  # it is installed, but lacks a library
                 raise MissingPackage(f"{name} cannot be imported: {reason}; reinstall it") from reason
     name = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT-RTX"}[package or "tensorrt"]
     if platform.machine() == "aarch64":
@@ -29,17 +29,17 @@ def import_tensorrt(package: Optional[str] = None) -> Any:
 
 
 def version(trt: Any) -> Tuple[int, ...]:
-    """(major, minor) of it."""
+    """Major and minor version of a TensorRT."""
     return tuple(int(part) for part in trt.__version__.split(".")[:2])
 
 
 def is_rtx(trt: Any) -> bool:
-    """Is it TensorRT-RTX, whose versions count from 1?"""
+    """Whether it is TensorRT-RTX, whose versions count from 1."""
     return bool(trt.__name__ == "tensorrt_rtx")
 
 
 def create_network(trt: Any, builder: Any) -> Any:
-    """An empty network with a batch dimension, whose tensors have the types of the graph where TensorRT can do that."""
+    """An empty network with a batch dimension. Its tensors have the types of the graph if TensorRT supports that."""
     flags = trt.NetworkDefinitionCreationFlag
     if is_rtx(trt) or version(trt) >= (11, 0):
         return builder.create_network(0)
@@ -47,16 +47,16 @@ def create_network(trt: Any, builder: Any) -> Any:
 
 
 def use_types_of_graph(trt: Any, network: Any, config: Any, precision: str) -> None:
-    """Let the builder compute in the types that the graph has, and in no others.
+    """Let the builder compute only in the types of the graph.
 
-    Before version 10 networks have no types, but flags say what the builder may take for any layer. It would take fp16
-    for the score head, too, whose squares and small differences that cannot hold: so it is told to obey, and which
-    layers are fp32.
+    Before version 10, networks have no types, and flags allow a type for any layer. With fp16 the builder would also
+    compute the score head in fp16, which cannot hold its squares and small differences. Therefore its layers are set to
+    fp32, and the builder must obey.
 
     Args:
-        precision: of the graph, as in its metadata: fp32, fp16, int8 or mixed.
+        precision: the precision of the graph, as in its metadata: fp32, fp16, int8 or mixed.
     """
-    config.clear_flag(trt.BuilderFlag.TF32)  # what is float is so for its accuracy
+    config.clear_flag(trt.BuilderFlag.TF32)  # layers are float for accuracy
     if is_rtx(trt) or version(trt) >= (10, 0):
         return
     for flag in {"fp32": [], "fp16": ["FP16"], "int8": ["INT8"], "mixed": ["INT8", "FP16"]}[precision]:
@@ -69,10 +69,10 @@ def use_types_of_graph(trt: Any, network: Any, config: Any, precision: str) -> N
 
 
 def fp32_layers(trt: Any, network: Any) -> List[Any]:
-    """The layers, of kinds that count in the score head, that the graph has in fp32.
+    """The layers that are fp32 in the graph and of a kind that matters in the score head.
 
-    Left out is what integer kernels compute: what reads quantized values, and additions, which may be fused with a
-    convolution before them.
+    Layers that integer kernels compute are left out: those that read quantized values, and additions, which may be
+    fused with a convolution before them.
     """
     kinds = trt.LayerType
     layers = [network.get_layer(index) for index in range(network.num_layers)]
@@ -87,12 +87,12 @@ def _is_addition(trt: Any, layer: Any) -> bool:
     if layer.type != trt.LayerType.ELEMENTWISE:
         return False
     elementwise = layer
-    elementwise.__class__ = trt.IElementWiseLayer  # networks give every layer the type of their base
+    elementwise.__class__ = trt.IElementWiseLayer  # networks return every layer as its base type
     return bool(elementwise.op == trt.ElementWiseOperation.SUM)
 
 
 def describe_error(error: Any) -> str:
-    """A parser's error with the node that it is about."""
+    """A parser's error and its node."""
     place = f"node {error.node()}"
     if hasattr(error, "node_name"):  # 10 and later
         place = f"{error.node_operator()} {error.node_name()}"

@@ -87,7 +87,7 @@ def test_engines_shrink_with_the_precision(exported, precision, share):
 @pytest.mark.parametrize("target", ["onnxruntime", "openvino"])
 def test_tensorrt_refuses_other_flavours(exported, target):
     metadata = flavour("resnet18", target, "int8").metadata.replace(target="tensorrt")  # so that it comes to the parser
-    with pytest.raises(UadtoolError, match=r"does not take .*: \w+ .*: .*Non-zero zero point is not supported"):
+    with pytest.raises(UadtoolError, match=r"does not support .*: \w+ .*: .*Non-zero zero point is not supported"):
         build_engine(exported("resnet18", target, "int8"), metadata, BuildOptions(compute_capability=SM86))
 
 
