@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and the digests that tie them together."""
+"""Files that appear whole or not at all, JSON files, and digests."""
 
 import contextlib
 import glob
@@ -15,22 +15,26 @@ from typing import Any, Dict, Iterable, Iterator, Optional, Tuple, Union
 from uadtool.errors import UadtoolError
 
 MOST_JSON = 64 << 20
-"""Bytes of a file that is one JSON object: hundreds of times what the largest network needs."""
+"""Limit of a JSON file in characters: hundreds of times what the largest network needs."""
 
 PART = ".uadtool-part"
-"""Suffix of temporary files, which nobody else's have; their names start with a dot."""
+"""Suffix of temporary files, unique to this package. Their names start with a dot."""
 
 
 @contextmanager
 def atomic_write(path: Union[str, Path], durable: bool = True) -> Iterator[Path]:
-    """Yield a temporary path in the folder of ``path``; it takes the place of ``path`` when the block ends well. Where
-    that is a link, it takes the place of what the link leads to.
+    """Yield a temporary path beside ``path``, or beside the target of a link; it replaces ``path`` when the block ends.
 
-    The content is synced to disk before ``os.replace`` and the folder after it, so a crash leaves the old file or the
-    new one, and the new one once the block has ended. Without ``durable``, for one of many files that are easily made
-    again, only a power cut can leave a damaged one, and it takes a tenth of the time. When the block raises, the
-    temporary file is removed and ``path`` stays as it was. Who writes it must write the file that is there, and not put
-    another one in its place.
+    The block must write into the temporary file, not replace it. If the block raises, the temporary file is removed and
+    ``path`` stays unchanged.
+
+    Args:
+        durable: sync the content before the replacement and the folder after it. A crash then leaves the old or the new
+            file, and the new file once the block has ended. Without it, writing takes a tenth of the time, but a power
+            cut can leave a damaged file.
+
+    Raises:
+        UadtoolError: the file cannot be written.
     """
     target = _target(path)
     try:
@@ -41,7 +45,7 @@ def atomic_write(path: Union[str, Path], durable: bool = True) -> Iterator[Path]
         yield temporary
         umask = os.umask(0)
         os.umask(umask)
-        temporary.chmod(0o666 & ~umask)  # mkstemp makes files that only their owner reads
+        temporary.chmod(0o666 & ~umask)  # mkstemp makes files that only their owner can read
         if durable:
             os.fsync(handle)
         temporary.replace(target)
@@ -55,33 +59,32 @@ def atomic_write(path: Union[str, Path], durable: bool = True) -> Iterator[Path]
 
 
 def check_writable(path: Union[str, Path], inputs: Iterable[Optional[str]] = ()) -> None:
-    """Require, before any long work, that ``path`` can be written; and remove what a killed run left beside it.
+    """Require, before any long work, that ``path`` can be written, and remove temporary files of killed runs.
 
     Raises:
-        UadtoolError: its folder does not exist or cannot be written to, it is a device or a pipe, or one of the
-            ``inputs``, which would be lost.
+        UadtoolError: the folder does not exist or is read-only, or ``path`` is a device, a pipe or one of ``inputs``.
     """
     target = _target(path)
     folder = target.parent
-    if any(one is not None and os.path.realpath(one) == os.path.realpath(target) for one in inputs):
-        raise UadtoolError(f"{path} is an input of this command, and would be lost; give the output another name")
+    if any(source is not None and os.path.realpath(source) == os.path.realpath(target) for source in inputs):
+        raise UadtoolError(f"{path} is an input of this command; give the output another name")
     if not folder.is_dir():
-        raise UadtoolError(f"cannot write {path}: there is no folder {folder}")
+        raise UadtoolError(f"cannot write {path}: the folder {folder} does not exist")
     if not os.access(folder, os.W_OK):
         raise UadtoolError(f"cannot write {path}: the folder {folder} is read-only")
     remove_leftovers(folder, f".{glob.escape(target.name)}.")
 
 
 def remove_leftovers(folder: Path, beginning: str = ".") -> None:
-    """Remove the temporary files of ``atomic_write`` whose process was killed; one at work holds a lock on its own.
+    """Remove temporary files of ``atomic_write`` whose process was killed. A running process holds a lock on its files.
 
     Args:
-        beginning: of their names, as a pattern.
+        beginning: pattern for the start of their names.
     """
-    for left in folder.glob(f"{beginning}*{PART}"):
-        with contextlib.suppress(OSError), left.open("r+b") as file:  # r+: NFS locks no file that is open to read
+    for leftover in folder.glob(f"{beginning}*{PART}"):
+        with contextlib.suppress(OSError), leftover.open("r+b") as file:  # r+: NFS locks only files open for writing
             if _lock(file.fileno(), wait=False):
-                left.unlink()
+                leftover.unlink()
 
 
 def _locked_temporary(target: Path) -> Tuple[int, Path]:
@@ -91,15 +94,16 @@ def _locked_temporary(target: Path) -> Tuple[int, Path]:
         _lock(handle, wait=True)
         if Path(name).exists():
             return handle, Path(name)
-        os.close(handle)  # another process took it for a leftover before it was locked
+        os.close(handle)  # before it was locked, another process took it for a leftover
 
 
 def _lock(handle: int, wait: bool) -> bool:
-    """Lock an open file until it is closed or the process ends, if the file system can and, unless told to ``wait``,
-    nobody has locked it.
+    """Lock an open file until it is closed or the process ends; returns whether that worked.
+
+    Without ``wait``, a file that another process has locked is not locked.
     """
     try:
-        import fcntl  # not on Windows
+        import fcntl  # missing on Windows
 
         fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except (ImportError, OSError):
@@ -108,15 +112,15 @@ def _lock(handle: int, wait: bool) -> bool:
 
 
 def _target(path: Union[str, Path]) -> Path:
-    """``path``, or what it leads to as a link: ``os.replace`` would replace the link, and /dev/null too."""
+    """``path``, or the target of a link, because ``os.replace`` would replace the link. Devices are refused."""
     given = Path(path)
     if given.exists() and not (given.is_file() or given.is_dir()):
-        raise UadtoolError(f"cannot write {path}: it is not a regular file; give a file's name")
+        raise UadtoolError(f"cannot write {path}: it is not a regular file; give the name of a file")
     return Path(os.path.realpath(given)) if given.is_symlink() else given
 
 
 def _sync_folder(folder: Path) -> None:
-    """Write a folder's entries to disk; not all file systems can."""
+    """Write a folder's entries to disk, if the file system supports it."""
     with contextlib.suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         try:
@@ -126,24 +130,24 @@ def _sync_folder(folder: Path) -> None:
 
 
 def file_identity(path: Union[str, Path]) -> Tuple[int, ...]:
-    """What changes when a file is replaced or written to: device, inode, size in bytes, nanoseconds of the last change.
+    """Device, inode, size in bytes, and nanoseconds of the last change: a new or changed file has other values.
 
     Raises:
-        UadtoolError: there is no such file.
+        UadtoolError: the file does not exist.
     """
     try:
-        found = Path(path).stat()
+        status = Path(path).stat()
     except OSError as error:
         raise UadtoolError(f"cannot read {path}: {error.strerror}") from error
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 @contextmanager
 def unchanged(path: Union[str, Path]) -> Iterator[str]:
-    """Yield the digest of a file, and require that what the block reads of it is of the same content.
+    """Yield the digest of a file, and require that the file does not change during the block.
 
     Raises:
-        UadtoolError: it was replaced or written to meanwhile.
+        UadtoolError: it was replaced or written to.
     """
     before = file_identity(path)
     yield file_digest(path)
@@ -164,7 +168,7 @@ def file_digest(path: Union[str, Path]) -> str:
 
 
 def list_digest(lines: Iterable[str]) -> str:
-    """``sha256:`` and the hex digest of an ordered list of strings (of the images a run used, say)."""
+    """``sha256:`` and the hex digest of an ordered list of strings, for example of the images of a run."""
     sha = hashlib.sha256()
     for line in lines:
         sha.update(line.encode("utf-8", "surrogateescape") + b"\0")
@@ -172,7 +176,7 @@ def list_digest(lines: Iterable[str]) -> str:
 
 
 def write_json(record: Dict[str, Any], path: Union[str, Path] = "-") -> None:
-    """Write ``record`` as indented JSON to ``path``, or to stdout when it is ``-``."""
+    """Write ``record`` as indented JSON to ``path`` (``-``: stdout)."""
     text = json.dumps(record, indent=2, allow_nan=False) + "\n"
     if str(path) == "-":
         sys.stdout.write(text)
@@ -183,11 +187,11 @@ def write_json(record: Dict[str, Any], path: Union[str, Path] = "-") -> None:
 
 
 def read_json(path: Union[str, Path], schema: str) -> Dict[str, Any]:
-    """Read a JSON object from ``path`` (``-``: stdin) and require that its ``schema`` is the given one.
+    """Read a JSON object from ``path`` (``-``: stdin) and require the given ``schema``.
 
     Raises:
-        UadtoolError: the file cannot be read, is larger than ``MOST_JSON``, is not JSON, or holds another kind of
-            record, or one of a newer uadtool.
+        UadtoolError: the file cannot be read, is larger than ``MOST_JSON``, is not JSON, holds another kind of record,
+            or was written by a newer uadtool.
     """
     name = "stdin" if str(path) == "-" else str(path)
     try:
@@ -207,13 +211,13 @@ def read_json(path: Union[str, Path], schema: str) -> Dict[str, Any]:
     return record
 
 
-def refuse_newer(found: Any, known: str, name: str) -> None:
-    """Refuse the schema ``found`` in the file ``name`` if it is one that came after ``known`` (uadtool.ranges/1, say).
+def refuse_newer(schema: Any, known: str, name: str) -> None:
+    """Refuse a schema in the file ``name`` that is newer than the ``known`` version, such as uadtool.ranges/1.
 
     Raises:
-        UadtoolError: it is.
+        UadtoolError: it is newer.
     """
     kind, _, number = known.rpartition("/")
-    match = re.fullmatch(re.escape(kind) + "/([0-9]{1,9})", found) if isinstance(found, str) else None
+    match = re.fullmatch(re.escape(kind) + "/([0-9]{1,9})", schema) if isinstance(schema, str) else None
     if match and int(match[1]) > int(number):
-        raise UadtoolError(f"{name} was written by a newer uadtool ({found}); upgrade this one")
+        raise UadtoolError(f"{name} was written by a newer uadtool ({schema}); upgrade uadtool")

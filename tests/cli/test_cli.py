@@ -134,7 +134,7 @@ def test_wrong_usage(uadtool, arguments, message):
 
 @pytest.mark.parametrize(("arguments", "message"), [
     (["train", "missing", "-o", "m.safetensors"], "missing does not exist"),
-    (["train", ".", "-o", "missing/m.safetensors"], "cannot write missing/m.safetensors: there is no folder missing"),
+    (["train", ".", "-o", "missing/m.safetensors"], "cannot write missing/m.safetensors: the folder missing does not"),
     (["export", __file__, "-o", "m.onnx"], "is not a safetensors file"),
     (["score", "missing.onnx", "."], "missing.onnx: no such model file"),
     (["compare", "missing.jsonl"], "missing.jsonl"),

@@ -162,7 +162,7 @@ def test_an_image_that_one_run_could_not_read_costs_a_warning(tmp_path, caplog):
     first.insert(1, error)
     second.insert(1, {**error, "path": "0.png"})
     assert len(compare(written(tmp_path, first, second))["models"]) == 2  # each could not read another one
-    assert "0.png is in one alone: their figures are about different images" in caplog.text
+    assert "only one of them has 0.png: their figures are about different images" in caplog.text
     assert len(compare(written(tmp_path, run_of(range(12), images), run_of(range(4), images)))["models"]) == 2
     retried = compare(written(tmp_path, first, run_of([11], images)))
     assert retried["rows"] == compare(written(tmp_path, run_of(range(12), images)))["rows"]
@@ -178,7 +178,7 @@ def test_the_same_images_twice_stay_two_columns(tmp_path):
 def test_the_same_images_with_other_labels_are_refused(tmp_path):
     images = examples(1, 6)
     others = [image._replace(anomalous=not image.anomalous, mask=None) for image in images]
-    with pytest.raises(UadtoolError, match="with other labels for the same images"):
+    with pytest.raises(UadtoolError, match="with different labels for the same images"):
         compare(written(tmp_path, run_of(range(6), images), run_of(range(6), others)))
 
 

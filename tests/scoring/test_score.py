@@ -434,7 +434,7 @@ def test_the_model_is_not_replaced_by_the_contact_sheet(uadtool, detector, photo
     shutil.copy(detector, tmp_path / "model.onnx")
     done = uadtool("score", tmp_path / "model.onnx", photos, "--contact-sheet", tmp_path / "model.onnx")
     assert (done.returncode, done.stdout) == (1, "")
-    assert "model.onnx is an input of this command, and would be lost" in done.stderr
+    assert "model.onnx is an input of this command; give" in done.stderr
     assert (tmp_path / "model.onnx").read_bytes() == detector.read_bytes()
 
 

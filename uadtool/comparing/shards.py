@@ -1,4 +1,4 @@
-"""Scores of one model that came in several runs about different images, made one."""
+"""Merges runs of ``score`` with one model over different images."""
 
 import logging
 from collections import defaultdict
@@ -14,28 +14,27 @@ log = logging.getLogger("uadtool")
 
 
 def merge_shards(results: Iterable[Result]) -> List[Result]:
-    """The results, with those runs of ``score`` merged that are about one model and different images.
+    """The results, in which runs of ``score`` with one model over different images are merged.
 
-    A merged result stands where its first shard stood, and its figures are those of one run over all images. Runs of
-    ``--shard`` are merged wherever they ran, unless one machine ran all of them. Of others only runs of one runtime and
-    machine are merged, and only if no path of one ends as a path of the other does (``_tail``): the images of another
-    machine, or below another folder, may be the same ones. Other runs of one model stay apart.
+    A merged result stands where its first shard stood. Its figures are those of one run over all images. Runs of
+    ``--shard`` are merged from all machines, unless one machine ran all shards. Other runs are merged only if they have
+    one runtime and machine, and no path of one run ends like a path of the other (``_tail``): images of another machine
+    or below another folder may be the same images. All other runs of one model stay separate.
 
     Raises:
-        UadtoolError: some images are in two shards of one model but each has others too, or shards have other
-            thresholds or labels.
+        UadtoolError: two shards of one model share some images but not all, or have different thresholds or labels.
     """
     results = list(results)
     complete = _complete(results)
-    parts: List[_Part] = []
+    groups: List[_Group] = []
     for result in results:
-        part = next((part for part in parts if part.takes(result, complete)), None)
-        if part is None:
-            parts.append(part := _Part())
-        part.add(result)
-    for part in parts:
-        _warn_of_missing(part.results)
-    merged = [_merged(part.results) if len(part.results) > 1 else part.results[0] for part in parts]
+        group = next((group for group in groups if group.accepts(result, complete)), None)
+        if group is None:
+            groups.append(group := _Group())
+        group.add(result)
+    for group in groups:
+        _warn_of_missing(group.results)
+    merged = [_merged(group.results) if len(group.results) > 1 else group.results[0] for group in groups]
     for index, result in enumerate(merged):
         for other in merged[:index]:
             if _one_model(result, other):
@@ -44,10 +43,10 @@ def merge_shards(results: Iterable[Result]) -> List[Result]:
 
 
 _Place = Tuple[str, int, str, str]
-"""What shards of one run on one machine have in common: digest of the model, N, runtime and machine."""
+"""Identifies the shards that one machine ran: model digest, number of shards, runtime, machine."""
 
 
-class _Part:
+class _Group:
     """Results that are merged."""
 
     def __init__(self) -> None:
@@ -64,8 +63,8 @@ class _Part:
         self._ends.update(end for path in result.images for end in _ends(path))
         self._shards.add(result.shard)
 
-    def takes(self, result: Result, complete: Set[_Place]) -> bool:
-        """Is it of the same run, or run of ``--shard``, and about other images? ``complete`` is as of ``_complete``."""
+    def accepts(self, result: Result, complete: Set[_Place]) -> bool:
+        """Whether a result belongs to the same run and has other images. ``complete`` comes from ``_complete``."""
         first = self.results[0]
         if not _one_model(first, result) or first.runtime != result.runtime:
             return False
@@ -83,21 +82,21 @@ def _place(shard: Result) -> _Place:
 
 
 def _complete(results: Iterable[Result]) -> Set[_Place]:
-    """Where one machine ran all shards."""
-    found: Dict[_Place, Set[int]] = defaultdict(set)
+    """The places at which one machine ran all shards."""
+    shards_at: Dict[_Place, Set[int]] = defaultdict(set)
     for result in results:
         if result.shard:
-            found[_place(result)].add(result.shard[0])
-    return {place for place, shards in found.items() if len(shards) == place[1]}
+            shards_at[_place(result)].add(result.shard[0])
+    return {place for place, shards in shards_at.items() if len(shards) == place[1]}
 
 
 def _tail(path: str) -> Tuple[str, ...]:
-    """What tells an image wherever its data set lies: CLASS/test/DEFECT/FILE, or all of a shorter path."""
+    """The end of a path that identifies an image in any copy of its data set: CLASS/test/DEFECT/FILE."""
     return PurePath(path).parts[-4:]
 
 
 def _ends(path: str) -> List[Tuple[str, ...]]:
-    """The tails that this image has below other folders."""
+    """The tails of an image as seen from other folders."""
     tail = _tail(path)
     return [tail[start:] for start in range(len(tail))]
 
@@ -106,19 +105,19 @@ def _one_model(a: Result, b: Result) -> bool:
     return a.kind == b.kind == "scores" and a.digest == b.digest
 
 
-def _warn_of_missing(part: List[Result]) -> None:
-    shards = [result.shard for result in part if result.shard]
-    if not shards or len(shards) < len(part):
+def _warn_of_missing(results: List[Result]) -> None:
+    shards = [result.shard for result in results if result.shard]
+    if len(shards) < len(results):
         return
     count = shards[0][1]
     missing = sorted(set(range(1, min(count, 10_000) + 1)) - {index for index, _ in shards})
     if missing:
         names = ", ".join(map(str, missing[:10])) + ", ..." * (len(missing) > 10)
-        log.warning("%s: of %d shards these are missing: %s", part[0].path, count, names)
+        log.warning("%s: of %d shards these are missing: %s", results[0].path, count, names)
 
 
 def _merged(shards: List[Result]) -> Result:
-    from uadtool.scoring.evaluation import Evaluation
+    from uadtool.scoring.evaluation import Evaluation  # imports NumPy
 
     first = shards[0]
     for shard in shards:
@@ -130,15 +129,16 @@ def _merged(shards: List[Result]) -> Result:
     for image in images.values():
         if image.label:
             evaluation.add(image.class_name or "", image.label == "anomalous", image.score, image.raw_score)
-    lacking = [shard.file for shard in shards if shard.truth and shard.pixels is None]
-    if not lacking:
+    without_pixels = [shard.file for shard in shards if shard.truth and shard.pixels is None]
+    if not without_pixels:
         for shard in shards:
             try:
                 evaluation.merge_pixels(shard.pixels or {})
             except ValueError as error:
                 raise UadtoolError(f"{shard.file}: its summary is damaged: {error}; score again") from error
     elif any("pixel_auroc" in shard.values for shard in shards):
-        log.warning("%s: no pixel metrics, for %s holds no pixel counts; score again", first.path, lacking[0])
+        log.warning("%s: no pixel metrics, because %s holds no pixel counts; score again", first.path,
+                    without_pixels[0])
     try:
         figures = evaluation.figures()
         if figures:
@@ -149,28 +149,28 @@ def _merged(shards: List[Result]) -> Result:
     files = _distinct(shard.file for shard in shards)
     log.info("merged %d file%s of %s: %s", len(files), "s" * (len(files) > 1), first.path, ", ".join(files))
     return replace(
-        first, values=score_values(figures), images=images, pixels=None if lacking else evaluation.pixels(),
-        shards=tuple(files), machine=", ".join(_distinct(shard.machine for shard in shards)),
+        first, values=score_values(figures), images=images, shards=tuple(files),
+        pixels=None if without_pixels else evaluation.pixels(),
+        machine=", ".join(_distinct(shard.machine for shard in shards)),
         unread=frozenset(path for shard in shards for path in shard.unread if path not in images),
     )
 
 
 def _require_no_partial_overlap(a: Result, b: Result) -> None:
-    """An image that one run could not read is none that it was not given."""
+    """Refuse runs that share some images but not all. Images that a run could not read count as given to it."""
     both = a.images.keys() & b.images.keys()
     if not both:
         return
     if any(a.truth_of(path) != b.truth_of(path) for path in both):
-        raise UadtoolError(f"{a.source} and {b.source} hold scores of one model ({a.path}) with other labels for the "
-                           "same images; compare them one at a time")
-    of_a = a.images.keys() - b.images.keys() - b.unread
-    of_b = b.images.keys() - a.images.keys() - a.unread
-    if of_a and of_b:
+        raise UadtoolError(f"{a.source} and {b.source} hold scores of one model ({a.path}) with different labels "
+                           "for the same images; compare them one at a time")
+    only_a = a.images.keys() - b.images.keys() - b.unread
+    only_b = b.images.keys() - a.images.keys() - a.unread
+    if only_a and only_b:
         raise UadtoolError(f"{a.source} and {b.source} both hold scores of {min(both)} by one model ({a.path}), but "
-                           f"not of the same images altogether ({min(of_a | of_b)} is in one alone); give each image "
-                           "in one shard")
+                           f"only one of them has {min(only_a | only_b)}; give each image in one shard")
     if a.images.keys() != b.images.keys():
-        log.warning("%s and %s hold scores of one model (%s), but %s is in one alone: their figures are about "
+        log.warning("%s and %s hold scores of one model (%s), but only one of them has %s: their figures are about "
                     "different images", a.source, b.source, a.path, min(a.images.keys() ^ b.images.keys()))
 
 

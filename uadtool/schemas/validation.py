@@ -54,7 +54,7 @@ def _load(file: str) -> Schema:
 
 
 def _compile(schema: Schema, file: str, strict: bool, nullable: bool = False) -> Check:
-    """The check for a schema that stands in the file ``file``."""
+    """The check for a schema in the file ``file``. ``nullable`` allows null as well."""
     if "$ref" in schema:
         other, _, definition = schema["$ref"].partition("#/$defs/")
         document = _load(other or file)
@@ -102,9 +102,9 @@ def _array(schema: Schema, problem: str, file: str, strict: bool) -> Check:
         if not least <= len(value) <= most:
             return problem
         for index, item in enumerate(value):
-            found = check_item(item)
-            if found:
-                return f"[{index}]{found}"
+            item_problem = check_item(item)
+            if item_problem:
+                return f"[{index}]{item_problem}"
         return ""
 
     return check
@@ -112,6 +112,7 @@ def _array(schema: Schema, problem: str, file: str, strict: bool) -> Check:
 
 def _object(schema: Schema, problem: str, file: str, strict: bool) -> Check:
     least, required = schema.get("minProperties", 0), schema.get("required", [])
+    needed = frozenset(required)
     checks = {name: _compile(inner, file, strict, nullable=not strict and name not in required)
               for name, inner in schema.get("properties", {}).items()}
     others = schema.get("additionalProperties", True)
@@ -125,12 +126,11 @@ def _object(schema: Schema, problem: str, file: str, strict: bool) -> Check:
             return f" lacks {next(name for name in required if name not in value)}"
         for name, item in value.items():
             check_item = checks.get(name, check_other)
-            found = check_item(item) if check_item else ""
-            if found:
-                return f".{name:.60}{found}" if name.isidentifier() else f"[{name!r:.60}]{found}"
+            item_problem = check_item(item) if check_item else ""
+            if item_problem:
+                return (f".{name:.60}" if name.isidentifier() else f"[{name!r:.60}]") + item_problem
         return ""
 
-    needed = frozenset(required)
     return check
 
 
