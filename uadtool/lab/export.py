@@ -1,4 +1,4 @@
-"""Export as a step: from a model to a complete ONNX detector that gives the model's scores."""
+"""Export as a step: from a model to a complete ONNX detector with the same scores."""
 
 from typing import Any, Optional
 
@@ -15,19 +15,19 @@ from uadtool.metadata import Metadata
 
 def export(model: nn.Module, metadata: Metadata, digest: str,
            images: Optional[str] = None) -> tuple[ModelProto, dict[str, Any]]:
-    """The ONNX detector of a float or quantized model, and how far its scores are from those of torch.
+    """The ONNX detector of a float or quantized model, and the difference of its scores from torch.
 
     Args:
         digest: of the model's file.
-        images: folder or data set to compare on; None compares on synthetic images.
+        images: folder or data set to compare on; None for synthetic images.
 
     Raises:
-        UadtoolError: there are no images, TensorRT would refuse the graph, or its scores are not those of the model.
+        UadtoolError: no images exist, TensorRT would refuse the graph, or its scores differ from the model's.
     """
     pixels = parity_images(images, metadata.image_size)
     step = {"command": "export", "tool_version": __version__, "model_digest": digest}
     metadata = metadata.replace(provenance=[*metadata.provenance, step])
     proto = to_onnx(model, metadata)
     if metadata.target == "tensorrt" and (findings := lint(proto)):
-        raise UadtoolError(f"TensorRT would not take the exported graph: {findings[0]}; nothing was written")
+        raise UadtoolError(f"TensorRT would refuse the exported graph: {findings[0]}; nothing was written")
     return proto, {"source": images or "synthetic", **check_parity(model, proto, metadata, pixels)}

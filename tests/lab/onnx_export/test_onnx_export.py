@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_ir
 import pytest
 import torch
 from conftest import SCORE_TOLERANCE
@@ -135,6 +136,13 @@ def test_onnx_runtime_computes_the_training_result_in_integers(int8, tmp_path):
     assert (count["QLinearConv"], count["QLinearAdd"], count["Conv"]) == (2 * 33, 2 * 6, 0)
 
 
+def changed(graph, change):
+    """A model of opset 17 with the changed graph."""
+    model = onnx_ir.from_proto(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8))
+    change(model.graph)
+    return onnx_ir.to_proto(model)
+
+
 @given(codes=stn.arrays(np.int8, (4, 9), elements=st.integers(-127, 127)),
        scales=stn.arrays(np.float32, 4, elements=st.floats(2 ** -26, 16, width=32)))
 def test_weights_survive_the_way_through_floats(codes, scales):
@@ -143,9 +151,8 @@ def test_weights_survive_the_way_through_floats(codes, scales):
         [helper.make_node("DequantizeLinear", list(initializers), ["weights"], axis=0)], "weights", [],
         [helper.make_tensor_value_info("weights", TensorProto.FLOAT, codes.shape)],
         [numpy_helper.from_array(value, name) for name, value in initializers.items()])
-    add_weight_quantizers(graph)
-    graph.output.append(helper.make_tensor_value_info("codes_quantized", TensorProto.INT8, codes.shape))
-    proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    proto = changed(graph, add_weight_quantizers)
+    proto.graph.output.append(helper.make_tensor_value_info("codes_quantized", TensorProto.INT8, codes.shape))
     weights, found = session(proto.SerializeToString()).run(None, {})
     np.testing.assert_array_equal(found, codes)
     np.testing.assert_array_equal(weights, codes * scales[:, None])
@@ -168,9 +175,8 @@ def test_shapes_are_sliced_by_slices(asked, expected):
         [helper.make_node("Shape", ["x"], ["shape"], "shape", **asked)], "shape",
         [helper.make_tensor_value_info("x", TensorProto.FLOAT, [None, 1, 4, 5])],
         [helper.make_tensor_value_info("shape", TensorProto.INT64, [len(expected)])])
-    slice_shapes(graph)
-    assert not graph.node[0].attribute
-    proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    proto = changed(graph, slice_shapes)
+    assert not proto.graph.node[0].attribute
     (found,) = session(proto.SerializeToString()).run(None, {"x": np.zeros((3, 1, 4, 5), np.float32)})
     assert found.tolist() == expected
 
@@ -190,14 +196,15 @@ def test_an_operator_that_opset_17_lacks_is_not_written(tmp_path):
         [helper.make_tensor_value_info("y", TensorProto.UINT8, [4])])
     proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
     onnx.checker.check_model(proto, full_check=True)
-    lower_opset(proto)
+    model = onnx_ir.from_proto(proto)
+    lower_opset(model)
     with pytest.raises(UadtoolError, match="the exported graph is not valid ONNX: No Op registered for BitwiseNot"):
-        save_onnx(proto, tmp_path / "model.onnx")
+        save_onnx(onnx_ir.to_proto(model), tmp_path / "model.onnx")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_teacher_that_splits_channels_is_exported():
-    """Opset 18 tells Split how many parts there are, 17 does not know that."""
+    """Opset 18 gives Split the number of parts, 17 does not have that."""
     torch.manual_seed(0)
     detector = STFPM("skresnet18", SIZE, 1).fold_batch_norm()
     metadata = Metadata("stfpm", "skresnet18", ["a"], SIZE, (16, 16), 3.0, 0.01, 1, 1)
@@ -224,21 +231,19 @@ def test_the_exporter_is_silent(capfd):
 # What must not be exported
 
 
-def change(proto, kind):
+def spoilt(proto, kind):
     """A graph that gives other scores or other classes."""
-    changed = onnx.ModelProto()
-    changed.CopyFrom(proto)
-    constants = {tensor.name: tensor for tensor in changed.graph.initializer}
+    constants = {tensor.name: tensor for tensor in proto.graph.initializer}
     if kind == "classes":
-        (node,) = (node for node in changed.graph.node if node.op_type.startswith("Arg"))
+        (node,) = (node for node in proto.graph.node if node.op_type.startswith("Arg"))
         node.op_type = {"ArgMax": "ArgMin", "ArgMin": "ArgMax"}[node.op_type]
-        return changed
-    conv = [node for node in changed.graph.node if node.op_type == "Conv"][-1]
+        return proto
+    conv = [node for node in proto.graph.node if node.op_type == "Conv"][-1]
     weight = constants[conv.input[1]]
     values = numpy_helper.to_array(weight).copy()
     values[0] = np.nan if kind == "nan" else values[0] + 1
     weight.CopyFrom(numpy_helper.from_array(values, weight.name))
-    return changed
+    return proto
 
 
 @pytest.mark.parametrize(("kind", "message"), [
@@ -247,7 +252,7 @@ def change(proto, kind):
     ("classes", r"is not the model: onnxruntime .* finds another nearest class for 16 of 16 images"),
 ])
 def test_a_graph_that_is_not_the_model_is_not_written(trained, fp32, tmp_path, monkeypatch, kind, message):
-    monkeypatch.setattr(export, "to_onnx", lambda *_: change(onnx.load(fp32.path), kind))
+    monkeypatch.setattr(export, "to_onnx", lambda *_: spoilt(onnx.load(fp32.path), kind))
     with pytest.raises(UadtoolError, match=message):
         command.main([str(trained.path), "-o", str(tmp_path / "model.onnx")], standalone_mode=False)
     assert list(tmp_path.iterdir()) == []
@@ -288,7 +293,7 @@ def test_few_images_may_lie_between_two_classes(int8, quantized, textures, diffe
     lambda model: [module.bias.zero_() for name, module in model.named_modules()
                    if name.startswith("student") and isinstance(module, QuantizedConv2d)],
 ])
-def test_what_the_default_images_tell(int8, quantized, spoil):
+def test_the_default_images_show_differences(int8, quantized, spoil):
     model, metadata = load_model(quantized.path)
     images = parity_images(None, SIZE)
     assert check_parity(model, onnx.load(int8.path), metadata, images)["score_difference"] <= 0.25

@@ -1,4 +1,4 @@
-"""Each method against an independent implementation on the same values, and what holds for any values."""
+"""Each method against an independent implementation on the same values; properties for any values."""
 
 import contextlib
 import io
@@ -23,6 +23,7 @@ from uadtool.lab.quantization.calibration import calibrate
 from uadtool.lab.quantization.histogram import BINS, Histogram
 from uadtool.lab.quantization.modules import ActivationQuantizer
 from uadtool.lab.quantization.observers import METHODS, make_observer
+from uadtool.lab.quantization.plan import QuantizationPlan
 
 BATCHES = st.lists(stn.arrays(np.float32, stn.array_shapes(max_dims=3, max_side=4),
                               elements=st.floats(-1e4, 1e4, width=16)), min_size=1, max_size=5)
@@ -53,7 +54,7 @@ def observed(method, batches, **options):
 
 
 def chosen(method, values, **options):
-    """The range for one image that shows all the values."""
+    """The range for one image with all the values."""
     return observed(method, [values[None]], **options).range()
 
 
@@ -93,6 +94,12 @@ def test_a_histogram_does_not_saturate():
 
 
 # All methods
+
+
+@given(BATCHES)
+def test_minmax_is_the_range_of_all_batches(batches):
+    values = np.concatenate([batch.ravel() for batch in batches])
+    assert observed("minmax", batches).range() == (values.min(), values.max())
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -140,15 +147,11 @@ def test_more_images_take_no_more_memory(method):
 
 
 @pytest.fixture(scope="module")
-def detector():
+def ranges():
     torch.manual_seed(0)
-    return STFPM("tf_efficientnet_lite0", (32, 32), 2).fold_batch_norm()
-
-
-@pytest.fixture(scope="module")
-def ranges(detector):
+    plan = QuantizationPlan(STFPM("tf_efficientnet_lite0", (32, 32), 2).fold_batch_norm())
     images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), dtype=np.uint8))
-    return {method: calibrate(detector, images.split(2), method, percentile=99.0) for method in METHODS}
+    return {method: calibrate(plan, images.split(2), method, percentile=99.0) for method in METHODS}
 
 
 @pytest.mark.parametrize("method", [method for method in METHODS if method != "minmax"])
@@ -216,7 +219,7 @@ def test_minmax_and_moving_average_are_those_of_onnxruntime(reference, name):
 ])
 @pytest.mark.parametrize("percentile", [90, 99, 99.9, 99.99])
 def test_percentiles_are_those_of_onnxruntime(name, symmetric, percentile):
-    values = distribution(name)[:-1]  # else a whole number is left out, and rounding decides on the next
+    values = distribution(name)[:-1]  # otherwise a whole number is left out, and rounding decides on the next
     found = chosen("percentile", values, percentile=percentile)
     (minimum, maximum), width = collected("percentile", values, percentile, symmetric)
     if symmetric:  # on magnitudes, and here none is negative

@@ -12,9 +12,10 @@ from torch import nn
 from uadtool.data.dataset import training_samples
 from uadtool.errors import UadtoolError
 from uadtool.lab.detectors.stfpm import STFPM
+from uadtool.lab.quantization.bias_correction import BiasCorrection
 from uadtool.lab.quantization.calibration import calibrate
-from uadtool.lab.quantization.graph import QuantizableGraph
 from uadtool.lab.quantization.modules import ActivationQuantizer, QuantizedConv2d
+from uadtool.lab.quantization.plan import QuantizationPlan
 from uadtool.lab.quantization.ptq import quantize
 from uadtool.lab.quantization.qat import LearnedQuantizer, fine_tune, trainable, with_anomalies
 from uadtool.lab.quantization.sensitivity import anomaly_maps, map_distance
@@ -41,8 +42,8 @@ def held_out(images):
 
 
 @pytest.fixture(scope="module")
-def detector(images):
-    """A student that nearly follows its teacher; int8 moves its maps far."""
+def plan(images):
+    """Of a student that nearly follows its teacher; int8 moves its maps far."""
     torch.manual_seed(0)
     detector = STFPM("mobilenetv2_035", SIZE, 1)
     detector.student.load_state_dict(detector.teacher.state_dict())
@@ -56,20 +57,25 @@ def detector(images):
         raw = detector(images).anomaly_map
     detector.score_mean.fill_(raw.mean())
     detector.score_std.fill_(raw.std())
-    return detector
+    return QuantizationPlan(detector)
 
 
 @pytest.fixture(scope="module")
-def ranges(detector, images):
-    """Three times too wide, so that there is something to gain."""
-    return {name: (3 * low, 3 * high) for name, (low, high) in calibrate(detector, [images]).items()}
+def correction(plan, images):
+    return BiasCorrection(plan, images)
+
+
+@pytest.fixture(scope="module")
+def ranges(plan, images):
+    """Three times too wide, so that training can improve them."""
+    return {name: (3 * low, 3 * high) for name, (low, high) in calibrate(plan, [images]).items()}
 
 
 @pytest.fixture
-def run(detector, ranges, samples, images, held_out, tmp_path):
+def run(plan, ranges, samples, correction, held_out, tmp_path):
     """Fine-tune for a few steps."""
     def run(steps=8, target=TARGET, float_layers=(), resume=False, held_out=held_out):
-        return fine_tune(detector, ranges, target, float_layers, samples, SIZE, held_out, images, steps, 0,
+        return fine_tune(plan, ranges, target, float_layers, samples, SIZE, held_out, correction, steps, 0,
                          tmp_path / "checkpoint", {"steps": steps, "ranges": ranges}, resume)
 
     return run
@@ -85,45 +91,41 @@ def weights(detector, network):
 
 
 @pytest.fixture(scope="module")
-def student_points(detector, ranges, images):
-    """Where other weights of the student give other values."""
-    other = copy.deepcopy(detector)
+def student_points(plan, ranges, images):
+    """The points where other weights of the student give other values."""
+    other = copy.deepcopy(plan.detector)
     with torch.no_grad():
         for weight in other.student.parameters():
             weight.mul_(0.1)
-    return {name for name, pair in calibrate(other, [images]).items()
+    return {name for name, pair in calibrate(QuantizationPlan(other), [images]).items()
             if pair != pytest.approx([bound / 3 for bound in ranges[name]])}
 
 
 # What is trained
 
 
-@pytest.fixture
-def model(detector, ranges):
-    return trainable(copy.deepcopy(detector).requires_grad_(False), ranges, TARGET, [])
+def test_training_computes_what_the_quantized_model_computes(plan, ranges, images):
+    target = TARGETS["openvino"]  # which does not round biases
+    expected = anomaly_maps(quantize(plan, ranges, target), [images])
+    actual = anomaly_maps(trainable(plan, ranges, target, [], "student"), [images])
+    assert map_distance(expected, actual) < 1e-3
 
 
-def test_training_computes_what_the_quantized_model_computes(detector, ranges, images):
-    target = TARGETS["openvino"]  # which rounds no biases
-    expected = anomaly_maps(quantize(detector, ranges, target), [images])
-    found = anomaly_maps(trainable(detector, ranges, target, []), [images])
-    assert map_distance(expected, found) < 1e-3
-
-
-def test_scales_are_learned_where_the_student_decides(model, student_points):
+def test_scales_are_learned_where_the_student_decides(plan, ranges, student_points):
+    model = trainable(plan, ranges, TARGET, [], "student")
     learned = {name for name, point in model.points.items() if isinstance(point, LearnedQuantizer)}
     assert learned == student_points & model.points.keys()
     assert len(learned) > 30
 
 
-def test_only_the_student_moves(detector, ranges, run, images, student_points):
-    before = copy.deepcopy(detector.state_dict())
+def test_only_the_student_moves(plan, ranges, run, correction, student_points):
+    before = copy.deepcopy(plan.detector.state_dict())
     tuned, learned = run()
-    assert same(detector.state_dict(), before)
-    assert same(weights(tuned, "teacher."), weights(detector, "teacher."))
-    for name, value in weights(tuned, "student.").items():
+    assert same(plan.detector.state_dict(), before)
+    assert same(weights(tuned.detector, "teacher."), weights(plan.detector, "teacher."))
+    for name, value in weights(tuned.detector, "student.").items():
         assert not torch.equal(value, before[name]), name
-    start = quantize(detector, ranges, TARGET, images=images)
+    start = quantize(plan, ranges, TARGET, correction=correction)
     end = quantize(tuned, learned, TARGET)
     for name, module in start.named_modules():
         if isinstance(module, QuantizedConv2d) and name.startswith("teacher."):
@@ -133,28 +135,28 @@ def test_only_the_student_moves(detector, ranges, run, images, student_points):
     assert moved <= student_points
 
 
-def test_layers_outside_the_student_need_not_be_quantized(detector, run):
-    teacher = [name for name in QuantizableGraph(detector).layers if name.startswith("teacher.")]
-    tuned, _ = run(steps=2, float_layers=teacher)
-    assert same(tuned.teacher.state_dict(), detector.teacher.state_dict())
+def test_layers_outside_the_student_need_not_be_quantized(plan, run):
+    tuned, _ = run(steps=2, float_layers=plan.layers_outside("student"))
+    assert same(tuned.detector.teacher.state_dict(), plan.detector.teacher.state_dict())
 
 
-# What comes of it
+# The result
 
 
 @pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
-def test_maps_come_closer_to_the_float_ones(detector, ranges, run, images, held_out, target):
-    expected = anomaly_maps(detector, held_out)
-    before = map_distance(expected, anomaly_maps(quantize(detector, ranges, target, images=images), held_out))
+def test_maps_come_closer_to_the_float_maps(plan, ranges, run, correction, held_out, target):
+    expected = anomaly_maps(plan.traced, held_out)
+    start = quantize(plan, ranges, target, correction=correction)
+    before = map_distance(expected, anomaly_maps(start, held_out))
     after = map_distance(expected, anomaly_maps(quantize(*run(12, target), target), held_out))
     assert after < 0.9 * before
 
 
-def test_the_start_is_kept_when_nothing_is_better(detector, ranges, run, images, monkeypatch):
+def test_the_start_is_kept_when_nothing_is_better(plan, ranges, run, correction, monkeypatch):
     for rate in ("LEARNING_RATE", "SCALE_LEARNING_RATE"):
         monkeypatch.setattr(f"uadtool.lab.quantization.qat.{rate}", 1.0)
     tuned, learned = run(steps=2)
-    start, end = quantize(detector, ranges, TARGET, images=images), quantize(tuned, learned, TARGET)
+    start, end = quantize(plan, ranges, TARGET, correction=correction), quantize(tuned, learned, TARGET)
     assert same(start.state_dict(), end.state_dict())
 
 
@@ -176,7 +178,7 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(run, monkeypatch):
     tuned, ranges = run(resume=True)
     assert calls == [16] * 8
     assert ranges == expected_ranges
-    assert same(tuned.state_dict(), expected.state_dict())
+    assert same(tuned.detector.state_dict(), expected.detector.state_dict())
 
 
 def test_every_other_image_gets_an_anomaly(images):
@@ -206,12 +208,12 @@ def test_gradients_are_those_of_lsq(values, scale, low, signed):
     np.testing.assert_allclose(quantizer.change.grad.item(), step * (upstream * of_scale).sum().item(), atol=1e-4)
 
 
-def test_no_scale_grows_beyond_a_relu6(detector, ranges, run):
+def test_no_scale_grows_beyond_a_relu6(plan, ranges):
     """ONNX Runtime would compute the convolution before it in float."""
-    limits = QuantizableGraph(detector).limits()
+    limits = plan.limits()
     assert len(limits) > 30
     full = {name: (0.0, 6.0) if name in limits else pair for name, pair in ranges.items()}
-    model = trainable(copy.deepcopy(detector), full, TARGET, [])
+    model = trainable(plan, full, TARGET, [], "student")
     for point in model.points.values():
         if isinstance(point, LearnedQuantizer):
             nn.init.constant_(point.change, 0.1)

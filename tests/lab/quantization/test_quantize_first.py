@@ -9,8 +9,9 @@ from uadtool.data.splits import balanced
 from uadtool.errors import UadtoolError
 from uadtool.lab.detectors.contract import pooled_descriptor
 from uadtool.lab.detectors.stfpm import STFPM
-from uadtool.lab.quantization.bias_correction import CORRECTION_IMAGES
+from uadtool.lab.quantization.bias_correction import CORRECTION_IMAGES, BiasCorrection
 from uadtool.lab.quantization.calibration import calibrate
+from uadtool.lab.quantization.plan import QuantizationPlan
 from uadtool.lab.quantization.ptq import quantize
 from uadtool.lab.quantization.ranges import RangesFile
 from uadtool.lab.quantization.targets import TARGETS
@@ -55,13 +56,14 @@ def detector(run):
 
 @pytest.fixture(scope="module")
 def ranges(detector, images):
-    return calibrate(detector, [images])
+    return calibrate(QuantizationPlan(detector), [images])
 
 
 @pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
 def test_the_teacher_is_rounded_as_in_the_quantized_detector(detector, ranges, images, target):
     teacher = quantized_teacher(detector, ranges, target, images).state_dict()
-    whole = quantize(detector, ranges, target, images=images).state_dict()
+    plan = QuantizationPlan(detector)
+    whole = quantize(plan, ranges, target, correction=BiasCorrection(plan, images)).state_dict()
     assert sum(name.endswith("weight_scale") for name in teacher) == len(
         [m for m in detector.teacher.modules() if isinstance(m, torch.nn.Conv2d)])
     for name, value in teacher.items():
@@ -101,11 +103,11 @@ def test_the_student_learns_the_rounded_features(run, ranges, monkeypatch):
 
 
 @pytest.mark.parametrize(("recipe", "warning"), [
-    ({}, "with every layer and with biases corrected, and here they are not corrected"),
-    ({"target": "openvino"}, "in int8 for onnxruntime, and here it is for openvino"),
-    ({"keep_float": ["*.conv_stem"]}, "and here teacher.conv_stem stays float"),
+    ({}, "with every layer and with biases corrected, but here they are not corrected"),
+    ({"target": "openvino"}, "in int8 for onnxruntime, but this is for openvino"),
+    ({"keep_float": ["*.conv_stem"]}, "but here teacher.conv_stem stays float"),
 ])
-def test_another_rounding_than_what_was_learned_is_told(run, ranges, tmp_path, caplog, recipe, warning):
+def test_a_rounding_that_the_student_did_not_learn_is_reported(run, ranges, tmp_path, caplog, recipe, warning):
     result = run(teacher_ranges=ranges)
     file = RangesFile("sha256:0", "minmax", {"kind": "good"}, ranges, "test")
     apply_recipe(result.detector, result.metadata, "sha256:0", file, None, Recipe(**recipe), tmp_path / "checkpoint")

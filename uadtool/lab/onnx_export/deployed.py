@@ -1,4 +1,4 @@
-"""A model as ONNX Runtime computes it: with integer kernels, and faster than torch rounds in float."""
+"""A model in ONNX Runtime, which computes with integer kernels and is faster than rounded floats in torch."""
 
 import copy
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from uadtool.runtimes.opening import open_model
 
 
 def open_proto(proto: ModelProto, runtime: str = "onnxruntime") -> Runtime:
-    """``open_model`` for a graph that is in no file."""
+    """``open_model`` for a graph in memory."""
     with TemporaryDirectory() as folder:
         path = Path(folder, "model.onnx")
         with atomic_write(path) as temporary:
@@ -31,22 +31,22 @@ def deployed_maps(model: nn.Module, metadata: Metadata) -> Callable[[Tensor], tu
     """The ``raw_maps_and_class`` of a quantized graph, computed by ONNX Runtime.
 
     Args:
-        model: a detector or what ``quantize`` or ``half`` made from one.
+        model: a detector, or the graph that ``quantize`` or ``in_half_precision`` made from it.
     """
     traced = copy.deepcopy(model) if isinstance(model, fx.GraphModule) else fx.symbolic_trace(model)
     raw = next(node.args[0] for node in traced.graph.nodes if node.target is standardize)
     output = next(node for node in traced.graph.nodes if node.target is OutputTensors)
     with traced.graph.inserting_before(output):
-        below_each_other = traced.graph.call_method("flatten", (raw, 1, 2))
-    output.update_arg(OutputTensors._fields.index("anomaly_map"), below_each_other)
+        stacked = traced.graph.call_method("flatten", (raw, 1, 2))
+    output.update_arg(OutputTensors._fields.index("anomaly_map"), stacked)
     traced.recompile()
     height, width = metadata.map_size
     count = model.get_buffer("map_spreads").shape[1]
     runtime = open_proto(to_onnx(traced, metadata.replace(map_size=(count * height, width))))
 
     def raw_maps_and_class(images: Tensor) -> tuple[Tensor, Tensor]:
-        found = runtime.run(images.numpy())
-        maps = torch.from_numpy(found.anomaly_map).view(-1, count, height, width)
-        return maps, torch.from_numpy(found.nearest_class).long()
+        outputs = runtime.run(images.numpy())
+        maps = torch.from_numpy(outputs.anomaly_map).view(-1, count, height, width)
+        return maps, torch.from_numpy(outputs.nearest_class).long()
 
     return raw_maps_and_class

@@ -1,4 +1,4 @@
-"""Does the exported graph give the scores that torch gives? Export fails when it does not."""
+"""Check that the exported graph gives the scores of torch; otherwise export fails."""
 
 from importlib.util import find_spec
 from typing import Any, Optional
@@ -20,58 +20,57 @@ from uadtool.metadata import Metadata
 
 IMAGES = 16
 TOLERANCE = {"fp32": 0.01, "fp16": 0.05, "int8": 0.5, "mixed": 0.5}
-"""How far a score, and the median of an anomaly map, may be off, in standard deviations of good images' scores; of an
-image with a score beyond ``LARGE``, in proportion to it. In int8 a sum that lies between two codes is rounded up by one
-kernel and down by another, and the next layers carry that on. In fp16 ONNX Runtime keeps fp32 between the layers where
-the processor computes in no other."""
+"""Allowed difference of a score, and of the median of an anomaly map, in standard deviations of good images' scores;
+beyond ``LARGE`` it grows in proportion to the score. In int8 one kernel rounds a sum between two codes up and another
+down, which the next layers amplify. In fp16 ONNX Runtime keeps fp32 between the layers if the processor lacks fp16."""
 LARGE = 5.0
 CLASS_AGREEMENT = {"fp32": 1.0, "fp16": 1.0, "int8": 0.75, "mixed": 0.75}
-"""Share of the images whose nearest class must be the same. In int8 an image between two classes (a synthetic one
-easily is) may go to either; its score then counts in the units of another class and cannot be compared."""
+"""Share of the images whose nearest class must be the same. In int8 an image between two classes, as synthetic images
+often are, may go to either; its score is then in the units of another class and cannot be compared."""
 
 
 def parity_images(path: Optional[str], image_size: tuple[int, int]) -> NDArray[np.uint8]:
-    """Up to 16 images of a folder or data set, its classes in turn; without one, synthetic ones: [N, H, W, 3]."""
+    """Up to 16 images of a folder or data set, its classes in turn; synthetic images if None: [N, H, W, 3]."""
     if path is None:
         coarse = np.random.default_rng(0).integers(112, 144, (IMAGES, 8, 8, 3), dtype=np.uint8)
-        return np.stack([np.asarray(Image.fromarray(one).resize(image_size[::-1], Image.Resampling.BICUBIC))
-                         for one in coarse])
+        return np.stack([np.asarray(Image.fromarray(image).resize(image_size[::-1], Image.Resampling.BICUBIC))
+                         for image in coarse])
     samples = balanced(list(scoring_samples([path])), IMAGES, seed=0)
     return np.stack([read_image(sample.path, image_size) for sample in samples])
 
 
 def check_parity(model: nn.Module, proto: ModelProto, metadata: Metadata, images: NDArray[np.uint8]) -> dict[str, Any]:
-    """Run the torch model and the exported graph on the same images; returns how far they are apart.
+    """Run the torch model and the exported graph on the same images; returns their differences.
 
-    The graph runs in the runtime that it was made for; in ONNX Runtime, if that is not here.
+    The graph runs in the runtime that it was made for, or in ONNX Runtime if that is not installed.
 
     Raises:
-        UadtoolError: a score or a map is off by more than the tolerance of the precision, or too many nearest classes
+        UadtoolError: a score or a map differs by more than the tolerance of the precision, or too many nearest classes
             differ.
     """
     with torch.inference_mode():
         expected = OutputTensors(*model(torch.from_numpy(images)))
     runtime = open_proto(proto, _runtime(metadata.target))
-    found = runtime.run(images)
+    actual = runtime.run(images)
     name, precision = f"{runtime.name} {runtime.version}", metadata.precision
-    same = found.nearest_class == expected.nearest_class.numpy()
+    same = actual.nearest_class == expected.nearest_class.numpy()
     if same.mean() < CLASS_AGREEMENT[precision]:
         raise UadtoolError(f"the exported graph is not the model: {name} finds another nearest class for "
                            f"{(~same).sum()} of {len(images)} images; nothing was written")
     units = np.maximum(1, np.abs(expected.score.numpy()) / LARGE)
-    maps = np.abs(found.anomaly_map - expected.anomaly_map.numpy())
-    difference = float((np.abs(found.score - expected.score.numpy()) / units)[same].max())
+    maps = np.abs(actual.anomaly_map - expected.anomaly_map.numpy())
+    difference = float((np.abs(actual.score - expected.score.numpy()) / units)[same].max())
     typical = float((np.median(maps, axis=(1, 2)) / units)[same].max())
     tolerance = TOLERANCE[precision]
-    for what, off in (("a score", difference), ("an anomaly map", typical)):
-        if not off <= tolerance:
-            raise UadtoolError(f"the exported graph is not the model: {what} in {name} is off by {off:.3g}, more than "
-                               f"{tolerance}; nothing was written")
+    for output, off in (("a score", difference), ("an anomaly map", typical)):
+        if not off <= tolerance:  # also NaN
+            raise UadtoolError(f"the exported graph is not the model: {output} in {name} is off by {off:.3g}, more "
+                               f"than {tolerance}; nothing was written")
     return {"runtime": {"name": runtime.name, "version": runtime.version}, "images": len(images),
             "score_difference": difference, "tolerance": tolerance, "map_difference": float(maps[same].max())}
 
 
 def _runtime(target: Optional[str]) -> str:
-    # OpenVINO fuses an addition with the convolution before it and skips the quantizer between the two, which ONNX
-    # Runtime's flavour has: what it says of that flavour is no measure.
+    # OpenVINO fuses an addition with the convolution before it and skips the quantizer between the two, which the
+    # flavour for ONNX Runtime has. It cannot check that flavour.
     return "openvino" if target == "openvino" and find_spec("openvino") else "onnxruntime"

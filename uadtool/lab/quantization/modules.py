@@ -1,4 +1,4 @@
-"""Quantized layers. In torch they compute with dequantized values; an exported graph holds the integers."""
+"""Quantized layers. In torch they compute with dequantized values; exported graphs hold integers."""
 
 from typing import ClassVar
 
@@ -11,20 +11,20 @@ from torch.onnx.ops import symbolic
 from uadtool.errors import UadtoolError
 
 WEIGHT_LIMIT = 127
-"""Weights use the codes -127..127: symmetric, as integer kernels want them."""
+"""Weights use the codes -127..127: integer kernels require symmetric weights."""
 
 MOST_BIAS = 1 << 30
-"""Of a bias in units of s32; the products of 33,000 codes of inputs and weights have room beside it."""
+"""Largest bias, in units of s32; it leaves room for the products of 33,000 input and weight codes."""
 
 Layer = nn.Conv2d | nn.Linear
-"""What has weights to quantize."""
+"""A layer whose weights can be quantized."""
 
 
 class ActivationQuantizer(nn.Module):
     """Rounds activations to 8 bits, with one scale and zero point per tensor: u8, or s8 with zero point 0.
 
-    ONNX Runtime absorbs a ReLU into the quantizer after it only when the zero point is the lowest code, and a u8 range
-    from 0 gives just that.
+    ONNX Runtime absorbs a ReLU into the quantizer after it only when the zero point is the lowest code, as it is for a
+    u8 range from 0.
     """
 
     scale: Tensor
@@ -37,14 +37,15 @@ class ActivationQuantizer(nn.Module):
 
     @classmethod
     def from_range(cls, minimum: float, maximum: float, signed: bool = False) -> "ActivationQuantizer":
-        """The quantizer whose codes span [minimum, maximum], widened to hold 0 (padding must be exact).
+        """The quantizer whose codes span [minimum, maximum], widened to include 0 (padding must be exact).
 
-        With ``signed`` both sides reach as far as the longer one (Jacob et al. 2018; Wu et al. 2020, section 3.1).
+        With ``signed`` the range is symmetric, its limit the larger magnitude (Jacob et al. 2018; Wu et al. 2020,
+        section 3.1).
         """
         quantizer = cls(signed)
         minimum, maximum = min(minimum, 0.0), max(maximum, 0.0)
         scale = max(-minimum, maximum) / 127 if signed else (maximum - minimum) / 255
-        scale = max(scale, 1e-8)  # a tensor that is always 0 has no range
+        scale = max(scale, 1e-8)  # the range of a tensor that is always 0 is empty
         quantizer.scale.fill_(scale)
         if not signed:
             quantizer.zero_point.fill_(round(-minimum / scale))
@@ -57,7 +58,7 @@ class ActivationQuantizer(nn.Module):
                                  shape=values.shape, version=1)
             return symbolic("DequantizeLinear", (quantized, self.scale, self.zero_point), dtype=torch.float32,
                             shape=values.shape, version=1)
-        # What torch.fake_quantize_per_tensor_affine computes, four times as fast.
+        # The same as torch.fake_quantize_per_tensor_affine, four times as fast.
         zero_point = int(self.zero_point)
         quantized = (values * self.scale.reciprocal()).round_().clamp_(codes.min - zero_point, codes.max - zero_point)
         return quantized.mul_(self.scale)
@@ -67,7 +68,7 @@ class QuantizedLayer(nn.Module):
     """A layer with s8 weights, one scale per output channel, and a float bias."""
 
     channel_axis: ClassVar[int]
-    """Of what it gives."""
+    """Axis of the channels in the output."""
     weight: Tensor
     weight_scale: Tensor
     bias: Tensor
@@ -83,7 +84,7 @@ class QuantizedLayer(nn.Module):
         self.register_buffer("bias", torch.zeros(len(weight)) if layer.bias is None else layer.bias.detach().clone())
 
     def dequantized_weight(self) -> Tensor:
-        """What the codes stand for, in float."""
+        """The float values of the codes."""
         if is_in_onnx_export():
             zero_point = torch.zeros_like(self.weight_scale, dtype=torch.int8)
             return symbolic("DequantizeLinear", (self.weight, self.weight_scale, zero_point), attrs={"axis": 0},
@@ -111,12 +112,12 @@ class QuantizedConv2d(QuantizedLayer):
         self.pads = getattr(conv, "pads", (horizontal, horizontal, vertical, vertical))
 
     def round_bias(self, input_scale: Tensor) -> None:
-        """Round the bias to what the s32 accumulator of an integer kernel holds: input scale x weight scale.
+        """Round the bias to multiples of the unit of the s32 accumulator: input scale x weight scale.
 
-        The weights of a channel that hardly has any are rounded more coarsely, so that its bias is within s32.
+        Weights of a channel that are all tiny are rounded more coarsely, so that its bias fits s32.
         """
-        least = self.bias.double().abs() / (input_scale.double() * MOST_BIAS)
-        scale = torch.maximum(self.weight_scale, least.float())
+        smallest_scale = self.bias.double().abs() / (input_scale.double() * MOST_BIAS)
+        scale = torch.maximum(self.weight_scale, smallest_scale.float())
         codes = torch.round(self.weight * _along(self.weight_scale / scale, self.weight))
         self.weight.copy_(codes)
         self.weight_scale.copy_(scale)
@@ -134,7 +135,7 @@ def quantized_layer(layer: Layer) -> QuantizedLayer:
 
 
 def weight_scale(weight: Tensor) -> Tensor:
-    """[C]: what a code stands for, by output channel, the first axis."""
+    """The value of one code, for each output channel (the first axis): [C]."""
     return weight.flatten(1).abs().amax(1).clamp(min=1e-8) / WEIGHT_LIMIT
 
 

@@ -1,6 +1,6 @@
 """Calibration methods: each sees the activations of one point, batch by batch, and chooses a range.
 
-All work in constant memory, however many images there are.
+All work in constant memory, for any number of images.
 """
 
 import math
@@ -18,19 +18,19 @@ from uadtool.lab.quantization.histogram import BINS, Histogram
 
 
 class Observer(nn.Module, ABC):
-    """Passes its input on and remembers what it needs for ``range``."""
+    """Passes its input on and keeps what ``range`` requires."""
 
     @abstractmethod
     def observe(self, values: Tensor) -> None:
-        """Take in the activations of one batch, [N, ...].
+        """Observe the activations of one batch, [N, ...].
 
         Raises:
-            UadtoolError: one of them is not finite.
+            UadtoolError: an activation is not finite.
         """
 
     @abstractmethod
     def range(self) -> tuple[float, float]:
-        """The chosen (minimum, maximum), within what was observed; only after ``observe``."""
+        """The chosen (minimum, maximum), within the observed values; call ``observe`` first."""
 
     def forward(self, values: Tensor) -> Tensor:
         self.observe(values.detach())
@@ -38,7 +38,7 @@ class Observer(nn.Module, ABC):
 
 
 class MinMax(Observer):
-    """The smallest and the largest value ever seen (Jacob et al., CVPR 2018, section 3.1 without the averaging)."""
+    """The smallest and the largest value (Jacob et al., CVPR 2018, section 3.1 without the averaging)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -56,9 +56,9 @@ class MinMax(Observer):
 class MovingAverage(Observer):
     """The smallest and the largest value of an image, averaged over the images (the first dimension of a batch).
 
-    The first 100 images count alike, as in ONNX Runtime's ``moving_average``; from then on the average is exponential
-    with a constant of 0.01 (Jacob et al., CVPR 2018, section 3.1, with the constant of torch.ao's
-    MovingAverageMinMaxObserver). The batch size plays no part.
+    The first 100 images have equal weight, as in ONNX Runtime's ``moving_average``; after them the average is
+    exponential with a constant of 0.01 (Jacob et al., CVPR 2018, section 3.1, with the constant of torch.ao's
+    MovingAverageMinMaxObserver). The batch size does not matter.
     """
 
     def __init__(self) -> None:
@@ -95,17 +95,17 @@ class HistogramObserver(MinMax):
 
     @abstractmethod
     def _choose(self) -> tuple[float, float]:
-        """The range before it is cut to what was observed."""
+        """The range before it is cut to the observed values."""
 
 
 class Percentile(HistogramObserver):
-    """The range that holds a given percentage of all values, zeros too.
+    """The range that holds a given percentage of all values, including zeros.
 
-    What it leaves out are the highest values when none is negative, else half of it at either end (ONNX Runtime's
+    It leaves out the highest values if none is negative, otherwise half at either end (ONNX Runtime's
     PercentileCalibrater, symmetric and asymmetric; Wu et al., arXiv:2004.09602).
 
     Args:
-        percentile: of the values to hold, above 0 and at most 100.
+        percentile: percentage of the values to hold, above 0 and at most 100.
     """
 
     def __init__(self, percentile: float) -> None:
@@ -128,9 +128,9 @@ class Entropy(HistogramObserver):
     """The threshold on magnitudes at which 128 levels keep most information: least Kullback-Leibler divergence.
 
     TensorRT's method (S. Migacz, "8-bit Inference with TensorRT", GTC 2017): a candidate keeps the bins below the
-    threshold and adds the count of all others to the last one; that is compared with what is left of the kept bins when
-    each of 128 levels spreads its count evenly over its bins that are not empty. Zeros are left out. A point with
-    negative values gets the threshold on both sides. The levels are those of s8.
+    threshold and adds the counts of all others to its last bin. It is compared with the kept bins after each of 128
+    levels has spread its count evenly over its bins that are not empty. Zeros are left out. A point with negative
+    values gets the threshold on both sides. The 128 levels are those of s8.
     """
 
     LEVELS = 128
@@ -141,8 +141,8 @@ class Entropy(HistogramObserver):
         return -threshold, threshold
 
     def _bins_to_keep(self, counts: NDArray[np.int64]) -> int:
-        """How many bins of the magnitudes lie below the threshold."""
-        sizes = np.flatnonzero(counts) + 1  # a last bin that is empty cannot stand for the values above it
+        """The number of bins of the magnitudes below the threshold."""
+        sizes = np.flatnonzero(counts) + 1  # an empty last bin cannot stand for the values above it
         sizes = sizes[sizes >= self.LEVELS]
         if not len(sizes):
             return BINS
@@ -150,27 +150,28 @@ class Entropy(HistogramObserver):
         in_level = np.diff(_running_sum(counts)[bounds])
         bins_in_level = np.diff(_running_sum(counts > 0)[bounds])
         total, kept, last = counts.sum(), in_level.sum(1), counts[sizes - 1]
-        # sum of p ln p - p ln q: p with the others in its last bin, q spread evenly
+        # sum of p ln p - p ln q: p with the values above the threshold in its last bin, q spread evenly
         own = _running_sum(xlogy(counts, counts))[sizes] - xlogy(last, last)
         own += xlogy(last + total - kept, last + total - kept)
         spread = in_level / np.maximum(bins_in_level, 1) / kept[:, None]
         in_level[:, -1] += total - kept
         divergence = (own - xlogy(in_level, spread).sum(1)) / total - np.log(total)
-        widest = np.flatnonzero(divergence <= divergence.min() + 1e-9)[-1]  # of those equal but for rounding
+        widest = np.flatnonzero(divergence <= divergence.min() + 1e-9)[-1]  # among those equal except for rounding
         return int(sizes[widest])
 
 
 class MeanSquaredError(HistogramObserver):
-    """The range whose 256 codes give the least mean squared error, rounding and clipping together. For the target
-    tensorrt, whose codes are symmetric, it is another one.
+    """The range whose 256 codes give the least mean squared error, rounding and clipping together.
 
-    The error is integrated over the bins, values spread evenly within each, as in FBGEMM's search and torch.ao's
-    HistogramObserver after it; but where those move one end at a time until the error first grows, this one tries pairs
-    (minimum, maximum) on a grid that it refines three times, down to 1 %.
+    The target tensorrt, whose codes are symmetric, widens it.
+
+    The error is integrated over the bins, with values spread evenly within each, as in FBGEMM's search and torch.ao's
+    HistogramObserver. These move one end at a time until the error first grows; this method tries pairs (minimum,
+    maximum) on a grid that it refines three times, down to 1 %.
     """
 
     def _choose(self) -> tuple[float, float]:
-        lowest, highest = low, high = min(self.minimum, 0.0), max(self.maximum, 0.0)  # a range always holds 0
+        lowest, highest = low, high = min(self.minimum, 0.0), max(self.maximum, 0.0)  # a range always includes 0
         around = np.linspace(-1, 1, 9)
         for octaves in (np.arange(-11, 1), around, around / 4, around / 16):
             lows, highs = np.meshgrid(np.unique(np.maximum(low * 2.0 ** octaves, lowest)),
@@ -180,13 +181,13 @@ class MeanSquaredError(HistogramObserver):
         return low, high
 
     def _error(self, lows: NDArray[np.float64], highs: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Sum of squared errors of each range, as ``ActivationQuantizer.from_range`` makes a quantizer of it."""
+        """Sum of squared errors of each range, rounded as by ``ActivationQuantizer.from_range``."""
         scale = np.maximum((highs - lows) / 255, 1e-8)[:, None]
         first = np.rint(lows[:, None] / scale)
         edges = self.histogram.edges
         codes = np.clip(np.rint(edges / scale), first, first + 255)
         distance = edges - codes * scale
-        # of the squared distance, from 0 on: each whole code on the way adds scale^3 / 12
+        # integral of the squared distance from 0 on: each whole code on the way adds scale^3 / 12
         integral = codes * scale ** 3 / 12 + distance * distance * distance / 3
         error: NDArray[np.float64] = np.diff(integral) @ self.histogram.counts_without_zeros()
         return error
@@ -199,7 +200,7 @@ METHODS: dict[str, Callable[..., Observer]] = {
 
 
 def make_observer(method: str, percentile: float = 99.99) -> Observer:
-    """The observer of one point; ``percentile`` is for that method alone.
+    """The observer of one point; only the method ``percentile`` uses ``percentile``.
 
     Raises:
         UadtoolError: the percentile is not above 0 and at most 100.
@@ -215,5 +216,5 @@ def _extremes(values: Tensor) -> tuple[float, float]:
 
 
 def _running_sum(values: NDArray[np.generic]) -> NDArray[np.generic]:
-    """What the first 0, 1, 2, ... values come to."""
+    """Sums of the first 0, 1, 2, ... values."""
     return np.concatenate([[0], np.cumsum(values)])

@@ -1,9 +1,9 @@
-"""Calibration sources: what a detector sees while its activation ranges are recorded.
+"""Calibration sources: the images from which activation ranges are recorded.
 
 ``good``                 good training images, the same number of each class
-``synthetic-anomalies``  the same with synthetic anomalies, so that the ranges of anomalous features are seen, too
-``random-normal``        standard normal values in place of normalised pixels (as in arXiv 2407.02968): no image at all
-``images:PATH``          a folder, an image, the test split of a data set or manifest: of another domain, say
+``synthetic-anomalies``  the same images with synthetic anomalies, for the ranges of anomalous features
+``random-normal``        standard normal values in place of normalised pixels (as in arXiv 2407.02968), without images
+``images:PATH``          a folder, an image, or the test split of a data set or manifest, for instance another domain
 """
 
 from collections.abc import Iterator, Sequence
@@ -26,35 +26,36 @@ from uadtool.lab.training.synthetic import synthetic_anomalies
 
 def calibration_batches(sources: Sequence[str], good: Sequence[Sample], count: int, seed: int, detector: Detector,
                         image_size: tuple[int, int]) -> tuple[Iterator[Tensor], dict[str, Any]]:
-    """Choose what to calibrate on, ``count`` images divided evenly among the sources; the first take the remainder.
+    """Choose ``count`` calibration images, divided evenly among the sources; the first sources take the remainder.
 
     Args:
         sources: each as above.
-        good: the images that ``good`` and ``synthetic-anomalies`` choose from; may be empty without these.
-        detector: the one to calibrate; its normalisation tells what random pixels are.
+        good: the images for ``good`` and ``synthetic-anomalies``; may be empty without them.
+        detector: the detector to calibrate; its normalisation defines the random pixels.
 
     Returns:
-        The batches, which are read one at a time, source after source, each of at most 32 images [N, H, W, 3]: uint8,
-        or float32 with values that no image has for ``random-normal``. And the record of what they hold, for the
-        ranges file: fewer images than were asked for, where a source has no more.
+        The batches and their record for the ranges file. Batches are read one at a time, source after source, each of
+        at most 32 images [N, H, W, 3]: uint8, or float32 beyond 0..255 for ``random-normal``. A source with too few
+        images gives all that it has.
 
     Raises:
-        UadtoolError: a path has no images; while the batches are read: an image cannot be.
+        UadtoolError: a path has no images, or (while the batches are read) an image cannot be read.
     """
-    parts: list[dict[str, Any]] = []
+    records: list[dict[str, Any]] = []
     batches: list[Iterator[Tensor]] = []
     for place, source in enumerate(sources):
         share = len(range(place, count, len(sources)))
         if source == "random-normal":
-            parts.append({"kind": source, "count": share})
+            records.append({"kind": source, "count": share})
             batches.append(_random_normal(detector, share, image_size, seed))
             continue
         kind, _, path = source.partition(":")
         samples = balanced(_images(path) if kind == "images" else good, share, seed)
-        parts.append({"kind": source, "count": len(samples), "images": list_digest(s.path for s in samples)})
+        records.append({"kind": source, "count": len(samples), "images": list_digest(s.path for s in samples)})
         images = (batch for _, batch in image_batches(samples, image_size, available_cores()))
         batches.append(_with_anomalies(images, seed) if kind == "synthetic-anomalies" else images)
-    record = {"kind": "+".join(sources), "count": sum(part["count"] for part in parts), "seed": seed, "parts": parts}
+    record = {"kind": "+".join(sources), "count": sum(part["count"] for part in records), "seed": seed,
+              "parts": records}
     return chain.from_iterable(batches), record
 
 
@@ -62,12 +63,12 @@ def _images(path: str) -> list[Sample]:
     try:
         return list(scoring_samples([path]))
     except UadtoolError as error:
-        raise UadtoolError(f"cannot calibrate on images:{path}: {error}; give an image, a folder that holds some, or "
-                           "a data set with a test split") from error
+        raise UadtoolError(f"cannot calibrate on images:{path}: {error}; give an image, a folder with images, or a "
+                           "data set with a test split") from error
 
 
 def _with_anomalies(batches: Iterator[Tensor], seed: int) -> Iterator[Tensor]:
-    """Each image with synthetic anomalies, whose donors are the images of its batch."""
+    """Each image with synthetic anomalies, taken from the images of its batch."""
     generator = np.random.default_rng(seed)
     for batch in batches:
         images = batch.numpy()

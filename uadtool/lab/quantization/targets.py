@@ -1,4 +1,4 @@
-"""What runtimes ask of a quantized graph."""
+"""What runtimes require of a quantized graph."""
 
 from dataclasses import dataclass
 
@@ -8,11 +8,11 @@ class Target:
     """A flavour of quantized graph.
 
     Args:
-        signed: activations are s8 with zero point 0, else u8 with a zero point.
-        quantized_outputs: what an integer kernel writes is quantized even where only float operations read it.
-        integer_bias: a bias is s32, in units of input scale x weight scale, else float.
-        weight_quantizers: weights are stored in float before a quantizer of their own, else as s8.
-        half: what stays float in the networks is fp16.
+        signed: activations are s8 with zero point 0; otherwise u8 with a zero point.
+        quantized_outputs: outputs of integer kernels are quantized even where only float operations read them.
+        integer_bias: biases are s32, in units of input scale x weight scale; otherwise float.
+        weight_quantizers: weights are stored in float before a quantizer of their own; otherwise as s8.
+        half: operations of the networks that stay float compute in fp16.
     """
 
     name: str
@@ -24,15 +24,15 @@ class Target:
 
 
 TARGETS = {target.name: target for target in (
-    # Fuses Q/DQ with a convolution to QLinearConv only when its output is quantized too, and absorbs a ReLU only when
+    # Fuses Q/DQ with a convolution to QLinearConv only when the output is also quantized, and absorbs a ReLU only when
     # the zero point is the lowest code (u8 after ReLU): onnxruntime pull request 11696.
     Target("onnxruntime", signed=False, quantized_outputs=True, integer_bias=True, weight_quantizers=False,
            half=False),
-    # Takes both of the others' flavours; so the one that rounds least.
+    # Supports both other flavours; this one rounds least.
     Target("openvino", signed=False, quantized_outputs=False, integer_bias=False, weight_quantizers=False,
            half=False),
-    # Developer guide, "Working with quantized types" (explicit quantization); TensorRT 8 wants Q before the DQ of
-    # weights, 11 takes fp16 from the graph alone.
+    # Developer guide, "Working with quantized types" (explicit quantization); TensorRT 8 requires Q before the DQ of
+    # weights, 11 takes fp16 only from the graph.
     Target("tensorrt", signed=True, quantized_outputs=False, integer_bias=False, weight_quantizers=True,
            half=True),
 )}

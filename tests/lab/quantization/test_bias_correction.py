@@ -1,0 +1,54 @@
+import pytest
+import torch
+from graphs import TEACHERS, images, perceptron, small_plan
+from torch import fx, nn
+
+from uadtool.lab.quantization.bias_correction import BiasCorrection
+from uadtool.lab.quantization.calibration import calibrate
+from uadtool.lab.quantization.modules import QuantizedConv2d
+from uadtool.lab.quantization.ptq import quantize
+from uadtool.lab.quantization.targets import TARGETS
+
+TARGET = TARGETS["openvino"]
+
+
+@pytest.fixture(scope="module", params=TEACHERS)
+def plan(request):
+    return small_plan(request.param)
+
+
+def test_bias_correction_keeps_the_mean_of_every_channel(plan):
+    pixels = images(8)
+    ranges = calibrate(plan, [pixels])
+    plain, corrected = (quantize(plan, ranges, TARGET, correction=correction)
+                        for correction in (None, BiasCorrection(plan, pixels)))
+
+    def means(model):
+        found = {}
+
+        class Means(fx.Interpreter):
+            def call_module(self, target, args, kwargs):
+                result = super().call_module(target, args, kwargs)
+                if isinstance(self.module.get_submodule(target), (nn.Conv2d, QuantizedConv2d)):
+                    found[target] = result.mean((0, 2, 3))
+                return result
+
+        with torch.inference_mode():
+            Means(model).run(pixels)
+        return found
+
+    expected, before, after = means(plan.traced), means(plain), means(corrected)
+    assert expected.keys() == before.keys() == after.keys()
+    off = [sum((found[name] - mean).abs().sum() for name, mean in expected.items()) for found in (before, after)]
+    assert off[0] > 0.1
+    assert off[1] < 0.05 * off[0]  # sums that lie between two codes may be rounded either way
+
+
+def test_bias_correction_keeps_the_mean_of_every_channel_of_a_linear_layer():
+    plan, tokens = perceptron()
+    ranges = calibrate(plan, [tokens], "minmax")
+    with torch.inference_mode():
+        expected, *found = (model(tokens).mean((0, 1)) for model in (
+            plan.traced, quantize(plan, ranges), quantize(plan, ranges, correction=BiasCorrection(plan, tokens))))
+    plain, corrected = ((means - expected).abs().sum() for means in found)
+    assert corrected < 0.05 * plain
