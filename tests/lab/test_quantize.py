@@ -169,29 +169,18 @@ def test_too_many_sensitive_layers_are_refused_before_they_are_measured(trained,
 
 
 @pytest.mark.parametrize(("options", "message"), [
-    (["--steps", "200"], "--steps and --resume are for --qat"), (["--resume"], "--steps and --resume are for --qat"),
-    (["--no-bias-correction"], "--no-bias-correction is for int8 with DATA"),
-])
-def test_options_that_would_do_nothing(trained, calibrated, tmp_path, options, message):
-    with pytest.raises(click.UsageError, match=message):
-        run(trained.path, "--ranges", calibrated.path, "-o", tmp_path / "int8.safetensors", *options)
-
-
-@pytest.mark.parametrize(("options", "message"), [
     (["--keep-float", "auto:0"], "auto:N wants a number of layers, once"),
     (["--keep-float", "auto:2"], "Missing argument 'DATA'"),
     (["--sensitivity"], "Missing argument 'DATA'"),
     (["--qat"], "Missing argument 'DATA'"),
     (["--precision", "fp16"], "are for int8"),
+    (["--steps", "200"], "--steps and --resume are for --qat"), (["--resume"], "--steps and --resume are for --qat"),
+    (["--no-bias-correction"], "--no-bias-correction is for int8 with DATA"),
+    (["--ranges", ""], "Missing option '--ranges'"),
 ])
 def test_options_that_do_not_fit_are_wrong_usage(trained, calibrated, tmp_path, options, message):
     with pytest.raises(click.UsageError, match=message):
         run(trained.path, "--ranges", calibrated.path, "-o", tmp_path / "a.safetensors", *options)
-
-
-def test_int8_needs_ranges(trained, tmp_path):
-    with pytest.raises(click.UsageError, match="Missing option '--ranges'"):
-        run(trained.path, "-o", tmp_path / "a.safetensors")
 
 
 def test_the_data_set_is_not_overwritten(trained, calibrated, tmp_path):

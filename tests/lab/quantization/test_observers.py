@@ -96,12 +96,6 @@ def test_a_histogram_does_not_saturate():
 # All methods
 
 
-@given(BATCHES)
-def test_minmax_is_the_range_of_all_batches(batches):
-    values = np.concatenate([batch.ravel() for batch in batches])
-    assert observed("minmax", batches).range() == (values.min(), values.max())
-
-
 @pytest.mark.parametrize("method", METHODS)
 @settings(max_examples=25)
 @given(batches=BATCHES)
