@@ -22,12 +22,14 @@ def peak_memory(model: str, data: str, method: str, count: int) -> float:
     from uadtool.data.dataset import training_samples
     from uadtool.lab.models import load_float_model
     from uadtool.lab.quantization.calibration import calibrate
+    from uadtool.lab.quantization.plan import QuantizationPlan
     from uadtool.lab.training.data import image_batches
 
     detector, metadata = load_float_model(model)
     samples = cycle(training_samples(data))
     parts = (list(islice(samples, BATCH)) for _ in range(count // BATCH))
-    calibrate(detector, (images for part in parts for _, images in image_batches(part, metadata.image_size, 1)), method)
+    batches = (images for part in parts for _, images in image_batches(part, metadata.image_size, 1))
+    calibrate(QuantizationPlan(detector), batches, method)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # Linux counts in KiB
 
 

@@ -1,6 +1,6 @@
-"""Quantize one detector in every way of the study and measure it; prints a JSON line for each, as it comes.
+"""Quantize one detector in every way of the study and measure it; prints a JSON line for each.
 
-What the results file holds already is not measured again, so an interrupted study goes on where it stopped.
+Ways that are already in the results file are skipped, so an interrupted study continues where it stopped.
 """
 
 import argparse
@@ -30,9 +30,10 @@ from uadtool.lab.detectors.contract import Detector
 from uadtool.lab.detectors.statistics import RawMaps, fit_statistics
 from uadtool.lab.models import load_float_model
 from uadtool.lab.onnx_export.deployed import deployed_maps
-from uadtool.lab.quantization.bias_correction import CORRECTION_IMAGES
+from uadtool.lab.quantization.bias_correction import CORRECTION_IMAGES, BiasCorrection
 from uadtool.lab.quantization.calibration import calibrate
-from uadtool.lab.quantization.ptq import layers_outside, quantize
+from uadtool.lab.quantization.plan import QuantizationPlan
+from uadtool.lab.quantization.ptq import quantize
 from uadtool.lab.quantization.qat import fine_tune
 from uadtool.lab.quantization.ranges import Ranges
 from uadtool.lab.quantization.sources import calibration_batches
@@ -47,7 +48,7 @@ QAT_STEPS = 60
 SOURCES = ("good", "good+synthetic", "natural", "random-normal", "test")
 METHODS = ("minmax", "percentile", "entropy", "mse")
 GRIDS = ("full", "sources")
-"""All questions of the study, or what to calibrate on, with which method, alone."""
+"""All questions of the study, or only the calibration sources and methods."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class Cell:
 
 
 def cells(grid: str, with_first: bool) -> Iterator[Cell]:
-    """The ways of a ``grid``, one of ``GRIDS``; full where it is cheap, elsewhere what answers questions."""
+    """The ways of a ``grid``, one of ``GRIDS``: complete where it is cheap, otherwise those that answer questions."""
     yield Cell("float")
     if grid == "sources":
         for source, method in itertools.product(SOURCES, METHODS):
@@ -89,12 +90,13 @@ def cells(grid: str, with_first: bool) -> Iterator[Cell]:
 
 
 class Study:
-    """A detector, the images, and what is computed once for many cells."""
+    """A detector, the images, and results that many cells share."""
 
     def __init__(self, model: str, first: str | None, data: str, natural: str, seed: int) -> None:
         self.data, self.natural, self.seed = data, natural, seed
         self.detector, self.metadata = load_float_model(model)
         self.first = load_float_model(first)[0] if first else None
+        self.plans: dict[tuple[bool, bool], QuantizationPlan] = {}
         self.samples = training_samples(data, self.metadata.classes)
         self.training, self.held_out = split_again(self.metadata, self.samples)
         self.test = [sample for sample in scoring_samples([data]) if sample.class_name in self.metadata.classes]
@@ -105,10 +107,10 @@ class Study:
         self.ranges: dict[tuple[bool, str, str, bool], Ranges] = {}
 
     def measure(self, cell: Cell) -> dict[str, float]:
-        """Mean and pooled image AUROC, pixel AUROC and AUPRO of the detector in ONNX Runtime, quantized so."""
+        """Mean and pooled image AUROC, pixel AUROC and AUPRO of the quantized detector in ONNX Runtime."""
         detector = self.first if cell.procedure == "first" else self.detector
         assert detector is not None
-        target = "onnxruntime" if cell.quantizers == "after" else "openvino"  # which has the biases in float
+        target = "onnxruntime" if cell.quantizers == "after" else "openvino"  # with float biases
         metadata = self.metadata.replace(precision="fp32" if cell.procedure == "float" else "int8", target=target)
         raw_maps = deployed_maps(self._quantized(cell, detector), metadata)
         return self._evaluate(detector, metadata, raw_maps)
@@ -116,22 +118,29 @@ class Study:
     def _quantized(self, cell: Cell, detector: Detector) -> nn.Module:
         if cell.procedure == "float":
             return detector
-        kept = layers_outside(detector, cell.scope)
+        plan = self._plan(cell, detector)
+        float_layers = plan.layers_outside(detector.trained_network) if cell.scope == "student" else []
         ranges = self._calibrate(cell, detector)
         target = TARGETS["onnxruntime"]
-        if cell.quantizers != "after":
-            return unfused.quantize(detector, ranges, replace(target, integer_bias=False), kept,
+        if isinstance(plan, unfused.UnfusedPlan):
+            return unfused.quantize(plan, ranges, replace(target, integer_bias=False), float_layers,
                                     per_tensor="per tensor" in cell.quantizers)
-        correction = None if cell.procedure == "ptq" else self.images["correction"]
+        correction = None if cell.procedure == "ptq" else BiasCorrection(plan, self.images["correction"])
         if cell.procedure != "qat":
-            return quantize(detector, ranges, target, kept, correction)
+            return quantize(plan, ranges, target, float_layers, correction)
         good = self._read(balanced(self.held_out, 16, self.seed))
         anomalous = synthetic_anomalies(good.numpy(), good.numpy(), np.random.default_rng(self.seed))
         with TemporaryDirectory() as folder:
-            tuned, learned = fine_tune(detector, ranges, target, kept, self.training, self.metadata.image_size,
+            tuned, learned = fine_tune(plan, ranges, target, float_layers, self.training, self.metadata.image_size,
                                        [good, torch.from_numpy(anomalous)], correction, QAT_STEPS, self.seed,
                                        Path(folder, "checkpoint"), {}, False)
-        return quantize(tuned, learned, target, kept)
+        return quantize(tuned, learned, target, float_layers)
+
+    def _plan(self, cell: Cell, detector: Detector) -> QuantizationPlan:
+        key = detector is self.first, cell.quantizers == "after"
+        if key not in self.plans:
+            self.plans[key] = QuantizationPlan(detector) if key[1] else unfused.UnfusedPlan(detector)
+        return self.plans[key]
 
     def _calibrate(self, cell: Cell, detector: Detector) -> Ranges:
         key = detector is self.first, cell.source, cell.method, cell.quantizers == "after"
@@ -140,28 +149,27 @@ class Study:
                        "test": [f"images:{self.data}"]}.get(cell.source, [cell.source])
             batches, _ = calibration_batches(sources, self.samples, CALIBRATION_IMAGES, self.seed, detector,
                                              self.metadata.image_size)
-            run = calibrate if cell.quantizers == "after" else unfused.calibrate
-            self.ranges[key] = run(detector, batches, cell.method)
+            self.ranges[key] = calibrate(self._plan(cell, detector), batches, cell.method)
         return self.ranges[key]
 
     @torch.inference_mode()
     def _evaluate(self, detector: Detector, metadata: Metadata, raw_maps: RawMaps) -> dict[str, float]:
-        detector = copy.deepcopy(detector)  # the statistics of one cell are not those of the next
+        detector = copy.deepcopy(detector)  # each cell has statistics of its own
         fit_statistics(detector, raw_maps, metadata.classes, self._batches("held_out", self.held_out))
         maps = [detector.normalize_maps(*raw_maps(images)) for _, images in self._batches("test", self.test)]
-        scores = torch.cat([detector.image_score(part) for part in maps]).numpy()
+        scores = torch.cat([detector.image_score(batch) for batch in maps]).numpy()
         labels = np.array([sample.label != "good" for sample in self.test])
         names = np.array([sample.class_name for sample in self.test])
         pixels = {name: PixelMetrics() for name in metadata.classes}
-        for sample, mask, one in zip(self.test, self.masks, torch.cat(maps)):
+        for sample, mask, anomaly_map in zip(self.test, self.masks, torch.cat(maps)):
             if mask is not None:
-                large = F.interpolate(one[None, None], size=mask.shape, mode="bilinear")[0, 0]
+                large = F.interpolate(anomaly_map[None, None], size=mask.shape, mode="bilinear")[0, 0]
                 pixels[str(sample.class_name)].update(large.numpy(), mask)
         return {
             "image_auroc": float(np.mean([roc_auc_score(labels[names == n], scores[names == n]) for n in pixels])),
             "pooled": float(roc_auc_score(labels, scores)),
-            "pixel_auroc": _mean(part.auroc() for part in pixels.values()),
-            "aupro": _mean(part.aupro() for part in pixels.values()),
+            "pixel_auroc": _mean(metrics.auroc() for metrics in pixels.values()),
+            "aupro": _mean(metrics.aupro() for metrics in pixels.values()),
         }
 
     def _batches(self, name: str, samples: list[Sample]) -> Iterator[tuple[list[Sample], Tensor]]:
@@ -172,7 +180,7 @@ class Study:
         return read_images(samples, self.metadata.image_size, available_cores())
 
     def _mask(self, sample: Sample) -> NDArray[np.bool_] | None:
-        """At the size of the input; None where a defect has no mask."""
+        """At the size of the input; None if a defect has no mask."""
         size = self.metadata.image_size
         if sample.label == "good":
             return np.zeros(size, bool)
@@ -184,7 +192,7 @@ def _mean(values: Iterator[float | None]) -> float:
 
 
 def natural_images(folder: Path, count: int, size: int) -> None:
-    """Crops of the two photographs that scikit-learn brings, a temple and a flower, as images of another domain."""
+    """Crops of the two photographs in scikit-learn, a temple and a flower, as images of another domain."""
     from PIL import Image
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -202,9 +210,9 @@ def main() -> None:
     parser.add_argument("model", help="the float detector")
     parser.add_argument("results", type=Path, help="JSON Lines; new ones are appended")
     parser.add_argument("--first", help="the detector that was trained with --teacher-int8")
-    parser.add_argument("--grid", choices=GRIDS, default="full", help="which ways to try")
-    parser.add_argument("--name", required=True, help="of the detector in the results")
-    parser.add_argument("--seed", type=int, default=0, help="of the calibration images")
+    parser.add_argument("--grid", choices=GRIDS, default="full", help="ways to try")
+    parser.add_argument("--name", required=True, help="name of the detector in the results")
+    parser.add_argument("--seed", type=int, default=0, help="seed for the calibration images")
     parser.add_argument("--natural", help="a folder of images of another domain")
     arguments = parser.parse_args()
     known = []

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from uadtool.lab.detectors.stfpm import STFPM
-from uadtool.lab.quantization.graph import QuantizableGraph
+from uadtool.lab.quantization.calibration import calibrate
 from uadtool.lab.quantization.modules import ActivationQuantizer, QuantizedConv2d
-from uadtool.lab.quantization.ptq import layers_outside
+from uadtool.lab.quantization.plan import QuantizationPlan
 from uadtool.lab.quantization.targets import TARGETS
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples/calibration-study"))
@@ -36,26 +36,27 @@ def images():
 
 
 def test_unfused_points_lie_between_convolution_and_activation(detector):
-    fused, unfused_points = QuantizableGraph(detector), unfused.UnfusedGraph(detector).points
+    fused, unfused_points = QuantizationPlan(detector), unfused.UnfusedPlan(detector).points
     behind = {node.name for node in fused.points}
     activations = [node for node in unfused_points if any(reader.name in behind and reader.op == "call_module"
                                                           for reader in node.users if "conv" not in reader.name)]
     assert len(activations) > 10
-    modules = dict(fused.module.named_modules())
+    modules = dict(fused.traced.named_modules())
     for node in unfused_points:
         assert not isinstance(modules.get(str(node.target)), torch.nn.ReLU | torch.nn.ReLU6)
     convolutions = [node for node in unfused_points if isinstance(modules.get(str(node.target)), torch.nn.Conv2d)]
     assert len(convolutions) == len(fused.layers)
 
 
-@pytest.mark.parametrize("scope", ["all", "student"])
-def test_the_unfused_graph_rounds_negative_values_too(detector, images, scope):
-    ranges = unfused.calibrate(detector, [images], "minmax")
-    kept = layers_outside(detector, scope)
-    model = unfused.quantize(detector, ranges, TARGET, kept, per_tensor=False)
+@pytest.mark.parametrize("student_only", [False, True])
+def test_the_unfused_graph_rounds_negative_values_too(detector, images, student_only):
+    plan = unfused.UnfusedPlan(detector)
+    ranges = calibrate(plan, [images], "minmax")
+    float_layers = plan.layers_outside("student") if student_only else []
+    model = unfused.quantize(plan, ranges, TARGET, float_layers, per_tensor=False)
     quantizers = [m for m in model.modules() if isinstance(m, ActivationQuantizer)]
     layers = [m for m in model.modules() if isinstance(m, QuantizedConv2d)]
-    assert len(layers) == (len(QuantizableGraph(detector).layers) - len(kept))
+    assert len(layers) == len(plan.layers) - len(float_layers)
     assert len(quantizers) >= len(layers)
     # an untrained ResNet's residual branches give nothing, so its additions nothing negative
     assert sum(int(m.zero_point) > 0 for m in quantizers) > 0.5 * len(quantizers)

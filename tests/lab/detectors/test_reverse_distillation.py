@@ -8,7 +8,7 @@ from torch import nn
 
 from uadtool.lab.detectors.reverse_distillation import ReverseDistillation, Student
 from uadtool.lab.detectors.stfpm import cosine_distance
-from uadtool.lab.quantization.graph import QuantizableGraph
+from uadtool.lab.quantization.plan import QuantizationPlan
 
 SIZE = (64, 96)
 
@@ -59,8 +59,8 @@ def test_the_width_is_that_of_the_decoder():
 
 
 def test_enlarged_maps_share_the_range_of_their_input():
-    graph = QuantizableGraph(ReverseDistillation("mobilenetv2_035", SIZE, 2).fold_batch_norm())
-    enlarged = [node for node in graph.points if node.target is nn.functional.interpolate]
+    plan = QuantizationPlan(ReverseDistillation("mobilenetv2_035", SIZE, 2).fold_batch_norm())
+    enlarged = [node for node in plan.points if node.target is nn.functional.interpolate]
     assert len(enlarged) == 3
     for node in enlarged:
-        assert graph.points[node] == graph.points[node.args[0]]
+        assert plan.points[node] == plan.points[node.args[0]]

@@ -17,7 +17,8 @@ from uadtool.lab.detectors.stfpm import STFPM
 from uadtool.lab.onnx_export.parity import parity_images
 from uadtool.lab.quantization.calibration import calibrate
 from uadtool.lab.quantization.modules import QuantizedConv2d
-from uadtool.lab.quantization.ptq import layers_outside, quantize
+from uadtool.lab.quantization.plan import QuantizationPlan
+from uadtool.lab.quantization.ptq import quantize
 from uadtool.lab.quantization.targets import TARGETS
 from uadtool.lab.train import TrainingOptions, train
 
@@ -85,10 +86,11 @@ def test_shared_stages_are_computed_once(teacher, stages):
 
 def test_scope_student_leaves_the_shared_stages_in_float():
     detector = random_stfpm("resnet18", 1).fold_batch_norm()
-    outside = layers_outside(detector, "student")
+    plan = QuantizationPlan(detector)
+    outside = plan.layers_outside("student")
     assert outside == [f"teacher.{name}" for name in convolutions(detector.teacher)]
     images = torch.from_numpy(parity_images(None, SIZE))
-    model = quantize(detector, calibrate(detector, [images]), TARGETS["tensorrt"], outside)
+    model = quantize(plan, calibrate(plan, [images]), TARGETS["tensorrt"], outside)
     quantized = {name for name, module in model.named_modules() if isinstance(module, QuantizedConv2d)}
     assert quantized == {f"student.{name}" for name in convolutions(detector.student)}
     rounded = [name for name, _ in model.points.named_children() if not name.startswith("student_")]

@@ -9,6 +9,7 @@ from torch import nn
 from uadtool.errors import UadtoolError
 from uadtool.lab.detectors.uninformed_students import PatchNetwork, UninformedStudents, _crop, whitened_components
 from uadtool.lab.quantization.calibration import calibrate
+from uadtool.lab.quantization.plan import QuantizationPlan
 from uadtool.lab.quantization.targets import TARGETS
 from uadtool.lab.quantization.teacher import quantized_teacher
 
@@ -103,7 +104,7 @@ def test_only_patch_networks_are_deployed():
 
 
 def test_ranges_of_a_patch_network_do_not_fit_the_backbone(detector):
-    deployed = UninformedStudents(TEACHER, SIZE, 2).fold_batch_norm()
+    plan = QuantizationPlan(UninformedStudents(TEACHER, SIZE, 2).fold_batch_norm())
     images = torch.zeros(1, *SIZE, 3, dtype=torch.uint8)
     with pytest.raises(UadtoolError, match="run calibrate again"):
-        quantized_teacher(detector, calibrate(deployed, [images]), TARGETS["onnxruntime"], images)
+        quantized_teacher(detector, calibrate(plan, [images]), TARGETS["onnxruntime"], images)
