@@ -186,9 +186,9 @@ def test_options_that_do_not_fit_are_wrong_usage(trained, calibrated, tmp_path, 
 def test_the_data_set_is_not_overwritten(trained, calibrated, tmp_path):
     manifest = tmp_path / "parts.csv"
     manifest.write_text("path,label\n")
-    with pytest.raises(UadtoolError, match="would be lost"):
+    with pytest.raises(UadtoolError, match="is an input of this command"):
         run(trained.path, manifest, "--ranges", calibrated.path, "-o", manifest)
     for arguments in ([manifest], ["--source", f"images:{manifest}"]):
-        with pytest.raises(UadtoolError, match="would be lost"):
+        with pytest.raises(UadtoolError, match="is an input of this command"):
             calibrate_command.main([str(a) for a in (trained.path, *arguments, "-o", manifest)], standalone_mode=False)
     assert manifest.read_text() == "path,label\n"
