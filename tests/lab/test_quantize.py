@@ -8,7 +8,6 @@ import click
 import pytest
 import torch
 from conftest import validate
-from torch import nn
 
 from uadtool.cli.calibrate import calibrate as calibrate_command
 from uadtool.cli.quantize import quantize as command
@@ -98,16 +97,10 @@ def test_the_float_model_keeps_its_statistics(trained, calibrated, textures, tmp
         assert not torch.equal(result.model.get_buffer(name), value)
 
 
-def test_fine_tuning_ends_in_the_same_kind_of_file(trained, calibrated, textures, tmp_path, capsys):
-    output = tmp_path / "int8.safetensors"
-    options = [trained.path, textures, "--ranges", calibrated.path, "-o", output]
-    plain = printed(capsys, *options)
-    tuned = printed(capsys, *options, "--qat", "--steps", 8)
-    assert (plain["method"], tuned["method"]) == ("ptq", "qat")
-    assert tuned["map_distance"] < 1.5 * plain["map_distance"]  # a few steps; that more help is in test_qat
-    model, metadata = load_model(output)
-    assert (metadata.precision, metadata.quantization.method) == ("int8", "qat")
-    assert not [m for m in model.modules() if isinstance(m, nn.Conv2d)]
+def test_fine_tuning_leaves_only_the_model(trained, calibrated, textures, tmp_path, capsys):
+    record = printed(capsys, trained.path, textures, "--ranges", calibrated.path, "-o", tmp_path / "int8.safetensors",
+                     "--qat", "--steps", 2)
+    assert record["method"] == load_model(tmp_path / "int8.safetensors")[1].quantization.method == "qat"
     assert [path.name for path in tmp_path.iterdir()] == ["int8.safetensors"]  # the checkpoint is gone
 
 

@@ -100,8 +100,7 @@ def apply_recipe(detector: Detector, metadata: Metadata, digest: str, ranges: Op
         checkpoint: file for the state of quantization-aware training; the caller removes it once the result is saved.
 
     Raises:
-        UadtoolError: the ranges do not belong to this detector, a pattern matches no layer, or as
-            ``training_samples``.
+        UadtoolError: the ranges belong to another detector, a pattern matches no layer, or as ``training_samples``.
     """
     networks = dict(detector.named_modules())
     if (recipe.qat_steps or recipe.scope == "student") and detector.trained_network not in networks:
@@ -148,17 +147,15 @@ def _to_int8(plan: QuantizationPlan, metadata: Metadata, ranges: RangesFile, ima
     else:
         model = quantize(plan, ranges.ranges, target, float_layers, correction)
     _warn_of_another_teacher(metadata, recipe.target, float_layers, correction is not None)
-    method = "qat" if recipe.qat_steps else "ptq"
-    source = str(ranges.source.get("kind", "?"))
-    metadata = metadata.replace(
-        precision="mixed" if float_layers else "int8", target=recipe.target,
-        quantization=Quantization(method, ranges.method, source, recipe.scope, float_layers))
+    method, source = "qat" if recipe.qat_steps else "ptq", str(ranges.source.get("kind", "?"))
+    metadata = metadata.replace(precision="mixed" if float_layers else "int8", target=recipe.target,
+                                quantization=Quantization(method, ranges.method, source, recipe.scope, float_layers))
     return model, metadata, {**report, "points": len(ranges.ranges), "method": method, "float_layers": float_layers}
 
 
 def _float_layers(plan: QuantizationPlan, ranges: RangesFile, recipe: Recipe, images: Optional[_Images],
                   correction_images: Optional[Tensor]) -> tuple[list[str], dict[str, Any]]:
-    """The layers that stay float, in the order of the network, and the report on the sensitivity of the others."""
+    """The layers that stay float, in execution order, and the report on the sensitivity of the others."""
     kept = set(plan.matching_layers(recipe.keep_float))
     if recipe.scope == "student":
         kept.update(plan.layers_outside(str(plan.detector.trained_network)))
@@ -167,19 +164,17 @@ def _float_layers(plan: QuantizationPlan, ranges: RangesFile, recipe: Recipe, im
     report: dict[str, Any] = {}
     if recipe.sensitivity or recipe.keep_sensitive:
         assert images is not None
-        correction = None
-        if correction_images is not None:
-            correction = BiasCorrection(plan, correction_images[:SENSITIVITY_CORRECTION])
-        candidates = [layer for layer in plan.layers if layer not in kept]
-        distances: list[tuple[str, float]] = []
+        few_images = None if correction_images is None else correction_images[:SENSITIVITY_CORRECTION]
+        correction = None if few_images is None else BiasCorrection(plan, few_images)
+        candidates, distances = [layer for layer in plan.layers if layer not in kept], dict[str, float]()
         with Progress("sensitivity", len(candidates)) as progress:
             for layer, distance in layer_sensitivity(plan, ranges.ranges, TARGETS[recipe.target], images.held_out,
                                                      candidates, correction):
-                distances.append((layer, distance))
+                distances[layer] = distance
                 progress.update(note=f"{layer} {distance:.3f}")
-        distances.sort(key=lambda pair: -pair[1])
-        kept.update(layer for layer, _ in distances[:recipe.keep_sensitive])
-        report["sensitivity"] = [{"layer": layer, "map_distance": distance} for layer, distance in distances]
+        worst_first = sorted(distances, key=lambda layer: -distances[layer])
+        kept.update(worst_first[:recipe.keep_sensitive])
+        report["sensitivity"] = [{"layer": layer, "map_distance": distances[layer]} for layer in worst_first]
     return [layer for layer in plan.layers if layer in kept], report
 
 

@@ -204,11 +204,10 @@ def test_exports_report_their_parity(fp32, int8, textures):
 
 
 def test_the_exporter_is_silent(capfd):
-    levels = {name: logging.getLogger(name).level for name in ("torch.onnx", "onnxscript")}
     to_onnx(STFPM("mobilenetv2_035", SIZE, 1).fold_batch_norm(), Metadata(
         "stfpm", "mobilenetv2_035", ["a"], SIZE, (16, 16), 3.0, 0.01, 1, 1))
     assert capfd.readouterr() == ("", "")
-    assert {name: logging.getLogger(name).level for name in levels} == levels
+    assert logging.getLogger("uadtool").isEnabledFor(logging.WARNING)
 
 
 # What must not be exported

@@ -8,6 +8,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from graphs import images, small_plan
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as stn
@@ -18,12 +19,10 @@ from scipy import stats
 from torch.ao.quantization import MovingAverageMinMaxObserver
 
 from uadtool.errors import UadtoolError
-from uadtool.lab.detectors.stfpm import STFPM
 from uadtool.lab.quantization.calibration import calibrate
 from uadtool.lab.quantization.histogram import BINS, Histogram
 from uadtool.lab.quantization.modules import ActivationQuantizer
 from uadtool.lab.quantization.observers import METHODS, make_observer
-from uadtool.lab.quantization.plan import QuantizationPlan
 
 BATCHES = st.lists(stn.arrays(np.float32, stn.array_shapes(max_dims=3, max_side=4),
                               elements=st.floats(-1e4, 1e4, width=16)), min_size=1, max_size=5)
@@ -140,23 +139,13 @@ def test_more_images_take_no_more_memory(method):
     assert size(64) <= size(2) + 16  # a larger number takes a few bytes more
 
 
-@pytest.fixture(scope="module")
-def ranges():
-    torch.manual_seed(0)
-    plan = QuantizationPlan(STFPM("tf_efficientnet_lite0", (32, 32), 2).fold_batch_norm())
-    images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), dtype=np.uint8))
-    return {method: calibrate(plan, images.split(2), method, percentile=99.0) for method in METHODS}
-
-
 @pytest.mark.parametrize("method", [method for method in METHODS if method != "minmax"])
-def test_each_method_calibrates_a_detector(ranges, method):
-    assert ranges[method].keys() == ranges["minmax"].keys()
-    narrower = 0
-    for name, (minimum, maximum) in ranges[method].items():
-        least, most = ranges["minmax"][name]
-        assert least <= minimum <= maximum <= most
-        narrower += (minimum, maximum) != (least, most)
-    assert narrower > len(ranges[method]) / 2
+def test_each_method_calibrates_a_detector(method):
+    batches = images(4).split(2)
+    ranges, widest = (calibrate(small_plan("tf_efficientnet_lite0"), batches, m, 99.0) for m in (method, "minmax"))
+    assert ranges.keys() == widest.keys()
+    assert all(widest[name][0] <= low <= high <= widest[name][1] for name, (low, high) in ranges.items())
+    assert sum(ranges[name] != widest[name] for name in ranges) > len(ranges) / 2
 
 
 # Against ONNX Runtime

@@ -209,15 +209,6 @@ def test_the_method_is_recorded(calibrate, options, method):
     assert printed["method"] == ranges["method"] == method
 
 
-def test_the_percentile_decides_the_ranges(calibrate):
-    def width(*options):
-        _, ranges = calibrate("--source", "random-normal", "--count", 2, *options)
-        return sum(high - low for low, high in ranges["ranges"].values())
-
-    widths = [width("--method", "percentile", "--percentile", value) for value in (90, 99.9)]
-    assert widths[0] < widths[1] < width("--method", "minmax")
-
-
 @pytest.mark.parametrize(("arguments", "message"), [
     ([], "Missing argument 'DATA'"),
     (["--source", "random-normal", "--source", "synthetic-anomalies"], "Missing argument 'DATA'"),

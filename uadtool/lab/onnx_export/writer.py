@@ -6,7 +6,7 @@ import logging
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Optional, Union
+from typing import Any, Union
 
 import numpy as np
 import onnx
@@ -38,9 +38,7 @@ def to_onnx(model: nn.Module, metadata: Metadata) -> onnx.ModelProto:
     """
     height, width = metadata.image_size
     example = torch.zeros(2, height, width, 3, dtype=torch.uint8)
-    # The exporter reports its steps on stdout and warns of its own deprecations.
-    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings(), _quiet("torch.onnx", "onnxscript"):
-        warnings.simplefilter("ignore")
+    with _silence():
         program = torch.onnx.export(
             model, (example,), dynamo=True, opset_version=EXPORTER_OPSET, external_data=False, verbose=False,
             input_names=["image"], output_names=list(OutputTensors._fields),
@@ -113,7 +111,8 @@ def scale_by_constants(graph: onnx_ir.Graph) -> None:
     """Give each Resize factors, which are known when an engine is built, instead of a size computed from the batch."""
     for node in graph:
         if node.op_type == "Resize" and len(node.inputs) == 4:
-            before, after = (_sizes(value)[2:] for value in (node.inputs[0], node.outputs[0]))
+            values: list[Any] = [node.inputs[0], node.outputs[0]]
+            before, after = (value.shape[2:] for value in values)
             scales = np.array([1, 1, *map(_scale, before, after)], np.float32)
             node.resize_inputs(3)
             node.replace_input_with(2, _add_constant(graph, f"{node.outputs[0].name}_scales", scales))
@@ -189,18 +188,10 @@ def _scale(before: int, after: int) -> np.float32:
     return scale if float(scale) * before >= after else np.nextafter(scale, np.float32(np.inf))
 
 
-def _sizes(value: Optional[onnx_ir.Value]) -> list[int]:
-    """[N, C, H, W] of a feature map; of any length where the size is not known."""
-    assert value is not None
-    assert value.shape is not None
-    return [size if isinstance(size, int) else 0 for size in value.shape]
-
-
 def _constant(node: onnx_ir.Node, place: int) -> NDArray[Any]:
-    value = node.inputs[place]
-    assert value is not None
-    assert value.const_value is not None
-    return value.const_value.numpy()
+    value: Any = node.inputs[place]
+    array: NDArray[Any] = value.const_value.numpy()
+    return array
 
 
 def _add_constant(graph: onnx_ir.Graph, name: str, array: NDArray[Any]) -> onnx_ir.Value:
@@ -231,13 +222,12 @@ def _strip(model: onnx_ir.Model) -> None:
 
 
 @contextlib.contextmanager
-def _quiet(*names: str) -> Iterator[None]:
-    loggers = [logging.getLogger(name) for name in names]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
+def _silence() -> Iterator[None]:
+    """Suppress steps on stdout, logs, and warnings of the exporter's own deprecations."""
+    logging.disable(logging.WARNING)
     try:
-        yield
+        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     finally:
-        for logger, level in zip(loggers, levels):
-            logger.setLevel(level)
+        logging.disable(logging.NOTSET)

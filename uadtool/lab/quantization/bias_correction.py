@@ -29,9 +29,8 @@ class BiasCorrection:
 
     @torch.inference_mode()
     def __init__(self, plan: QuantizationPlan, images: Tensor) -> None:
-        self._images = images
-        self._means: dict[str, Tensor] = {}
-        means = self._means
+        means: dict[str, Tensor] = {}
+        self._images, self._means = images, means
 
         class Recorder(fx.Interpreter):
             def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:

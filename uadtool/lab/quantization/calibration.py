@@ -24,13 +24,7 @@ def calibrate(plan: QuantizationPlan, batches: Iterable[Tensor], method: str = "
     Raises:
         UadtoolError: there is no batch.
     """
-    observers: dict[str, Observer] = {}
-
-    def observer(name: str) -> Observer:
-        observers[name] = make_observer(method, percentile)
-        return observers[name]
-
-    model = observe(plan, observer).eval()
+    model = observe(plan, lambda name: make_observer(method, percentile)).eval()
     seen = 0
     with torch.inference_mode():
         for batch in batches:
@@ -38,4 +32,5 @@ def calibrate(plan: QuantizationPlan, batches: Iterable[Tensor], method: str = "
             seen += len(batch)
     if not seen:
         raise UadtoolError("no image to calibrate on")
-    return {name: observer.range() for name, observer in observers.items()}
+    observers = model.get_submodule("points").named_children()
+    return {name: observer.range() for name, observer in observers if isinstance(observer, Observer)}

@@ -12,7 +12,7 @@ from uadtool.lab.quantization.targets import Target
 
 def observe(plan: QuantizationPlan, make: Callable[[str], nn.Module]) -> fx.GraphModule:
     """The graph with ``make(name)``, as ``points.NAME``, at every point for all readers."""
-    return _Copy(plan).insert(make, [(node, reader) for node in plan.points for reader in node.users])
+    return _with_points(plan, make, ((node, reader) for node in plan.points for reader in node.users))
 
 
 def insert_quantizers(plan: QuantizationPlan, make: Callable[[str], nn.Module], target: Target,
@@ -22,54 +22,51 @@ def insert_quantizers(plan: QuantizationPlan, make: Callable[[str], nn.Module], 
     Args:
         float_layers: names of layers that stay float, in fp16 if the target computes in fp16.
     """
-    graph = _Copy(plan)
-    graph.insert(make, plan.quantized_edges(target, float_layers))
-    if target.half:
-        graph.compute_in_half(plan.operations() - plan.integer_operations(float_layers))
-    return graph.model
+    model = _with_points(plan, make, plan.quantized_edges(target, float_layers))
+    float_operations = plan.operations() - plan.integer_operations(float_layers)
+    return _compute_in_half(model, float_operations) if target.half else model
 
 
 def in_half_precision(plan: QuantizationPlan) -> fx.GraphModule:
     """The graph with layers, pools, additions and activations in fp16; attention, norms, score head in fp32."""
-    return _Copy(plan).compute_in_half(plan.operations()).eval()
+    return _compute_in_half(_copy(plan), plan.operations()).eval()
 
 
-class _Copy:
-    """A copy of a plan's graph, to be changed. Nodes are named by those of the plan."""
+def _copy(plan: QuantizationPlan) -> fx.GraphModule:
+    """The plan's graph, to be changed; nodes keep their names."""
+    return fx.GraphModule(plan.traced, copy.deepcopy(plan.traced.graph), class_name=type(plan.detector).__name__)
 
-    def __init__(self, plan: QuantizationPlan) -> None:
-        graph = copy.deepcopy(plan.traced.graph)
-        self.model = fx.GraphModule(plan.traced, graph, class_name=type(plan.detector).__name__)
-        self._points = plan.points
-        self._copies = dict(zip(plan.traced.graph.nodes, graph.nodes))
 
-    def insert(self, make: Callable[[str], nn.Module], edges: Iterable[tuple[fx.Node, fx.Node]]) -> fx.GraphModule:
-        readers: dict[fx.Node, list[fx.Node]] = {}
-        for node, reader in edges:
-            readers.setdefault(node, []).append(reader)
-        names = dict.fromkeys(self._points[node] for node in readers)
-        self.model.points = nn.ModuleDict({name: make(name) for name in names})
-        for node in readers:
-            source = self._copies[node]
-            with self.model.graph.inserting_after(source):
-                inserted = self.model.graph.call_module(f"points.{self._points[node]}", (source,))
-            for reader in readers[node]:
-                self._copies[reader].replace_input_with(source, inserted)
-        self.model.recompile()
-        return self.model
+def _with_points(plan: QuantizationPlan, make: Callable[[str], nn.Module],
+                 edges: Iterable[tuple[fx.Node, fx.Node]]) -> fx.GraphModule:
+    """The graph with ``make(name)`` between these points and readers."""
+    model, readers = _copy(plan), dict[fx.Node, list[fx.Node]]()
+    for node, reader in edges:
+        readers.setdefault(node, []).append(reader)
+    model.points = nn.ModuleDict({name: make(name) for name in dict.fromkeys(plan.points[node] for node in readers)})
+    copies = {node.name: node for node in model.graph.nodes}
+    for node in readers:
+        source = copies[node.name]
+        with model.graph.inserting_after(source):
+            inserted = model.graph.call_module(f"points.{plan.points[node]}", (source,))
+        for reader in readers[node]:
+            copies[reader.name].replace_input_with(source, inserted)
+    model.recompile()
+    return model
 
-    def compute_in_half(self, operations: Iterable[fx.Node]) -> fx.GraphModule:
-        """Give these operations fp16 weights and inputs, and all other readers of their results fp32."""
-        graph, half = self.model.graph, {self._copies[node] for node in operations}
-        for node in half:
-            if node.op == "call_module" and isinstance(layer := self.model.get_submodule(str(node.target)), Layer):
-                self.model.set_submodule(str(node.target), copy.deepcopy(layer).half())
-        for node in list(graph.nodes):
-            readers = [reader for reader in node.users if (reader in half) != (node in half)]
-            if readers:
-                with graph.inserting_after(node):
-                    cast = graph.call_method("float" if node in half else "half", (node,))
-                for reader in readers:
-                    reader.replace_input_with(node, cast)
-        self.model.recompile()
-        return self.model
+
+def _compute_in_half(model: fx.GraphModule, operations: set[fx.Node]) -> fx.GraphModule:
+    """Give these operations fp16 weights and inputs, and all other readers of their results fp32, in place."""
+    names = {node.name for node in operations}
+    for node in list(model.graph.nodes):
+        half = node.name in names
+        if half and node.op == "call_module" and isinstance(layer := model.get_submodule(str(node.target)), Layer):
+            model.set_submodule(str(node.target), copy.deepcopy(layer).half())
+        readers = [reader for reader in node.users if (reader.name in names) != half]
+        if readers:
+            with model.graph.inserting_after(node):
+                cast = model.graph.call_method("float" if half else "half", (node,))
+            for reader in readers:
+                reader.replace_input_with(node, cast)
+    model.recompile()
+    return model

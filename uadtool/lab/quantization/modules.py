@@ -4,9 +4,11 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn import functional as F
 from torch.onnx import is_in_onnx_export
 from torch.onnx.ops import symbolic
+from typing_extensions import Self
 
 from uadtool.errors import UadtoolError
 
@@ -36,11 +38,10 @@ class ActivationQuantizer(nn.Module):
         self.register_buffer("zero_point", torch.zeros((), dtype=torch.int8 if signed else torch.uint8))
 
     @classmethod
-    def from_range(cls, minimum: float, maximum: float, signed: bool = False) -> "ActivationQuantizer":
+    def from_range(cls, minimum: float, maximum: float, signed: bool = False) -> Self:
         """The quantizer whose codes span [minimum, maximum], widened to include 0 (padding must be exact).
 
-        With ``signed`` the range is symmetric, its limit the larger magnitude (Jacob et al. 2018; Wu et al. 2020,
-        section 3.1).
+        A ``signed`` range is symmetric, up to the larger magnitude (Jacob et al. 2018; Wu et al. 2020, section 3.1).
         """
         quantizer = cls(signed)
         minimum, maximum = min(minimum, 0.0), max(maximum, 0.0)
@@ -127,6 +128,22 @@ class QuantizedConv2d(QuantizedLayer):
     def forward(self, values: Tensor) -> Tensor:
         weight = self.dequantized_weight()
         return F.conv2d(F.pad(values, self.pads), weight, self.bias, self.stride, 0, self.dilation, self.groups)
+
+
+class RoundingLayer(nn.Module):
+    """Computes with rounded weights, as ``QuantizedLayer`` does, and passes gradients to the float weights."""
+
+    def __init__(self, layer: Layer) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, values: Tensor) -> Tensor:
+        weight = self.layer.weight
+        scale = weight_scale(weight.detach())
+        rounded = torch.fake_quantize_per_channel_affine(weight, scale, torch.zeros_like(scale, dtype=torch.int32), 0,
+                                                         -WEIGHT_LIMIT, WEIGHT_LIMIT)
+        result: Tensor = functional_call(self.layer, {"weight": rounded}, (values,))
+        return result
 
 
 def quantized_layer(layer: Layer) -> QuantizedLayer:

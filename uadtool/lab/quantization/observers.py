@@ -20,6 +20,10 @@ from uadtool.lab.quantization.histogram import BINS, Histogram
 class Observer(nn.Module, ABC):
     """Passes its input on and keeps what ``range`` requires."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.minimum, self.maximum = torch.inf, -torch.inf
+
     @abstractmethod
     def observe(self, values: Tensor) -> None:
         """Observe the activations of one batch, [N, ...].
@@ -28,9 +32,9 @@ class Observer(nn.Module, ABC):
             UadtoolError: an activation is not finite.
         """
 
-    @abstractmethod
     def range(self) -> tuple[float, float]:
         """The chosen (minimum, maximum), within the observed values; call ``observe`` first."""
+        return self.minimum, self.maximum
 
     def forward(self, values: Tensor) -> Tensor:
         self.observe(values.detach())
@@ -40,17 +44,10 @@ class Observer(nn.Module, ABC):
 class MinMax(Observer):
     """The smallest and the largest value (Jacob et al., CVPR 2018, section 3.1 without the averaging)."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.minimum, self.maximum = torch.inf, -torch.inf
-
     def observe(self, values: Tensor) -> None:
         low, high = _extremes(values)
         self.minimum = min(self.minimum, low)
         self.maximum = max(self.maximum, high)
-
-    def range(self) -> tuple[float, float]:
-        return self.minimum, self.maximum
 
 
 class MovingAverage(Observer):
@@ -73,9 +70,6 @@ class MovingAverage(Observer):
             step = max(1 / self.images, 0.01)
             self.minimum += step * (low - self.minimum)
             self.maximum += step * (high - self.maximum)
-
-    def range(self) -> tuple[float, float]:
-        return self.minimum, self.maximum
 
 
 class HistogramObserver(MinMax):

@@ -30,17 +30,10 @@ _ADDITIONS = {operator.add, torch.add}
 class QuantizationPlan:
     """Which tensors of a detector can be quantized; ``quantization.graph`` makes new graphs from it.
 
-    A plan is read-only. One plan serves calibration, post-training quantization and quantization-aware training.
-
-    Args:
-        detector: a detector, or another module, with folded batch norm.
-
-    Attributes:
-        traced: the detector as a graph, which shares its layers and buffers.
-        layers: names of the convolutions and linear layers, in execution order.
-        points: each node whose output may be quantized, in execution order, with the name of its point. A name stands
-            for the same tensor in every run with the same detector configuration. The score head has no points and
-            stays float.
+    A plan is read-only; batch norm must be folded. ``traced`` is the detector as a graph, which shares its layers and
+    buffers. ``layers`` are the names of the convolutions and linear layers, in execution order. ``points`` are the
+    nodes whose output may be quantized, in execution order, with the names of their points. A name stands for the same
+    tensor in every run with the same detector configuration. The score head has no points and stays float.
     """
 
     def __init__(self, detector: nn.Module) -> None:

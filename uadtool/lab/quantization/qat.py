@@ -15,21 +15,13 @@ from typing import Any, Optional
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
-from torch.func import functional_call
 from torch.nn import functional as F
 
 from uadtool.data.dataset import Sample
 from uadtool.host import available_cores
 from uadtool.lab.detectors.contract import Detector, OutputTensors
 from uadtool.lab.quantization.bias_correction import BiasCorrection
-from uadtool.lab.quantization.modules import (
-    WEIGHT_LIMIT,
-    ActivationQuantizer,
-    Layer,
-    QuantizedLayer,
-    quantized_layer,
-    weight_scale,
-)
+from uadtool.lab.quantization.modules import ActivationQuantizer, Layer, QuantizedLayer, RoundingLayer, quantized_layer
 from uadtool.lab.quantization.plan import QuantizationPlan
 from uadtool.lab.quantization.ptq import quantize, quantized_graph
 from uadtool.lab.quantization.ranges import Ranges
@@ -106,7 +98,6 @@ def trainable(plan: QuantizationPlan, ranges: Ranges, target: Target, float_laye
         if name not in learned_points:
             return ActivationQuantizer.from_range(*ranges[name], target.signed)
         learned = LearnedQuantizer.from_range(*ranges[name], target.signed)
-        assert isinstance(learned, LearnedQuantizer)
         if name in limits:
             learned.most = max(0.0, math.log(limits[name] / learned.range()[1]))
         return learned
@@ -133,22 +124,6 @@ def _points_after(plan: QuantizationPlan, network: str) -> set[str]:
         if node.target in layers or after.intersection(node.all_input_nodes):
             after.add(node)
     return {name for node, name in plan.points.items() if node in after}
-
-
-class RoundingLayer(nn.Module):
-    """Computes with rounded weights, as ``QuantizedLayer`` does, and passes gradients to the float weights."""
-
-    def __init__(self, layer: Layer) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, values: Tensor) -> Tensor:
-        weight = self.layer.weight
-        scale = weight_scale(weight.detach())
-        rounded = torch.fake_quantize_per_channel_affine(weight, scale, torch.zeros_like(scale, dtype=torch.int32), 0,
-                                                         -WEIGHT_LIMIT, WEIGHT_LIMIT)
-        result: Tensor = functional_call(self.layer, {"weight": rounded}, (values,))
-        return result
 
 
 class LearnedQuantizer(ActivationQuantizer):
