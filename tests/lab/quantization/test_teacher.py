@@ -114,12 +114,6 @@ def test_a_rounding_that_the_student_did_not_learn_is_reported(run, ranges, tmp_
     assert warning in caplog.text
 
 
-def test_the_command_line_takes_ranges(step, textures, calibrated):
-    done = step("train", textures, "--image-size", 64, "--steps", 2, "--teacher-int8", calibrated.path,
-                output="first.safetensors")
-    assert done.record["steps"] == 2
-
-
 def test_the_command_line_refuses_ranges_of_another_teacher(uadtool, textures, calibrated, tmp_path, run):
     torch.save(timm.create_model("resnet18").state_dict(), tmp_path / "resnet18.pth")
     done = uadtool("train", "-q", textures, "--image-size", 64, "--teacher", "resnet18", "--teacher-weights",
