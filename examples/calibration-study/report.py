@@ -1,4 +1,4 @@
-"""A table (Markdown, on stdout) and a plot (SVG) of the study's results.
+"""Write the study's results as a table (Markdown, on stdout) and a plot (SVG).
 
 usage: python report.py RESULTS.jsonl PLOT.svg
 """
@@ -34,23 +34,23 @@ Record = dict[str, Any]
 def differences(records: list[Record], metric: str) -> dict[tuple[str, ...], list[float]]:
     """Quantized minus float, one value per seed, by detector, source, method and way."""
     base = {(r["detector"], r["seed"]): r[metric] for r in records if r["procedure"] == "float"}
-    found: dict[tuple[str, ...], list[float]] = defaultdict(list)
+    changes: dict[tuple[str, ...], list[float]] = defaultdict(list)
     for record in records:
         way = WAYS.get((record["procedure"], record["scope"], record["quantizers"]))
         if way:
             key = record["detector"], record["source"], record["method"], way
-            found[key].append(record[metric] - base[record["detector"], record["seed"]])
-    return found
+            changes[key].append(record[metric] - base[record["detector"], record["seed"]])
+    return changes
 
 
 def table(records: list[Record], detector: str, metric: str) -> str:
-    """A row for each source and method, a column for each way: mean and, of several seeds, half their spread."""
-    found = differences(records, metric)
-    ways = [way for way in WAYS.values() if any(key[0] == detector and key[3] == way for key in found)]
+    """A row for each source and method, a column for each way: mean and, for several seeds, half their spread."""
+    changes = differences(records, metric)
+    ways = [way for way in WAYS.values() if any(key[0] == detector and key[3] == way for key in changes)]
     rows = []
     for source in SOURCES:
         for method in METHODS:
-            cells = [_cell(found.get((detector, source, method, way), [])) for way in ways]
+            cells = [_cell(changes.get((detector, source, method, way), [])) for way in ways]
             if any(cells):
                 rows.append([source, method, *cells])
     text: str = tabulate(rows, ["calibrated on", "method", *ways], tablefmt="github", disable_numparse=True)
@@ -65,7 +65,7 @@ def _cell(values: list[float]) -> str:
 
 
 def plot(records: list[Record], path: Path) -> None:
-    """Loss of mean image AUROC by source; a panel for each detector and scope."""
+    """Change of mean image AUROC by source; a panel for each detector and scope."""
     matplotlib.rcParams["svg.hashsalt"] = "uadtool"  # the same file from the same results
     matplotlib.rcParams["svg.fonttype"] = "none"
     panels = list(dict.fromkeys((r["detector"], r["scope"]) for r in records if r["procedure"] == "ptq"))
