@@ -143,8 +143,9 @@ def _prepare(samples: Sequence[Sample], options: TrainingOptions, checkpoint: Pa
     pretrained.to(device).eval().requires_grad_(False)
 
     teacher = _teacher(detector, options, training_samples, device, dtype)
-    training, held_out = (TeacherFeatures(part, options.image_size, teacher, distributed.own_cores(), len(samples))
-                          for part in (training_samples, held_out_samples))
+    cores = distributed.own_cores()
+    training, held_out = (TeacherFeatures(images, options.image_size, teacher, cores, len(samples))
+                          for images in (training_samples, held_out_samples))
     steps = options.steps or options.epochs * steps_per_epoch(len(training))
     run = Run(training, held_out, steps, options.seed, device, dtype, checkpoint, config, resume)
     return _Job(detector, classes, all_options, weights_source, run)

@@ -32,7 +32,7 @@ class PatchMemory(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         x = self._average(self.project(features)).permute(0, 2, 3, 1)
         extended = torch.cat([x, torch.ones_like(x[..., :1])], dim=3).flatten(1, 2)
-        nearest = torch.stack([(extended @ part).amax(2) for part in self.parts]).amax(0)
+        nearest = torch.stack([(extended @ entries).amax(2) for entries in self.parts]).amax(0)
         squared = (x * x).sum(3) - nearest.view(x.shape[0], x.shape[1], x.shape[2])
         return squared.clamp(min=0).sqrt().unsqueeze(1)
 
@@ -60,8 +60,8 @@ class PatchMemory(nn.Module):
     def fill(self, entries: Tensor) -> None:
         """Set the entries [entries, components]."""
         linear = torch.cat([2 * entries, -entries.square().sum(1, keepdim=True)], dim=1)
-        for part, values in zip(self.parts, torch.split(linear, CHUNK)):
-            part.copy_(values.T)
+        for parameter, values in zip(self.parts, torch.split(linear, CHUNK)):
+            parameter.copy_(values.T)
 
     def _average(self, values: Tensor) -> Tensor:
         """Mean over the context, which is smaller at the border."""
@@ -80,14 +80,14 @@ def coreset(patches: Tensor, count: int) -> Tensor:
     count = min(count, len(patches))
     norms = patches.square().sum(1)
     distances = (patches - patches.mean(0)).square().sum(1)
-    chosen = torch.empty(count, dtype=torch.long)
-    for place in range(count):
+    indices = torch.empty(count, dtype=torch.long)
+    for number in range(count):
         index = int(distances.argmax())
-        chosen[place] = index
+        indices[number] = index
         new_distances = (norms + norms[index]).addmv_(patches, patches[index], alpha=-2)
-        distances = new_distances if place == 0 else torch.minimum(distances, new_distances)
+        distances = new_distances if number == 0 else torch.minimum(distances, new_distances)
         distances[index] = -1  # never chosen again, even if patches are equal
-    return chosen
+    return indices
 
 
 @torch.inference_mode()

@@ -73,8 +73,8 @@ def fit_prototypes(detector: Detector, classes: Sequence[str], training: Teacher
 def fit_statistics(detector: Detector, raw_maps: RawMaps, classes: Sequence[str], held_out: Batches) -> list[float]:
     """Set the map and score statistics of a detector, in place; returns the scores of the held-out images.
 
-    Training images understate the spread, so held-out images are used, each scored leave-one-out: its own noise would
-    lower its score, and with it the threshold.
+    Training images understate the spread, so held-out images are used. Each is scored leave-one-out, because its own
+    contribution to the statistics would lower its score, and thus the threshold.
 
     Args:
         detector: a detector with prototypes.

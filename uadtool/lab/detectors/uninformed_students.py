@@ -46,9 +46,9 @@ class UninformedStudents(Detector):
 
     def __init__(self, teacher: str, image_size: tuple[int, int], classes: int, width: float = 0.125) -> None:
         backbone, descriptor_size = build_backbone(teacher, image_size), round(128 * width)
-        most = sum(shape[0] for shape in feature_shapes(backbone, image_size)[1:])
-        if not 1 <= descriptor_size <= most:
-            raise UadtoolError(f"us has no descriptors at width {width}; with {teacher} take 0.01 to {most / 128:.2f}")
+        limit = sum(shape[0] for shape in feature_shapes(backbone, image_size)[1:])
+        if not 1 <= descriptor_size <= limit:
+            raise UadtoolError(f"us has no descriptors at width {width}; with {teacher} take 0.01 to {limit / 128:.2f}")
         map_size = image_size[0] // STRIDE, image_size[1] // STRIDE
         super().__init__(classes, descriptor_size, map_size, *normalization(teacher), maps=2)
         self.backbone: Optional[fx.GraphModule] = backbone
@@ -153,8 +153,8 @@ def _crop(images: Tensor, features: Sequence[Tensor], generator: np.random.Gener
     rows, columns = min(CROP // 16, height), min(CROP // 16, width)
     top, left = int(generator.integers(height - rows + 1)), int(generator.integers(width - columns + 1))
 
-    def part(values: Tensor, scale: int) -> Tensor:
+    def crop(values: Tensor, scale: int) -> Tensor:
         return values[:, :, top * scale:(top + rows) * scale, left * scale:(left + columns) * scale]
 
-    return part(images.permute(0, 3, 1, 2), 16).permute(0, 2, 3, 1), [
-        part(values, scale) for values, scale in zip(features, (4, 2, 1))]
+    return crop(images.permute(0, 3, 1, 2), 16).permute(0, 2, 3, 1), [
+        crop(values, scale) for values, scale in zip(features, (4, 2, 1))]

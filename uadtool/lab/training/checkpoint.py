@@ -62,19 +62,19 @@ def restore(checkpoint: tuple[dict[str, Any], dict[str, Tensor]], model: nn.Modu
     """
     progress, tensors = checkpoint
 
-    def part(prefix: str) -> dict[str, Tensor]:
+    def with_prefix(prefix: str) -> dict[str, Tensor]:
         return {name[len(prefix):]: value for name, value in tensors.items() if name.startswith(prefix)}
 
-    state, best = optimizer.state_dict(), part("best.")
+    state, best = optimizer.state_dict(), with_prefix("best.")
     state["state"] = {}
     try:
-        for name, value in part("optimizer.").items():
+        for name, value in with_prefix("optimizer.").items():
             index, entry = name.split(".")
             state["state"].setdefault(int(index), {})[entry] = value
         optimizer.load_state_dict(state)
         if progress["best_loss"] != math.inf:  # before the first evaluation no best state exists
             model.load_state_dict(best)
-        model.load_state_dict(part("model."))
+        model.load_state_dict(with_prefix("model."))
     except (KeyError, RuntimeError, ValueError) as error:
         raise UadtoolError("the tensors of the checkpoint do not fit this run; remove it to start anew") from error
     return progress, best

@@ -25,13 +25,13 @@ LEAST_CHANGE, LEAST_AREA = 8, 0.0005
 """Pixels that change by fewer levels (of 255) keep their value; at least this share of pixels must change."""
 
 
-def synthetic_anomaly(image: NDArray[np.uint8], others: Sequence[NDArray[np.uint8]],
+def synthetic_anomaly(image: NDArray[np.uint8], donors: Sequence[NDArray[np.uint8]],
                       generator: Generator) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
     """Draw one to three defects of different kinds into a copy of a good image.
 
     Args:
         image: RGB, uint8 [H, W, 3].
-        others: good images of the same size, of any class, as donors; may be empty.
+        donors: good images of the same size, of any class, whose parts may be inserted; may be empty.
         generator: source of all randomness.
 
     Returns:
@@ -41,8 +41,8 @@ def synthetic_anomaly(image: NDArray[np.uint8], others: Sequence[NDArray[np.uint
     while True:
         changed: Floats = original
         for index in generator.permutation(len(KINDS))[:generator.integers(1, MOST + 1)]:
-            own = not others or generator.random() < OWN_SHARE
-            donor = original if own else others[int(generator.integers(len(others)))].astype(np.float32)
+            own = not donors or generator.random() < OWN_SHARE
+            donor = original if own else donors[int(generator.integers(len(donors)))].astype(np.float32)
             changed = KINDS[index](changed, donor, generator)
         anomalous = np.rint(changed.clip(0, 255))
         mask = np.abs(anomalous - original).max(-1) >= LEAST_CHANGE
@@ -74,15 +74,15 @@ def scratch(image: Floats, donor: Floats, generator: Generator) -> Floats:
     alpha: Floats = np.zeros(image.shape[:2], np.float32)
     for _ in range(generator.integers(1, 5)):
         centre, bend = place + generator.normal(0, 0.02 * _side(image), 2), angle + generator.normal(0, 0.1)
-        half = generator.uniform(0.025, 0.15) * _side(image) * np.array([math.sin(bend), math.cos(bend)])
-        alpha = np.maximum(alpha, _line(image, np.stack([centre - half, centre + half]), generator.uniform(0, 0.01)))
+        arm = generator.uniform(0.025, 0.15) * _side(image) * np.array([math.sin(bend), math.cos(bend)])
+        alpha = np.maximum(alpha, _line(image, np.stack([centre - arm, centre + arm]), generator.uniform(0, 0.01)))
     return _blend(image, image + _shift(generator), generator.uniform(0.5, 1) * alpha)
 
 
 def crack(image: Floats, donor: Floats, generator: Generator) -> Floats:
     """A random walk that may branch, lighter or darker."""
-    def walk(start: Floats, angle: float, most: int) -> Floats:
-        angles = angle + np.cumsum(generator.normal(0, 0.35, generator.integers(most // 4, most)))
+    def walk(start: Floats, angle: float, limit: int) -> Floats:
+        angles = angle + np.cumsum(generator.normal(0, 0.35, generator.integers(limit // 4, limit)))
         moves = np.stack([np.sin(angles), np.cos(angles)], axis=1)
         return start + 0.015 * _side(image) * np.cumsum(moves, axis=0)
 
