@@ -214,9 +214,9 @@ def test_the_method_is_recorded(calibrate, options, method):
     (["--source", "random-normal", "--source", "synthetic-anomalies"], "Missing argument 'DATA'"),
     (["data", "--source", "bad"], "'bad' is not good, synthetic-anomalies, random-normal or images:PATH"),
     (["data", "--source", "images:"], "'images:' is not good"),
-    (["data", "--source", "good", "--source", "good"], "the same source is given twice"),
+    (["data", "--source", "good", "--source", "good"], "each source may be given once"),
     (["data", "--source", "good", "--source", "random-normal", "--count", 1], "--count 1 is too few for 2 sources"),
-    (["data", "--percentile", 99], "--percentile is for --method percentile"),
+    (["data", "--percentile", 99], "--percentile requires --method percentile"),
     (["data", "--method", "percentile", "--percentile", 0], "0.0 is not in the range 0<x<=100"),
 ])
 def test_wrong_usage(calibrate, tmp_path, arguments, message):
