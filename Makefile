@@ -35,9 +35,9 @@ fuzz: $(VENV)/.dev ## feed broken input to every parser: FUZZ_RUNS of the cheape
 
 check-tensorrt-api: $(VENV)/.dev build/tensorrt-8.5/done build/tensorrt-stubs/done ## look up the names of TensorRT's API in 8.5, 10 and RTX (half a gigabyte)
 	LD_LIBRARY_PATH=$$(find build/tensorrt-8.5 -type d \( -path '*nvidia/*/lib' -o -name tensorrt \) | paste -sd:) \
-		build/tensorrt-8.5/bin/python tests/tensorrt/check_tensorrt_api.py tensorrt
-	$(BIN)/python tests/tensorrt/check_tensorrt_api.py build/tensorrt-stubs/*/*.pyi
-	$(BIN)/python tests/tensorrt/check_tensorrt_api.py tensorrt_rtx
+		build/tensorrt-8.5/bin/python tests/tensorrt_engines/check_tensorrt_api.py tensorrt
+	$(BIN)/python tests/tensorrt_engines/check_tensorrt_api.py build/tensorrt-stubs/*/*.pyi
+	$(BIN)/python tests/tensorrt_engines/check_tensorrt_api.py tensorrt_rtx
 
 build/tensorrt-8.5/done: # the version of JetPack 5; it has wheels for Python 3.8
 	$(PYTHON3_8) -m venv $(@D)
