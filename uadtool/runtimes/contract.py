@@ -1,7 +1,7 @@
 """The contract of a detector that is ready to run."""
 
 import dataclasses
-from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Protocol, Sequence, Tuple
+from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 
@@ -32,27 +32,28 @@ class LayerTime(NamedTuple):
     milliseconds: float
 
 
-class Runtime(Protocol):
+class Runtime:
     """A detector that is ready to run: ``path`` of its file, ``name`` and ``version`` of the runtime.
 
     ``threads`` is the number of cores, ``streams`` the number of parallel runs that share them. ``gpu_bytes`` is the
     GPU memory that it holds, None without a GPU. ``identity`` is the ``file_identity`` that ``open_model`` read.
     """
 
-    path: str
     name: str
     version: str
-    threads: int
-    streams: int
-    metadata: Metadata
-    gpu_bytes: Optional[int]
-    identity: Tuple[int, ...]
+    gpu_bytes: Optional[int] = None
+    identity: Tuple[int, ...] = ()
+
+    def __init__(self, path: str, metadata: Metadata, threads: int, streams: int) -> None:
+        self.path, self.metadata, self.threads, self.streams = path, metadata, threads, streams
 
     def run(self, images: np.ndarray) -> Output:
         """Score ``images``, uint8 [N, H, W, 3] RGB in ``metadata.image_size``. Any thread may call it."""
+        raise NotImplementedError
 
     def layer_times(self, images: np.ndarray, runs: int) -> List[LayerTime]:
         """The mean time of each layer over ``runs`` runs, in network order. Measuring slows later runs."""
+        raise NotImplementedError
 
 
 TensorSpec = Tuple[str, str, Sequence[Any]]

@@ -3,13 +3,13 @@
 import json
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, List
 
 import numpy as np
 
 from uadtool.errors import require
 from uadtool.metadata import Metadata
-from uadtool.runtimes.contract import LayerTime, Output, TensorSpec, check_signature
+from uadtool.runtimes.contract import LayerTime, Output, Runtime, TensorSpec, check_signature
 
 FATAL = 4
 """Log severity. ONNX Runtime raises errors; its messages on stderr only repeat them."""
@@ -18,21 +18,16 @@ TYPES = {"tensor(uint8)": "uint8", "tensor(int32)": "int32", "tensor(float)": "f
 """ONNX Runtime's names of a detector's types -> NumPy's."""
 
 
-class OnnxRuntime:
-    """A detector in an ONNX file; see ``contract.Runtime``."""
+class OnnxRuntime(Runtime):
+    """A detector in an ONNX file."""
 
     name = "onnxruntime"
-    gpu_bytes: Optional[int] = None
-    identity: Tuple[int, ...] = ()
 
     def __init__(self, path: str, metadata: Metadata, threads: int, streams: int = 1) -> None:
+        super().__init__(path, metadata, threads, streams)
         self._ort = require("onnxruntime", "onnxruntime")
         self._ort.set_default_logger_severity(FATAL)
-        self.path = path
         self.version = self._ort.__version__
-        self.threads = threads
-        self.streams = streams
-        self.metadata = metadata
         self._session = self._open(self._options())
         check_signature(self, map(_tensor, self._session.get_inputs()), map(_tensor, self._session.get_outputs()))
 

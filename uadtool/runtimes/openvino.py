@@ -4,13 +4,13 @@ import sys
 import threading
 from collections import defaultdict
 from types import ModuleType
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, List
 
 import numpy as np
 
 from uadtool.errors import require
 from uadtool.metadata import Metadata
-from uadtool.runtimes.contract import LayerTime, Output, TensorSpec, check_signature
+from uadtool.runtimes.contract import LayerTime, Output, Runtime, TensorSpec, check_signature
 
 SETTINGS = {
     "PERFORMANCE_HINT": "LATENCY",
@@ -22,20 +22,15 @@ TYPES = {"u8": "uint8", "i32": "int32", "f32": "float32"}
 """OpenVINO's names of a detector's types -> NumPy's."""
 
 
-class OpenVino:
-    """A detector in an ONNX file; see ``contract.Runtime``."""
+class OpenVino(Runtime):
+    """A detector in an ONNX file."""
 
     name = "openvino"
-    gpu_bytes: Optional[int] = None
-    identity: Tuple[int, ...] = ()
 
     def __init__(self, path: str, metadata: Metadata, threads: int, streams: int = 1) -> None:
+        super().__init__(path, metadata, threads, streams)
         openvino = import_openvino()
-        self.path = path
         self.version = openvino.__version__.partition("-")[0]  # without commit and branch
-        self.threads = threads
-        self.streams = streams
-        self.metadata = metadata
         self._core = openvino.Core()
         self._model = self._core.read_model(path)
         check_signature(self, map(_tensor, self._model.inputs), map(_tensor, self._model.outputs))

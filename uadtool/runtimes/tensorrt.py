@@ -3,13 +3,13 @@
 import threading
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Tuple
+from typing import Any, Dict, Iterator, List
 
 import numpy as np
 
 from uadtool.errors import UadtoolError, require
 from uadtool.metadata import Metadata
-from uadtool.runtimes.contract import LayerTime, Output, TensorSpec, check_signature
+from uadtool.runtimes.contract import LayerTime, Output, Runtime, TensorSpec, check_signature
 from uadtool.tensorrt.engine_file import engine_package
 from uadtool.tensorrt.logger import make_logger
 from uadtool.tensorrt.versions import import_tensorrt
@@ -18,25 +18,22 @@ TYPES = {"UINT8": "uint8", "INT32": "int32", "FLOAT": "float32"}
 """TensorRT's names of a detector's types -> NumPy's. (TensorRT 8.5's ``nptype`` fails with NumPy 1.24 and later.)"""
 
 
-class TensorRt:
-    """A detector in an engine; see ``contract.Runtime``.
+class TensorRt(Runtime):
+    """A detector in an engine.
 
     It shares the GPU's primary context with other users in the process. It allocates all its memory at the start, for
     the engine's largest batch, and frees it with the object. Host memory is page-locked, which saves the driver a copy.
     """
 
     name = "tensorrt"
-    identity: Tuple[int, ...] = ()
 
     def __init__(self, path: str, metadata: Metadata, threads: int, streams: int = 1) -> None:
+        # One stream keeps the GPU busy while other threads decode.
+        super().__init__(path, metadata, threads, streams=1)
         self._trt = trt = import_tensorrt(engine_package(path))
         self._cuda = require("pycuda.driver", "jetson")
-        self.path = path
         self.version = trt.__version__
-        self.threads = threads
-        self.streams = 1  # one run keeps the GPU busy while other threads decode
         self._running = threading.Lock()
-        self.metadata = metadata
         self._cuda.init()
         self._device = self._cuda.Device(0).retain_primary_context()
         with self._current():

@@ -1,29 +1,24 @@
 """PyTorch on the CPU: a model before export. Quantized models simulate their rounding in float."""
 
 import time
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, List, Tuple
 
 import numpy as np
 import torch
 
 from uadtool.lab import models
 from uadtool.metadata import Metadata
-from uadtool.runtimes.contract import LayerTime, Output
+from uadtool.runtimes.contract import LayerTime, Output, Runtime
 
 
-class Torch:
-    """A detector in a .safetensors file; see ``contract.Runtime``."""
+class Torch(Runtime):
+    """A detector in a .safetensors file."""
 
     name = "torch"
-    gpu_bytes: Optional[int] = None
-    identity: Tuple[int, ...] = ()
+    version = torch.__version__
 
     def __init__(self, path: str, metadata: Metadata, threads: int, streams: int = 1) -> None:
-        self.path = path
-        self.version = torch.__version__
-        self.threads = threads
-        self.streams = streams
-        self.metadata = metadata
+        super().__init__(path, metadata, threads, streams)
         torch.set_num_threads(max(1, threads // streams))  # affects the whole process
         self._model = models.load_model(path)[0]
 

@@ -10,7 +10,7 @@ import re
 import sys
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional
+from typing import Any, Callable, Dict, List
 
 Check = Callable[[Any], str]
 """Returns what is wrong with a value, or "": ``.models[0].path must be text``, say."""
@@ -64,21 +64,17 @@ def _compile(schema: Schema, file: str, strict: bool, nullable: bool = False) ->
         allowed = [*schema.get("enum", [schema.get("const")]), *[None] * nullable]
         return lambda value: "" if value in allowed else problem
     makers = {"array": _array, "integer": _number, "number": _number, "object": _object, "string": _string}
-    checks: Dict[type, Optional[Check]] = {type(None): None} if nullable else {}
+    checks: Dict[type, Check] = {type(None): _accept} if nullable else {}
     for kind in _kinds(schema):
-        check = makers[kind](schema, problem, file, strict) if kind in makers else None
+        check = makers[kind](schema, problem, file, strict) if kind in makers else _accept
         checks.update((value_type, check) for value_type in TYPES[kind])
-    if not any(checks.values()):
+    if set(checks.values()) == {_accept}:
         return lambda value: "" if type(value) in checks else problem
+    return lambda value: checks[type(value)](value) if type(value) in checks else problem
 
-    def check_value(value: Any) -> str:
-        check = checks.get(type(value), refuse)
-        return check(value) if check else ""
 
-    def refuse(value: Any) -> str:
-        return problem
-
-    return check_value
+def _accept(value: Any) -> str:
+    return ""
 
 
 def _number(schema: Schema, problem: str, *_: Any) -> Check:
@@ -87,11 +83,11 @@ def _number(schema: Schema, problem: str, *_: Any) -> Check:
     return lambda value: "" if low <= value <= high and above < value < below else problem
 
 
-def _string(schema: Schema, problem: str, *_: Any) -> Optional[Check]:
-    if "pattern" in schema:
-        search = re.compile(schema["pattern"]).search
-        return lambda value: "" if search(value) else problem
-    return (lambda value: "" if len(value) >= schema["minLength"] else problem) if "minLength" in schema else None
+def _string(schema: Schema, problem: str, *_: Any) -> Check:
+    least, search = schema.get("minLength", 0), re.compile(schema.get("pattern", "")).search
+    if not least and "pattern" not in schema:
+        return _accept
+    return lambda value: "" if len(value) >= least and search(value) else problem
 
 
 def _array(schema: Schema, problem: str, file: str, strict: bool) -> Check:
@@ -117,7 +113,7 @@ def _object(schema: Schema, problem: str, file: str, strict: bool) -> Check:
               for name, inner in schema.get("properties", {}).items()}
     others = schema.get("additionalProperties", True)
     check_other = (_compile(others, file, strict) if isinstance(others, dict)
-                   else _refuse_unknown if strict and not others else None)
+                   else (lambda item: " is not a field that this version knows") if strict and not others else _accept)
 
     def check(value: Any) -> str:
         if len(value) < least:
@@ -125,17 +121,12 @@ def _object(schema: Schema, problem: str, file: str, strict: bool) -> Check:
         if not value.keys() >= needed:
             return f" lacks {next(name for name in required if name not in value)}"
         for name, item in value.items():
-            check_item = checks.get(name, check_other)
-            item_problem = check_item(item) if check_item else ""
+            item_problem = checks.get(name, check_other)(item)
             if item_problem:
                 return (f".{name:.60}" if name.isidentifier() else f"[{name!r:.60}]") + item_problem
         return ""
 
     return check
-
-
-def _refuse_unknown(value: Any) -> str:
-    return " is not a field that this version knows"
 
 
 def _expected(schema: Schema) -> str:
