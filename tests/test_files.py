@@ -53,7 +53,7 @@ def test_the_old_file_stays_when_the_block_fails(tmp_path, error):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_full_disk_is_told_in_one_line(tmp_path):
+def test_a_full_disk_is_reported_in_one_line(tmp_path):
     def write():
         with atomic_write(tmp_path / "file.json"):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -97,7 +97,7 @@ def test_a_read_only_folder(tmp_path):
 
 @pytest.mark.parametrize("target", ["here.json", "elsewhere/there.json"])
 @pytest.mark.parametrize("exists", [False, True])
-def test_a_link_stays_and_what_it_leads_to_is_written(tmp_path, target, exists):
+def test_a_link_stays_and_its_target_is_written(tmp_path, target, exists):
     (tmp_path / "elsewhere").mkdir()
     if exists:
         (tmp_path / target).write_text("old")
@@ -121,7 +121,7 @@ def test_redirected_stdout_is_written_and_its_name_stays(tmp_path):
     assert b"is not a regular file" in done.stderr
 
 
-def test_what_is_read_is_not_written(tmp_path):
+def test_inputs_are_not_overwritten(tmp_path):
     (tmp_path / "model").write_text("weeks of work")
     (tmp_path / "link").symlink_to("model")
     for one, other in (("model", "model"), ("link", "model"), ("model", "link")):
@@ -130,7 +130,7 @@ def test_what_is_read_is_not_written(tmp_path):
     check_writable(tmp_path / "other", [str(tmp_path / "model")])
 
 
-def test_what_others_left_stays(tmp_path):
+def test_files_of_other_programs_stay(tmp_path):
     for name in (".download.part", ".file.abc.part", ".file.uadtool-part-of-mine", "file.uadtool-part"):
         (tmp_path / name).write_text("mine")
     (tmp_path / ".file.abc.uadtool-part").write_text("left by a run that was killed")
@@ -175,7 +175,7 @@ def test_file_digest_is_that_of_sha256sum(tmp_path_factory, data, repeat):
     assert file_digest(path) == "sha256:" + hashlib.sha256(data * repeat).hexdigest()
 
 
-def test_digest_of_what_cannot_be_read(tmp_path):
+def test_digest_of_an_unreadable_file(tmp_path):
     for path in (tmp_path / "missing", tmp_path):
         with pytest.raises(UadtoolError, match=f"^cannot read {path}: "):
             file_digest(path)
@@ -248,7 +248,7 @@ def test_other_files_are_refused(tmp_path, data, message):
     assert "\n" not in str(error.value)
 
 
-def test_what_cannot_be_read_is_named(tmp_path, monkeypatch):
+def test_unreadable_files_are_named(tmp_path, monkeypatch):
     with pytest.raises(UadtoolError, match=f"^cannot read {tmp_path}/missing: No such file or directory$"):
         read_json(tmp_path / "missing", "uadtool.test/1")
     monkeypatch.setattr(sys, "stdin", io.StringIO("{"))

@@ -1,4 +1,4 @@
-"""The targets of the fuzzer for a moment, without atheris; and what once broke one."""
+"""Runs the targets of the fuzzer briefly, without atheris, and inputs that once broke a parser."""
 
 import json
 import random
@@ -22,7 +22,7 @@ from uadtool.tensorrt.engine_file import read_engine_metadata
 from uadtool.terminal import printable
 
 QUICK = sorted(set(fuzz.TARGETS) - {"model", "image"})
-"""Those that take less than a hundredth of a second for an input. test_images.py breaks images, too."""
+"""Targets that take less than 10 ms for an input. test_images.py also breaks images."""
 
 
 @pytest.mark.parametrize("name", QUICK)
@@ -87,7 +87,7 @@ def test_metadata_beyond_bounds(text: str, message: str) -> None:
     {"method": "duet", "options": {"small": 0}}, {"method": "duet", "options": {"small": 10**6, "components": 10**6}},
 ])
 def test_a_model_that_claims_to_be_huge(changes: Any, tmp_path: Path) -> None:
-    """It is refused, and before memory is taken for it."""
+    """It is refused before memory is allocated for it."""
     parse = fuzz.TARGETS["model"].prepare(tmp_path)
     refuse(".", parse, fields(quantization=None, **changes).encode())
 
@@ -166,7 +166,7 @@ def _size(content: bytes) -> bytes:
     return bytes([*size, number]) + content
 
 
-def test_a_file_that_no_protobuf_can_be(tmp_path: Path) -> None:
+def test_a_file_that_is_too_large_for_protobuf(tmp_path: Path) -> None:
     with (tmp_path / "model.onnx").open("wb") as file:
         file.truncate(1 << 40)
     refuse("it is larger than 2 GiB", read_metadata, str(tmp_path / "model.onnx"))

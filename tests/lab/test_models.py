@@ -135,7 +135,7 @@ def test_metadata_survive_being_written_and_read(metadata):
 
 
 @given(st.text() | st.recursive(PLAIN, lambda inner: st.dictionaries(st.text(), inner)).map(json.dumps))
-def test_other_text_is_no_metadata(text):
+def test_other_text_is_refused(text):
     with pytest.raises(UadtoolError, match=r"^model has metadata that this version cannot read"):
         Metadata.from_json(text, "model")
 
@@ -149,7 +149,7 @@ def test_other_text_is_no_metadata(text):
     ("provenance", {}), ("provenance", [1]), ("method", 3), ("target", 3), ("quantization", []),
     ("quantization", {"method": 1, "calibration": "", "source": "", "scope": "", "float_layers": []}),
 ])
-def test_metadata_of_other_types_are_refused(field, value):
+def test_metadata_of_the_wrong_type_are_refused(field, value):
     text = json.dumps({**json.loads(METADATA_OF_ONE.to_json()), field: value})
     message = rf"^model has metadata that this version cannot read: its {field}\b.* must be "
     with pytest.raises(UadtoolError, match=message):
@@ -176,7 +176,7 @@ def test_training_refuses_what_could_not_be_read_before_it_starts(tmp_path, clas
         train(samples, TrainingOptions(**changes), tmp_path / "checkpoint")
 
 
-def test_metadata_hold_finite_numbers_only(trained):
+def test_metadata_hold_only_finite_numbers(trained):
     metadata = load_model(trained.path)[1]
     with pytest.raises(ValueError, match="not JSON compliant"):
         metadata.replace(threshold=float("nan")).to_json()

@@ -102,7 +102,7 @@ def test_openvino_computes_an_int8_model_in_integers(int8):
 
 
 @pytest.mark.parametrize("name", ["trained", "quantized"])
-def test_torch_runs_what_is_exported_from(request, fp32, int8, name, pictures):
+def test_torch_gives_the_scores_of_the_exported_model(request, fp32, int8, name, pictures):
     path = str(request.getfixturevalue(name).path)
     found = open_model(path, 1, "torch").run(pictures)
     exported, precision = {"trained": (fp32, "fp32"), "quantized": (int8, "int8")}[name]
@@ -141,7 +141,7 @@ def test_layers_and_their_times(fp32, runtime):
     assert sum(layer.milliseconds for layer in convolutions) > 0
 
 
-def test_bench_tells_them_when_asked(uadtool, fp32):
+def test_bench_reports_layers_when_asked(uadtool, fp32):
     for asked, present in ([], False), (["--layers"], True):
         done = uadtool("bench", "-q", fp32.path, *QUICK, "--batch-sizes", "1", "--threads", "1", *asked)
         assert (done.returncode, done.stderr) == (0, "")
@@ -165,7 +165,7 @@ def test_the_option_offers_them_all():
     ("openvino", ["openvino"], "onnxruntime"),
     pytest.param(None, ["onnxruntime"], "openvino", marks=needs_openvino),
 ])
-def test_auto_takes_what_suits_the_model_and_is_installed(make_detector, missing, tmp_path, caplog, target, absent,
+def test_auto_chooses_an_installed_runtime_that_suits_the_model(make_detector, missing, tmp_path, caplog, target, absent,
                                                           chosen):
     caplog.set_level(logging.INFO, "uadtool")
     path = str(make_detector(tmp_path / "model.onnx", METADATA.replace(target=target)))
@@ -178,7 +178,7 @@ def test_auto_takes_what_suits_the_model_and_is_installed(make_detector, missing
 
 
 @needs_openvino
-def test_the_choice_is_told_on_stderr_and_only_where_there_is_one(uadtool, detector, mvtec):
+def test_a_choice_is_reported_on_stderr(uadtool, detector, mvtec):
     command = ["score", detector, mvtec / "red/test/spot/003.png"]
     told = f"uadtool: {detector} runs on onnxruntime (chosen by its kind; --runtime openvino also runs it)\n"
     for asked, expected in (([], told), (["-q"], ""), (["--runtime", "onnxruntime"], "")):
@@ -199,7 +199,7 @@ def test_a_missing_runtime_is_named(detector, missing, absent, runtime, named):
 
 
 @pytest.mark.parametrize("runtime", EACH)
-def test_score_and_bench_run_on_the_one_that_is_named(detector, mvtec, tmp_path, runtime):
+def test_score_and_bench_run_on_the_named_runtime(detector, mvtec, tmp_path, runtime):
     imported = tmp_path / "imported"
     imported.mkdir()
     (tmp_path / "sitecustomize.py").write_text(f"""
@@ -226,7 +226,7 @@ def note():
 
 
 @needs_openvino
-def test_openvino_reports_nothing_to_its_makers(detector, tmp_path):
+def test_openvino_sends_no_telemetry(detector, tmp_path):
     program = """
 import sys
 from uadtool.runtimes.opening import open_model
@@ -249,7 +249,7 @@ print(*(name for name in sys.modules if name.startswith(("openvino_telemetry", "
     ("model.pb", r"its name must end in \.onnx, \.engine or \.safetensors"),
     ("model.onnx", "model.onnx is damaged or not an ONNX file"),
 ])
-def test_files_that_are_no_exported_detector(tmp_path, name, message):
+def test_files_that_are_not_exported_detectors(tmp_path, name, message):
     if not name.startswith("missing"):
         (tmp_path / name).write_bytes(b"\x08\x08 not a model")
     with pytest.raises(UadtoolError, match=message) as error:
@@ -272,7 +272,7 @@ def changed(detector, tmp_path):
 
 
 @pytest.mark.parametrize("runtime", EACH)
-def test_graphs_that_are_no_exported_detector(make_detector, changed, tmp_path, runtime):
+def test_graphs_that_are_not_exported_detectors(make_detector, changed, tmp_path, runtime):
     fixed = make_detector(tmp_path / "fixed.onnx", batch=1)
     other_size = make_detector(tmp_path / "size.onnx", METADATA.replace(image_size=(64, 64)))
     lacking = changed(lambda proto: proto.graph.output.pop())
@@ -342,7 +342,7 @@ def test_a_file_that_was_cut_off_is_noticed(detector, tmp_path):
     b"\x39\x00",  # a fixed number of 8 bytes, 1 there
     b"\x0b",  # a wire type that protobuf no longer has
 ])
-def test_what_is_no_protobuf(content):
+def test_damaged_protobuf(content):
     with pytest.raises(ValueError, match=r"too early|does not end|wire type|decode"):
         read_properties(content)
 

@@ -112,7 +112,7 @@ def test_layers_come_from_tensorrts_profiler(gpu, engine):
     assert [tuple(layer) for layer in layers] == [("convolution", "", 1.5), ("reduction", "", 0.25)]
 
 
-def test_bench_tells_the_memory_on_the_gpu(gpu, engine):
+def test_bench_reports_the_memory_on_the_gpu(gpu, engine):
     measured = _Measured(open_model(engine()), [1])
     measured.latencies, measured.cold_starts, measured.peaks = [0.001], [1.0], [1]
     measured.loads = {}
@@ -128,7 +128,7 @@ def test_an_engine_that_tensorrt_does_not_load(gpu, engine):
     assert gpu.current == 0
 
 
-def test_an_engine_that_is_no_detector(gpu, engine):
+def test_an_engine_that_is_not_a_detector(gpu, engine):
     other = Metadata.from_json(METADATA.replace(map_size=(4, 4)).to_json(), "")
     with pytest.raises(UadtoolError, match="is not a complete detector"):
         open_model(engine(metadata=other))
