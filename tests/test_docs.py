@@ -1,10 +1,10 @@
 """Every command line in every README of the repository runs, on a data set small enough for a test.
 
-README.md is a tour that makes models and scores; all others start from these. A command that cannot run here is replaced
-by its dry run, which still fails on a wrong name: `make` by `make -n` in the repository (CI runs `make test` and
-`make demo` themselves) and `pip install` by `pip install --dry-run`. Trainings have two steps, and measurements one short
-round. Engines are built for a named GPU, memory is watched over 100 images, not 20,000, the bucket is the local folder,
-and the Ray cluster one that Ray starts for the command.
+README.md is a tour that makes models and scores; all others start from these. A command that cannot run here is
+replaced by its dry run, which still fails on a wrong name: `make` by `make -n` in the repository (CI runs `make test`
+and `make demo` themselves) and `pip install` by `pip install --dry-run`. Trainings have two steps, and measurements one
+short round. Engines are built for a named GPU, memory is watched over 100 images, not 20,000, the bucket is the local
+folder, and the Ray cluster one that Ray starts for the command.
 """
 
 import os
@@ -32,7 +32,7 @@ REPLACEMENTS: List[Tuple[str, str]] = [
     (r"^make (?!-)", f"make -n -C {REPOSITORY} "),
     (r"^pip install (.*)", rf"{sys.executable} -m pip install --dry-run --no-deps -q \1"),
     (r"^pip wheel", f"{sys.executable} -m pip wheel -q"),
-    (r"(?<!gaussian)(uadtool train parts .*?)(?: --image-size \d+)?(?: --(?:steps|epochs) \d+|$)(.*)",
+    (r"(uadtool train parts .*?)(?: --image-size \d+)?(?: --(?:steps|epochs) \d+|$)(.*)",
      r"\1 --image-size 64 --steps 2\2"),
     (r"^uadtool bench \S+", r"\g<0> --duration 0.1 --repetitions 1"),
     (r"^uadtool export .*\.engine.*", r"\g<0> --compute-capability 8.6"),
@@ -129,4 +129,5 @@ def test_every_command_and_option_is_documented(name: str) -> None:
     assert f"$ uadtool {name} " in text
     for parameter in command.params:
         if isinstance(parameter, click.Option):
-            assert any(re.search(rf"(?<![\w-]){option}(?![\w-])", text) for option in parameter.opts), parameter.opts
+            names = [*parameter.opts, *parameter.secondary_opts]
+            assert any(re.search(rf"(?<![\w-]){option}(?![\w-])", text) for option in names), names

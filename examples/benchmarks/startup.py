@@ -1,6 +1,6 @@
-"""How long uadtool takes to start: seconds, median of 12 rounds in which each command runs once.
+"""How long uadtool takes to start: seconds, median of ROUNDS (12) in which each command runs once.
 
-usage: python startup.py MODEL.onnx IMAGE
+usage: python startup.py MODEL.onnx IMAGE [ROUNDS]
 """
 
 import statistics
@@ -9,7 +9,7 @@ import sys
 import time
 
 
-def main(model: str, image: str) -> None:
+def main(model: str, image: str, rounds: int = 12) -> None:
     python, uadtool = [sys.executable, "-c"], [sys.executable, "-m", "uadtool"]
     commands = {
         "import click": [*python, "import click"],
@@ -18,7 +18,7 @@ def main(model: str, image: str) -> None:
         "uadtool score MODEL IMAGE": [*uadtool, "score", model, image],
     }
     seconds = {name: [] for name in commands}
-    for _ in range(12):
+    for _ in range(rounds):
         for name, command in commands.items():
             began = time.perf_counter()
             subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
@@ -28,6 +28,6 @@ def main(model: str, image: str) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 3:
+    if len(sys.argv) not in (3, 4):
         sys.exit(__doc__)
-    main(*sys.argv[1:])
+    main(*sys.argv[1:3], *map(int, sys.argv[3:]))

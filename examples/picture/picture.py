@@ -2,8 +2,8 @@
 
 usage: python picture.py FOLDER
 
-Writes the data set, a small model and its heatmaps into FOLDER, and anomaly-maps.png beside this program. It takes about a
-minute on two cores. Steps whose output exists are skipped.
+Writes the data set, a small model and its heatmaps into FOLDER, and anomaly-maps.png beside this program. It takes
+about a minute on two cores. Steps whose output exists are skipped.
 """
 
 import subprocess

@@ -82,7 +82,7 @@ def draw(folder: Path) -> None:
                     mask = defect(kind, random)
                     _save(mask, folder / name / "ground_truth" / kind / f"{index:03}_mask.png")
                     soft = np.asarray(mask.filter(ImageFilter.GaussianBlur(1 if kind == "scratch" else 4)))[..., None]
-                    target = 0.4 * pixels + 135 if kind == "scratch" else pixels * 0.5
+                    target = (40 if pixels.mean() > 140 else 235) if kind == "scratch" else pixels * 0.35
                     pixels += soft / 255 * (target - pixels)
                 _save(Image.fromarray(pixels.clip(0, 255).astype(np.uint8)), folder / name / place / f"{index:03}.png")
 
