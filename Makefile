@@ -1,4 +1,4 @@
-# Development and the demo. `make help` lists the targets; examples/Makefile is the chain to copy for your own data.
+# Development and the demo. `make help` lists the targets. Copy examples/Makefile for your own data.
 PYTHON ?= python3
 PYTHON3_8 ?= python3.8
 FUZZ_RUNS ?= 20000
@@ -22,24 +22,24 @@ demo/solar-cells: examples/solar_cells.py | $(VENV)/.demo
 test: $(VENV)/.dev ## run the tests
 	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
-test-slow: $(VENV)/.dev ## run the tests that take minutes each: kills, full disks, several processes
+test-slow: $(VENV)/.dev ## run the tests that take minutes each: killed processes, full disks, several processes
 	$(BIN)/python -m pytest -m slow -n auto --dist worksteal
 
-test-gpu: $(VENV)/.dev ## build and run engines on this machine's NVIDIA GPU (needs driver and CUDA toolkit)
+test-gpu: $(VENV)/.dev ## build and run engines on this machine's NVIDIA GPU (requires its driver and the CUDA toolkit)
 	$(BIN)/python -m pip install --quiet tensorrt pycuda
 	$(BIN)/python -m pytest -m gpu -rs -s tests/runtimes/test_gpu.py
 
-fuzz: $(VENV)/.dev ## feed broken input to every parser: FUZZ_RUNS of the cheapest ones (x86-64 Linux, Python 3.11 or newer)
+fuzz: $(VENV)/.dev ## feed broken input to every parser, at most FUZZ_RUNS times each (x86-64 Linux, Python 3.11 or newer)
 	$(BIN)/python -m pip install --quiet -e '.[fuzz]'
 	$(BIN)/python tests/fuzz/fuzz.py $(FUZZ_RUNS)
 
-check-tensorrt-api: $(VENV)/.dev build/tensorrt-8.5/done build/tensorrt-stubs/done ## look up the names of TensorRT's API in 8.5, 10 and RTX (half a gigabyte)
+check-tensorrt-api: $(VENV)/.dev build/tensorrt-8.5/done build/tensorrt-stubs/done ## check the names of TensorRT's API against 8.5, 10 and RTX (downloads half a gigabyte)
 	LD_LIBRARY_PATH=$$(find build/tensorrt-8.5 -type d \( -path '*nvidia/*/lib' -o -name tensorrt \) | paste -sd:) \
 		build/tensorrt-8.5/bin/python tests/tensorrt_engines/check_tensorrt_api.py tensorrt
 	$(BIN)/python tests/tensorrt_engines/check_tensorrt_api.py build/tensorrt-stubs/*/*.pyi
 	$(BIN)/python tests/tensorrt_engines/check_tensorrt_api.py tensorrt_rtx
 
-build/tensorrt-8.5/done: # the version of JetPack 5; it has wheels for Python 3.8
+build/tensorrt-8.5/done: # the version of JetPack 5, which has wheels for Python 3.8
 	$(PYTHON3_8) -m venv $(@D)
 	$(@D)/bin/python -m pip install --quiet tensorrt==8.5.3.1 'nvidia-cudnn-cu11<9' nvidia-cublas-cu11 nvidia-cuda-runtime-cu11
 	touch $@
@@ -48,15 +48,15 @@ build/tensorrt-stubs/done: | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --no-deps --target $(@D) tensorrt-stubs
 	touch $@
 
-lint: $(VENV)/.dev ## ruff, mypy and the layers of the package
+lint: $(VENV)/.dev ## run ruff, mypy and import-linter
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-clean: ## remove what the other targets made
+clean: ## delete the files of all other targets
 	rm -rf $(VENV) demo build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
-# A virtual environment with the extras that a target needs. The stamp is the last thing made.
+# A virtual environment with the extras that a target requires. The stamp is written last.
 $(VENV)/.demo: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet -e '.[lab,demo]'
 	touch $@
@@ -66,5 +66,5 @@ $(VENV)/.dev: pyproject.toml | $(BIN)/python
 	touch $@
 
 $(BIN)/python:
-	@$(PYTHON) -c 'import sys; sys.exit("training needs Python 3.10 or newer: make PYTHON=python3.11" * (sys.version_info < (3, 10)) or None)'
+	@$(PYTHON) -c 'import sys; sys.exit("training requires Python 3.10 or newer: make PYTHON=python3.11" * (sys.version_info < (3, 10)) or None)'
 	$(PYTHON) -m venv $(VENV)

@@ -3,8 +3,8 @@
 usage: python solar_cells.py FOLDER
 
 Electroluminescence images, 300 x 300 pixels, of mono- and polycrystalline cells (Buerhop-Lutz et al. 2018; licence of
-the images: CC BY-NC-SA 4.0). Functional cells (defect probability 0) are good; of each five, four train and one
-tests. Cells that are defective with certainty (probability 1) test; the uncertain ones are left out.
+the images: CC BY-NC-SA 4.0). Functional cells (defect probability 0) are good: of every five, four train and one tests.
+Cells that are certainly defective (probability 1) test; uncertain cells are left out.
 """
 
 import csv
@@ -21,7 +21,7 @@ CLASSES = {"mono", "poly"}
 def main(folder: Path) -> None:
     folder = folder.resolve()
     if folder.exists() and not {path.name for path in folder.iterdir()} <= CLASSES:
-        sys.exit(f"{folder} holds other things than solar cells, which would be lost; name a new folder")
+        sys.exit(f"{folder} holds files other than solar cells, which would be lost; name a new folder")
     source = Path(elpv_dataset.__file__).parent / "data"
     partial = folder.with_name(f"{folder.name}.part")
     shutil.rmtree(partial, ignore_errors=True)

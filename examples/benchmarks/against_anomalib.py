@@ -1,10 +1,10 @@
-"""Images per second and time to a first score, beside those of anomalib: medians of rounds in which all take turns.
+"""Compare images per second and the time to a first score with anomalib: medians of rounds in which all take turns.
 
 usage: python against_anomalib.py FOLDER MODEL.onnx...
 
 FOLDER is one class in MVTec layout. anomalib is installed into ./anomalib-venv (six gigabytes, once), where it trains
-its STFPM (ResNet-18, 256 px, one step: speed does not depend on the weights, which are random) and exports it for its
-OpenVINO inferencer. All take the same images from their files, on all cores, and read no masks.
+its STFPM (ResNet-18, 256 px, one step from random weights, which do not affect speed) and exports it for its OpenVINO
+inferencer. All read the same image files on all cores, and no masks.
 """
 
 import os
@@ -41,7 +41,7 @@ engine.fit(model, datamodule=data)
 engine.trainer.save_checkpoint(sys.argv[2])
 engine.export(model, ExportType.OPENVINO, export_root="anomalib", input_size=(256, 256))
 """
-# The inferencer takes images of the model's size alone.
+# The inferencer takes only images of the model's size.
 INFER = """
 import sys, time
 from anomalib.deploy import OpenVINOInferencer

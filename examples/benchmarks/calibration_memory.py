@@ -1,8 +1,8 @@
-"""What memory calibration takes: peak resident MB of a process per method and number of images, in batches of 16.
+"""Measure the memory of calibration: peak resident MiB of a process per method and number of images, in batches of 16.
 
 usage: python calibration_memory.py MODEL.safetensors DATA
 
-When DATA has too few good training images, they are shown again.
+If DATA has too few good training images, they are repeated.
 """
 
 import sys
@@ -16,7 +16,7 @@ BATCH = 16
 
 
 def peak_memory(model: str, data: str, method: str, count: int) -> float:
-    # here alone: a process starts with the peak of the one that it was forked from
+    # imported here, because a forked process starts with the peak of its parent
     import resource
 
     from uadtool.data.dataset import training_samples
@@ -35,7 +35,7 @@ def peak_memory(model: str, data: str, method: str, count: int) -> float:
 
 def main(model: str, data: str) -> None:
     print("method".ljust(16), *(f"{count:>6}" for count in COUNTS))
-    # a process each, started afresh: the peak of one would hide that of the next
+    # a fresh process each, because the peak of one run would hide the peak of the next
     with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as processes:
         for method in METHODS:
             peaks = processes.map(peak_memory, repeat(model), repeat(data), repeat(method), COUNTS)

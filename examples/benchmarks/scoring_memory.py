@@ -1,8 +1,8 @@
-"""Does memory stay while one process scores more and more images? Resident memory and rate after so many of them.
+"""Measure whether memory grows while one process scores many images: resident memory and rate at several counts.
 
 usage: python scoring_memory.py MODEL COUNT IMAGE...       MODEL is an .onnx file, or an engine
 
-The images are scored again and again until there were COUNT.
+The images are scored repeatedly, COUNT in all.
 """
 
 import itertools
@@ -27,7 +27,7 @@ def main(model: str, count: int, images: list[str]) -> None:
         assert process.stdout
         threading.Thread(target=feed, args=(process.stdin, images, count), daemon=True).start()
         print("images  resident MiB  images/s")
-        process.stdout.readline()  # about the run
+        process.stdout.readline()  # the run record
         began = time.perf_counter()
         for number, _ in enumerate(process.stdout, 1):
             if number in STOPS:

@@ -1,4 +1,4 @@
-"""How long uadtool takes to start: seconds, median of ROUNDS (12) in which each command runs once.
+"""Measure how long uadtool takes to start: seconds, median of ROUNDS (12) in which each command runs once.
 
 usage: python startup.py MODEL.onnx IMAGE [ROUNDS]
 """

@@ -1,11 +1,10 @@
-"""What `uadtool score` reaches of the slower of its two stages, each measured alone: images per second, in one run.
+"""Compare `uadtool score` with the slower of its two stages, each measured by itself: images per second, in one run.
 
 usage: python throughput.py MODEL FOLDER [ROUNDS]
 
-Stages and whole take turns. `decode` reads and resizes on all cores, `inference` runs decoded images on all cores, one
-after the other; `score` is a process, without its start: the time from its first image to its last. Then the shares of
-that time: what decoding takes alone, what inference takes as `score` does it (`streams`: an image on each core), and
-the rest.
+The stages and `score` take turns. `decode` reads and resizes on all cores. `inference` runs decoded images one after
+the other, each on all cores. `score` is a process, timed from its first image to its last. The last line has the shares
+of that time: decoding, inference as in `score` (`streams`: an image on each core), and the rest.
 """
 
 import json
@@ -57,7 +56,7 @@ def main(model: str, folder: str, rounds: int = 5) -> None:
 
 
 def score_rate(model: str, folder: str) -> float:
-    """Images per second between the first image and the last one."""
+    """Images per second from the first image to the last."""
     command = [sys.executable, "-m", "uadtool", "score", "-q", model, folder]
     with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
         assert process.stdout

@@ -1,4 +1,4 @@
-"""What each raw map of a trained detector is worth, alone and with others; a Markdown table on stdout.
+"""Print the worth of each raw map of a trained detector, by itself and with others, as a Markdown table.
 
 usage: python ablation.py DATA MODEL
 """
@@ -69,7 +69,7 @@ def main(data: str, model: str) -> None:
         return [f"{np.mean(part):.3f}" if part else "-" for part in (*overall, *([value] for value in auroc))]
 
     names = NAMES.get(metadata.method, ())
-    if len(names) != raw.shape[1]:  # of another method, or with shared stages
+    if len(names) != raw.shape[1]:  # another method, or shared stages
         names = [f"map {place}" for place in range(1, raw.shape[1] + 1)]
     subsets = [chosen for count in range(1, len(names) + 1) for chosen in combinations(range(len(names)), count)]
     rows = [[" + ".join(names[index] for index in chosen), *row(chosen)] for chosen in subsets]

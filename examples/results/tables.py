@@ -1,4 +1,4 @@
-"""Print what the Makefile measured as a Markdown table.
+"""Print the measurements of the Makefile as a Markdown table.
 
 usage: python tables.py methods FOLDER... | variants FOLDER NAME... | one-class FOLDER METHOD...
 """
@@ -17,7 +17,7 @@ NAMES = ["image AUROC", "pooled", "pixel AUROC", "AUPRO"]
 
 
 def methods(folders: list[Path]) -> str:
-    """Two rows for each folder: the float model and the int8 one."""
+    """Two rows per folder: the float model and the int8 model."""
     rows = []
     for folder in folders:
         training = json.loads((folder / "train.json").read_text())
@@ -32,7 +32,7 @@ def methods(folders: list[Path]) -> str:
 
 
 def variants(folder: Path, names: list[str]) -> str:
-    """A row for each name: mean over the seeds, and half the distance of the lowest from the highest."""
+    """A row per name: mean over the seeds, and half the distance from the lowest to the highest."""
     rows = []
     for name in names:
         runs = [_lines(part / "unified.scores.jsonl")[-1]["metrics"] for part in sorted(folder.glob(f"{name}-seed-*"))]
@@ -43,7 +43,7 @@ def variants(folder: Path, names: list[str]) -> str:
 
 
 def one_class(folder: Path, names: list[str]) -> str:
-    """Two rows for each method: one model for all classes, and a model for each."""
+    """Two rows per method: one model for all classes, and a model per class."""
     rows = []
     for name in names:
         rows.append([name, "one for all classes", *_metrics(folder / name / "unified.scores.jsonl")])

@@ -161,7 +161,7 @@ def test_a_gate_that_is_not_met(deployed, make):
 def test_a_device_that_is_not_there(make, tmp_path):
     done = make("deploy", SSH="ssh -p 1 -o BatchMode=yes -o ConnectTimeout=2 -o LogLevel=ERROR", OUT=tmp_path / "out")
     assert done.returncode == 2
-    assert "cannot log in to 127.0.0.1: is it on and on this network, and does it have your key" in done.stderr
+    assert "cannot log in to 127.0.0.1; check that it is on, on this network, and has your key" in done.stderr
     assert "name the device: make deploy JETSON=user@host" in make("deploy", JETSON="", OUT=tmp_path / "out").stderr
 
 
