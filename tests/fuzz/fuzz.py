@@ -1,10 +1,10 @@
-"""Feeds broken input to everything that parses: a coverage-guided fuzzer (atheris) for each parser of ours.
+"""Feeds broken input to every parser of the package, with a coverage-guided fuzzer (atheris).
 
     python tests/fuzz/fuzz.py RUNS [NAME...]
 
-prints a table of the targets; what breaks one is kept beside its corpus in ``build/fuzz``, and the exit code is 1. An
-input breaks a target that raises anything but ``UadtoolError``, or takes more than the bounds below.
-``tests/test_fuzz.py`` runs the same targets for a moment, without atheris.
+prints a table of the targets. An input that breaks a target is kept in ``build/fuzz``, and the exit code is 1. It breaks
+a target if that raises anything but ``UadtoolError`` or exceeds the bounds below. ``tests/test_fuzz.py`` runs the same
+targets briefly, without atheris.
 """
 
 import base64
@@ -23,17 +23,13 @@ from typing import Any, Callable, Dict, Iterable, List, NamedTuple
 
 TESTS = Path(__file__).parents[1]
 SECONDS, HANGING, MEMORY = 10, 120, 3072
-"""Bounds of one input: seconds of the processor, and by the clock, which a busy machine stretches; the memory is that
-of the whole process, in MiB, of which torch alone takes 500.
-"""
+"""Bounds for an input: CPU seconds, wall-clock seconds, and MiB of the whole process, of which torch takes 500."""
 
 Parse = Callable[[bytes], object]
 
 
 class Target(NamedTuple):
-    """``prepare`` imports what is to be tested and returns the parser; ``seeds`` gives good input, as uadtool writes
-    it. ``share`` of the runs are done: parsers that do much with an input have fewer.
-    """
+    """``prepare`` imports and returns the parser, ``seeds`` returns good input. ``share`` scales the number of runs."""
 
     prepare: Callable[[Path], Parse]
     seeds: Callable[[Path], Iterable[bytes]]
@@ -41,7 +37,7 @@ class Target(NamedTuple):
 
 
 def file_parser(parse: Callable[[str], object], name: str) -> Callable[[Path], Parse]:
-    """Of what takes the name of a file."""
+    """``prepare`` for a parser that takes the name of a file."""
     def prepare(folder: Path) -> Parse:
         path = folder / name
 
@@ -114,7 +110,7 @@ def _onnx(folder: Path) -> Parse:
 
 
 def _onnx_seeds(folder: Path) -> Iterable[bytes]:
-    """Tensors in all places where a tensor may be."""
+    """Tensors in all possible places."""
     from onnx import AttributeProto, ModelProto, TensorProto, helper
 
     from uadtool.metadata import KEY
@@ -183,7 +179,7 @@ def _checkpoint_seeds(folder: Path) -> Iterable[bytes]:
 
 
 def _model(folder: Path) -> Parse:
-    """The metadata of a model whose tensors are good."""
+    """Metadata of a model with valid tensors."""
     from safetensors.torch import load_file, save_file
 
     from uadtool.lab.models import load_model
@@ -270,7 +266,7 @@ def _results(folder: Path) -> Parse:
 
 
 def _results_seeds(folder: Path) -> Iterable[bytes]:
-    """Two models, one of them in two shards; and what bench measured."""
+    """Scores of two models, one of them in two shards, and a bench file."""
     sys.path.insert(0, str(TESTS))
     from records import bench_record, lines, model, score_records
 
@@ -383,7 +379,7 @@ TARGETS = {
 
 
 def mutate_json(data: bytes, rng: random.Random) -> bytes:
-    """Replace, remove or repeat a random value in a random JSON object of the text; other bytes stay."""
+    """Replace, remove or repeat a random value in a random JSON object of the text."""
     lines = data.split(b"\n") if b"\n{" in data else [data]
     index = rng.randrange(len(lines))
     start = lines[index].find(b"{")
@@ -436,7 +432,7 @@ def _depth_can_be_written(value: Any) -> bool:
 
 
 def check(parse: Parse, data: bytes) -> None:
-    """Require that input is parsed or refused with a message, and in time."""
+    """Require that the input is parsed, or refused with a message, in time."""
     from uadtool.errors import UadtoolError
 
     began, message = time.process_time(), "parsed"
@@ -452,7 +448,7 @@ def check(parse: Parse, data: bytes) -> None:
 
 
 def fuzz(name: str, folder: Path, arguments: List[str]) -> None:
-    """Run one target in this process, with libFuzzer's arguments; does not return."""
+    """Run one target in this process with libFuzzer's arguments; does not return."""
     import atheris
 
     with atheris.instrument_imports(include=["uadtool"]):
@@ -472,7 +468,7 @@ def fuzz(name: str, folder: Path, arguments: List[str]) -> None:
 
 
 def run(name: str, runs: int, folder: Path) -> Dict[str, Any]:
-    """Run one target in a process of its own; what came of it."""
+    """Run one target in its own process and return the outcome."""
     corpus = folder / name
     corpus.mkdir(parents=True, exist_ok=True)
     options = [f"-runs={runs}", f"-timeout={HANGING}", f"-rss_limit_mb={MEMORY}", f"-artifact_prefix={folder / name}-",

@@ -165,8 +165,8 @@ def test_the_option_offers_them_all():
     ("openvino", ["openvino"], "onnxruntime"),
     pytest.param(None, ["onnxruntime"], "openvino", marks=needs_openvino),
 ])
-def test_auto_chooses_an_installed_runtime_that_suits_the_model(make_detector, missing, tmp_path, caplog, target, absent,
-                                                          chosen):
+def test_auto_chooses_an_installed_runtime_that_suits(make_detector, missing, tmp_path, caplog, target, absent,
+                                                      chosen):
     caplog.set_level(logging.INFO, "uadtool")
     path = str(make_detector(tmp_path / "model.onnx", METADATA.replace(target=target)))
     missing(*absent)

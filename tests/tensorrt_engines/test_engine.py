@@ -1,4 +1,4 @@
-"""`export MODEL.onnx -o MODEL.engine`: the files, the options, and what is refused."""
+"""`export MODEL.onnx -o MODEL.engine`: files, options and refusals."""
 
 import json
 from collections import Counter
@@ -56,7 +56,7 @@ def test_an_engine_has_its_metadata_beside_it(engine, onnx):
 
 
 class StaleCache:
-    """A configuration of TensorRT, which is not here and has other versions' caches refused; RTX takes anything."""
+    """A configuration that refuses caches of other versions, as TensorRT does and RTX does not."""
 
     def __init__(self, create):
         self.create_timing_cache, self.used = create, None
@@ -93,7 +93,7 @@ def test_an_engine_without_its_metadata_is_refused(engine, tmp_path):
 
 
 @pytest.mark.skipif(current_gpu() is not None, reason="there is a GPU")
-def test_without_a_gpu_one_must_be_named(onnx, uadtool, tmp_path):
+def test_without_a_gpu_the_compute_capability_is_required(onnx, uadtool, tmp_path):
     done = uadtool("export", onnx["tensorrt", "fp32"], "-o", tmp_path / "x.engine")
     assert done.returncode == 1
     assert "no GPU to build an engine for was found; run this on the device, or name its" in done.stderr
@@ -121,7 +121,7 @@ def test_a_graph_that_tensorrt_does_not_take_is_refused_with_the_node(onnx, tmp_
 
 
 class Dla:
-    """A builder of a device with two DLA cores that run convolutions alone, its configuration and a network."""
+    """Builder, configuration and network of a device with two DLA cores, which run only convolutions."""
 
     num_DLA_cores = 2
     num_layers = 3
@@ -138,7 +138,7 @@ class Dla:
 
 
 class Layer:
-    """One of a network of TensorRT 8.5: its type, that of what it gives, and the names of its inputs and its output."""
+    """A layer of TensorRT 8.5: its type, output type, and the names of its inputs and output."""
 
     precision = None
 
@@ -209,7 +209,7 @@ def jetson():
                            BuilderFlag=SimpleNamespace(GPU_FALLBACK="fallback"))
 
 
-def test_layers_that_a_dla_cannot_run_are_told(jetson):
+def test_layers_that_a_dla_cannot_run_are_reported(jetson):
     dla = Dla()
     found = _use_dla(jetson, dla, dla, dla, BuildOptions(dla=1, gpu_fallback=True), "fp16")
     assert found == ["image_cast", "score_topk"]
@@ -221,7 +221,7 @@ def test_layers_that_a_dla_cannot_run_are_told(jetson):
     ({"dla": 0}, "fp16", "cannot run 2 of 3 layers, first image_cast; let the GPU run them: --gpu-fallback"),
     ({"dla": 0, "gpu_fallback": True}, "int8", "does not support graphs with ranges in them .* give it the fp16 graph"),
 ])
-def test_what_a_dla_does_not_take(jetson, options, precision, message):
+def test_graphs_that_a_dla_does_not_support(jetson, options, precision, message):
     with pytest.raises(UadtoolError, match=message):
         _use_dla(jetson, Dla(), Dla(), Dla(), BuildOptions(**options), precision)
 
