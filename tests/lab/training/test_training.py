@@ -284,18 +284,18 @@ def interrupted(textures, tmp_path_factory):
         while not checkpoint.exists() and process.poll() is None:
             time.sleep(0.01)
         process.send_signal(signal.SIGINT)
-        printed, said = process.communicate(timeout=60)
-    assert process.returncode == 130, said
-    assert printed == ""
+        stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130, stderr
+    assert stdout == ""
     assert checkpoint.exists()
     assert not output.exists()
-    return output, said
+    return output, stderr
 
 
 def test_an_interrupted_run_goes_on_to_the_same_result(interrupted, uadtool, textures, tmp_path):
-    output, said = interrupted
-    assert f"--resume continues from {output}.checkpoint" in said
-    assert said.endswith("uadtool: interrupted\n")
+    output, stderr = interrupted
+    assert f"--resume continues from {output}.checkpoint" in stderr
+    assert stderr.endswith("uadtool: interrupted\n")
     shutil.copy(f"{output}.checkpoint", tmp_path / "resumed.checkpoint")
     resumed = uadtool(*command(textures, tmp_path / "resumed")[3:], "--resume")
     assert resumed.returncode == 0, resumed.stderr
