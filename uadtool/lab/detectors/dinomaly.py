@@ -76,7 +76,6 @@ class Dinomaly(Detector):
         optimizer.register_step_pre_hook(clip)
 
         def reconstruct(features: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-            """The feature maps on the device, and the decoder's."""
             targets = [target.to(run.device).float() for target in features]
             with autocast(run.device, run.dtype):
                 reconstructed = self.decoder(targets)

@@ -13,13 +13,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from uadtool.errors import UadtoolError
-from uadtool.lab.detectors.backbones import (
-    build_backbone,
-    feature_shapes,
-    fold_batch_norm,
-    normalization,
-    remove_identities,
-)
+from uadtool.lab.detectors.backbones import build_backbone, feature_shapes, fold_batch_norm, normalization, plain_graph
 from uadtool.lab.detectors.contract import Detector, pooled_descriptor
 from uadtool.lab.detectors.memory import PatchMemory
 from uadtool.lab.training import distributed
@@ -158,9 +152,7 @@ class Head(nn.Module):
         """The deployed form: convolutions and ReLUs."""
         for branch in self.branches():
             branch.fold()
-        graph = fx.symbolic_trace(self.eval())
-        remove_identities(graph)
-        return fold_batch_norm(graph)
+        return fold_batch_norm(plain_graph(self.eval(), "Head"))
 
 
 class Branch(nn.Module):

@@ -134,10 +134,8 @@ def optimize(model: nn.Module, optimizer: torch.optim.Optimizer, training_loss: 
     start, best_step, best_loss, best = 0, 0, math.inf, dict[str, Tensor]()
     rates = [group["lr"] for group in optimizer.param_groups]
 
-    def read() -> tuple[dict[str, Any], dict[str, Tensor]] | None:
-        return read_checkpoint(checkpoint, config) if resume and checkpoint.exists() else None
-
-    if saved := distributed.on_first(read):
+    if saved := distributed.on_first(
+            lambda: read_checkpoint(checkpoint, config) if resume and checkpoint.exists() else None):
         saved_progress, best = restore(saved, model, optimizer)
         start, best_step, best_loss = (saved_progress[name] for name in ("step", "best_step", "best_loss"))
         log.info("resuming at step %d of %d", start, steps)
