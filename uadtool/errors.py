@@ -2,7 +2,9 @@
 
 import importlib
 import importlib.util
+from contextlib import contextmanager
 from types import ModuleType
+from typing import Iterator
 
 
 class UadtoolError(Exception):
@@ -21,6 +23,15 @@ class GateFailed(UadtoolError):
     """A gate (``--fail-above``, ``--gate``) failed."""
 
     exit_code = 4
+
+
+@contextmanager
+def reading(name: object) -> Iterator[None]:
+    """Turn an OSError in the block, which reads the file or folder ``name``, into a UadtoolError."""
+    try:
+        yield
+    except OSError as error:
+        raise UadtoolError(f"cannot read {name}: {error.strerror or error}") from error
 
 
 def require(module: str, extra: str) -> ModuleType:

@@ -12,7 +12,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Dict, Iterable, Iterator, Optional, Tuple, Union
 
-from uadtool.errors import UadtoolError
+from uadtool.errors import UadtoolError, reading
 
 MOST_JSON = 64 << 20
 """Limit of a JSON file in characters: hundreds of times what the largest network needs."""
@@ -135,10 +135,8 @@ def file_identity(path: Union[str, Path]) -> Tuple[int, ...]:
     Raises:
         UadtoolError: the file does not exist.
     """
-    try:
+    with reading(path):
         status = Path(path).stat()
-    except OSError as error:
-        raise UadtoolError(f"cannot read {path}: {error.strerror}") from error
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
@@ -158,12 +156,9 @@ def unchanged(path: Union[str, Path]) -> Iterator[str]:
 def file_digest(path: Union[str, Path]) -> str:
     """``sha256:`` and the hex digest of a file's bytes."""
     sha = hashlib.sha256()
-    try:
-        with Path(path).open("rb") as file:
-            for chunk in iter(lambda: file.read(1 << 20), b""):
-                sha.update(chunk)
-    except OSError as error:
-        raise UadtoolError(f"cannot read {path}: {error.strerror}") from error
+    with reading(path), Path(path).open("rb") as file:
+        while chunk := file.read(1 << 20):
+            sha.update(chunk)
     return f"sha256:{sha.hexdigest()}"
 
 
@@ -195,13 +190,11 @@ def read_json(path: Union[str, Path], schema: str) -> Dict[str, Any]:
     """
     name = "stdin" if str(path) == "-" else str(path)
     try:
-        with nullcontext(sys.stdin) if str(path) == "-" else Path(path).open(encoding="utf-8") as file:
+        with reading(name), nullcontext(sys.stdin) if str(path) == "-" else Path(path).open(encoding="utf-8") as file:
             text = file.read(MOST_JSON + 1)
         if len(text) > MOST_JSON:
             raise UadtoolError(f"{name} is not a {schema} file: it is larger than {MOST_JSON >> 20} MiB")
         record = json.loads(text)
-    except OSError as error:
-        raise UadtoolError(f"cannot read {name}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
         raise UadtoolError(f"{name} is not JSON: {error}") from error
     if isinstance(record, dict):

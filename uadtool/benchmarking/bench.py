@@ -155,7 +155,9 @@ def _run_batches(model: _Measured, size: int, settings: Settings, sensors: Senso
 def _measure_details(model: _Measured, settings: Settings) -> None:
     """Measure threads, roofline and layers, as far as the settings ask for them."""
     image = _random_images(model.runtime, 1)
-    for threads in _thread_counts(model.runtime.threads) if settings.sweep else []:
+    most = model.runtime.threads
+    powers = {1 << power for power in range(most.bit_length())}
+    for threads in sorted({*powers, most}) if settings.sweep else []:
         runtime = open_model(model.runtime.path, threads, model.runtime.name)
         for _ in range(1 + settings.warmup):
             runtime.run(image)
@@ -168,11 +170,6 @@ def _measure_details(model: _Measured, settings: Settings) -> None:
 
 def _random_images(runtime: Runtime, count: int) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (count, *runtime.metadata.image_size, 3), np.uint8)
-
-
-def _thread_counts(most: int) -> List[int]:
-    """1, 2, 4, ... up to ``most``, and ``most``."""
-    return sorted({*(1 << power for power in range(most.bit_length()) if 1 << power <= most), most})
 
 
 def _idle_power(sensors: Sensors) -> Dict[str, float]:
@@ -217,9 +214,8 @@ def _run_times(runtime: Runtime, images: np.ndarray, seconds: float) -> List[flo
 
 def _figures(model: _Measured, first: _Measured) -> Dict[str, Any]:
     milliseconds = 1000 * np.concatenate(model.latencies)
-    p50, p90, p95, p99 = np.percentile(milliseconds, [50, 90, 95, 99])
-    latency = {"p50": p50, "p90": p90, "p95": p95, "p99": p99, "mean": milliseconds.mean(), "std": milliseconds.std(),
-               "min": milliseconds.min()}
+    latency = {**{f"p{percent}": np.percentile(milliseconds, percent) for percent in (50, 90, 95, 99)},
+               "mean": milliseconds.mean(), "std": milliseconds.std(), "min": milliseconds.min()}
     figures = {
         **describe(model.runtime),
         "file_bytes": Path(model.runtime.path).stat().st_size,
@@ -238,18 +234,14 @@ def _figures(model: _Measured, first: _Measured) -> Dict[str, Any]:
             "throughput": [{"batch_size": size, "ratio": _spread_of_ratios(load.rates, first.loads[size].rates)}
                            for size, load in model.loads.items()],
         }
-    if model.sweep:
-        figures["threads"] = [{"threads": count, "latency_ms": round(1000 * float(np.median(times)), 4),
-                               "images_per_second": round(len(times) / sum(times), 3)}
-                              for count, times in model.sweep.items()]
-    if model.roofline:
-        figures["roofline"] = model.roofline
-    if model.runtime.gpu_bytes is not None:
-        figures["gpu_bytes"] = model.runtime.gpu_bytes
-    if model.layers:
-        figures["layers"] = [{**layer._asdict(), "milliseconds": round(layer.milliseconds, 4)}
-                             for layer in model.layers]
-    return figures
+    details = {
+        "threads": [{"threads": count, "latency_ms": round(1000 * float(np.median(times)), 4),
+                     "images_per_second": round(len(times) / sum(times), 3)} for count, times in model.sweep.items()],
+        "roofline": model.roofline,
+        "gpu_bytes": model.runtime.gpu_bytes,
+        "layers": [{**layer._asdict(), "milliseconds": round(layer.milliseconds, 4)} for layer in model.layers],
+    }
+    return {**figures, **{name: value for name, value in details.items() if value not in (None, [], {})}}
 
 
 def _load_figures(load: _Load) -> Dict[str, Any]:

@@ -5,8 +5,7 @@ import re
 import threading
 import time
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple, Type
+from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 INTERVAL = 0.05
 """Seconds between two readings of the rails. An INA3221 updates its three channels about every 10 ms."""
@@ -42,8 +41,9 @@ class Sensors:
 
     def rails(self) -> Dict[str, float]:
         """The power of each rail now, in watts."""
-        watts = {name: read() for name, read in self._rails.items()}
-        return {name: value for name, value in watts.items() if value is not None}
+        factors = {name: [_number(path, 1000) for path in paths] for name, paths in self._rails.items()}
+        return {name: math.prod(factor for factor in values if factor is not None)
+                for name, values in factors.items() if None not in values}
 
     def energy(self) -> Dict[str, Tuple[float, float]]:
         """The energy counter of each processor package (RAPL): joules now, and the value at which it wraps around."""
@@ -68,19 +68,19 @@ class Sensors:
             "power_mode": self._power_mode(), "clocks_mhz": _known(clocks), "temperatures_c": _known(zones),
             "throttling": int(sum(count for count in counts if count is not None)) if counts else None})
 
-    def _find_rails(self) -> Iterator[Tuple[str, Callable[[], Optional[float]]]]:
-        """The name of each rail of the INA3221 monitors, and a function that reads its power."""
+    def _find_rails(self) -> Iterator[Tuple[str, List[Path]]]:
+        """The name of each rail of the INA3221 monitors, and the files whose product is its power: mV and mA, or mW."""
         for name in self._glob("sys/class/hwmon/hwmon*/name"):  # JetPack 5 and later
             if _text(name) != "ina3221":
                 continue
             for label in sorted(name.parent.glob("in[1-3]_label")):
                 channel, rail = label.name[2], _text(label)
                 if rail and rail != "NC":  # not connected
-                    yield rail, _product(name.parent / f"in{channel}_input", name.parent / f"curr{channel}_input")
+                    yield rail, [name.parent / f"in{channel}_input", name.parent / f"curr{channel}_input"]
         for label in self._glob("sys/bus/i2c/drivers/ina3221x/*/iio:device*/rail_name_*"):  # JetPack 4
-            rail, path = _text(label), label.parent / f"in_power{label.name[-1]}_input"
+            rail = _text(label)
             if rail and rail != "NC":
-                yield rail, lambda path=path: _number(path, 1000)  # type: ignore[misc]
+                yield rail, [label.parent / f"in_power{label.name[-1]}_input"]
 
     def _power_mode(self) -> Optional[str]:
         """The power mode as ``nvpmodel -q`` reports it, from the files that it reads."""
@@ -115,8 +115,7 @@ class PowerMeter:
         self._thread.start()
         return self
 
-    def __exit__(self, kind: Optional[Type[BaseException]], error: Optional[BaseException],
-                 trace: Optional[TracebackType]) -> None:
+    def __exit__(self, *_: object) -> None:
         self._done.set()
         self._thread.join()
         self.seconds = time.perf_counter() - self._began
@@ -143,14 +142,6 @@ def total(by_rail: Dict[str, float]) -> Optional[float]:
         if name in by_rail:
             return by_rail[name]
     return sum(value for name, value in by_rail.items() if name not in FED_BY_OTHERS) if by_rail else None
-
-
-def _product(millivolts: Path, milliamperes: Path) -> Callable[[], Optional[float]]:
-    def watts() -> Optional[float]:
-        volts, amperes = _number(millivolts, 1000), _number(milliamperes, 1000)
-        return None if volts is None or amperes is None else volts * amperes
-
-    return watts
 
 
 def _text(path: Path) -> Optional[str]:

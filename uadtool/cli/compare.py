@@ -1,6 +1,6 @@
 import json
 import logging
-from typing import Any, Dict, Optional, Tuple
+from typing import Optional, Tuple
 
 import click
 
@@ -79,8 +79,12 @@ def compare(files: Tuple[str, ...], style: Optional[str], changed: bool, conditi
         from uadtool.comparing.page.page import as_html
 
         text = as_html(models, record, verdicts)
+    elif style == "json":
+        text = json.dumps(record, indent=2, allow_nan=False) + "\n"
     else:
-        text = _as_text(record, style)
+        from uadtool.comparing.table import as_csv, as_table
+
+        text = as_csv(record) if style == "csv" else as_table(record, markdown=style == "markdown")
     content = text.encode("utf-8", "replace")  # file names may hold bytes that are not UTF-8
     if output:
         with atomic_write(output) as temporary:
@@ -92,11 +96,3 @@ def compare(files: Tuple[str, ...], style: Optional[str], changed: bool, conditi
         logging.getLogger("uadtool").error("gate failed: %s", failure)
     if failures:
         raise GateFailed("the comparison does not meet its gates")
-
-
-def _as_text(record: Dict[str, Any], style: Optional[str]) -> str:
-    from uadtool.comparing.table import as_csv, as_table
-
-    if style == "json":
-        return json.dumps(record, indent=2, allow_nan=False) + "\n"
-    return as_csv(record) if style == "csv" else as_table(record, markdown=style == "markdown")

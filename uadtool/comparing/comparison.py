@@ -219,12 +219,10 @@ def _labels(paths: List[str]) -> List[str]:
 def _intervals(first: Model, other: Model) -> Dict[str, Tuple[float, float]]:
     """Bounds of the differences by metric; empty unless both models have scores of the same labelled images."""
     a, b = first.scores, other.scores
-    if not a or not b:
+    if not (a and b and a.truth and b.truth):
         return {}
-    truth, truth_b = a.truth, b.truth
-    if not truth or not truth_b:
-        return {}
-    if truth != truth_b:
+    truth = a.truth
+    if truth != b.truth:
         log.warning("%s and %s are about different images: no confidence intervals", a.source, b.source)
         return {}
     anomalous, classes = zip(*truth.values())

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Dict, FrozenSet, Iterator, List, NamedTuple, Optional, Set, Tuple
 
-from uadtool.errors import UadtoolError
+from uadtool.errors import UadtoolError, reading
 from uadtool.files import refuse_newer
 from uadtool.schemas.validation import validate
 
@@ -63,11 +63,6 @@ class Result:
         """The file, or the merged files, for messages."""
         return ", ".join(self.shards) or self.file
 
-    def truth_of(self, path: str) -> Tuple[Optional[str], Optional[str]]:
-        """Label and class of an image that has a score."""
-        image = self.images[path]
-        return image.label, image.class_name if image.label else None
-
     @property
     def truth(self) -> Dict[str, Tuple[bool, Optional[str]]]:
         """Whether each labelled image is anomalous, and its class, by path."""
@@ -83,9 +78,8 @@ def read_results(file: str) -> List[Result]:
     """
     name = "stdin" if file == "-" else file
     try:
-        text = (sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()).decode("utf-8")
-    except OSError as error:
-        raise UadtoolError(f"cannot read {name}: {error.strerror}") from error
+        with reading(name):
+            text = (sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()).decode("utf-8")
     except UnicodeDecodeError as error:
         raise UadtoolError(f"{name} is not a score or bench file: it is not text") from error
     results: List[Result] = []

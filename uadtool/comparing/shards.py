@@ -146,12 +146,12 @@ def _merged(shards: List[Result]) -> Result:
     except (OverflowError, ValueError) as error:
         raise UadtoolError(f"{', '.join(shard.file for shard in shards)}: their pixel counts do not make figures: "
                            f"{error}; score again") from error
-    files = _distinct(shard.file for shard in shards)
+    files = tuple(dict.fromkeys(shard.file for shard in shards))
     log.info("merged %d file%s of %s: %s", len(files), "s" * (len(files) > 1), first.path, ", ".join(files))
     return replace(
-        first, values=score_values(figures), images=images, shards=tuple(files),
+        first, values=score_values(figures), images=images, shards=files,
         pixels=None if without_pixels else evaluation.pixels(),
-        machine=", ".join(_distinct(shard.machine for shard in shards)),
+        machine=", ".join(dict.fromkeys(shard.machine for shard in shards)),
         unread=frozenset(path for shard in shards for path in shard.unread if path not in images),
     )
 
@@ -161,7 +161,8 @@ def _require_no_partial_overlap(a: Result, b: Result) -> None:
     both = a.images.keys() & b.images.keys()
     if not both:
         return
-    if any(a.truth_of(path) != b.truth_of(path) for path in both):
+    truth_a, truth_b = a.truth, b.truth
+    if any(truth_a.get(path) != truth_b.get(path) for path in both):
         raise UadtoolError(f"{a.source} and {b.source} hold scores of one model ({a.path}) with different labels "
                            "for the same images; compare them one at a time")
     only_a = a.images.keys() - b.images.keys() - b.unread
@@ -172,7 +173,3 @@ def _require_no_partial_overlap(a: Result, b: Result) -> None:
     if a.images.keys() != b.images.keys():
         log.warning("%s and %s hold scores of one model (%s), but only one of them has %s: their figures are about "
                     "different images", a.source, b.source, a.path, min(a.images.keys() ^ b.images.keys()))
-
-
-def _distinct(names: Iterable[Any]) -> List[Any]:
-    return list(dict.fromkeys(names))

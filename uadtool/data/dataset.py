@@ -22,7 +22,7 @@ from typing import Collection, Dict, Iterable, Iterator, List, NamedTuple, Optio
 from uadtool.data import manifest, storage
 from uadtool.data.images import image_size
 from uadtool.data.storage import Folder
-from uadtool.errors import MissingPackage, UadtoolError
+from uadtool.errors import MissingPackage, UadtoolError, reading
 from uadtool.files import file_digest
 
 SUFFIXES = {
@@ -249,10 +249,8 @@ def _check_apart(training: Iterable[Sample], test: Iterable[Sample]) -> None:
 
 
 def _file_size(path: str) -> int:
-    try:
+    with reading(path):
         size = Path(path).stat().st_size
-    except OSError as error:
-        raise UadtoolError(f"cannot read {path}: {error.strerror}") from error
     if not size:
         raise UadtoolError(f"{path} is empty")
     return size

@@ -7,7 +7,7 @@ import os
 from typing import Any, Dict, Iterator, List, NoReturn, TextIO, Tuple
 
 from uadtool.data import storage
-from uadtool.errors import UadtoolError
+from uadtool.errors import UadtoolError, reading
 
 SUFFIXES = {".csv", ".jsonl"}
 KEYS = ("path", "class", "label", "mask", "split")
@@ -25,11 +25,9 @@ def read_manifest(name: str) -> List[Dict[str, str]]:
     """
     read = _csv_rows if storage.suffix(name) == ".csv" else _jsonl_rows
     try:
-        with storage.open_file(name) as stored, io.TextIOWrapper(
+        with reading(name), storage.open_file(name) as stored, io.TextIOWrapper(
                 stored, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
             return [_checked(name, number, fields) for number, fields in read(file, name)]
-    except OSError as error:
-        raise UadtoolError(f"cannot read {name}: {error.strerror}") from error
     except ValueError as error:  # a null byte in the path, or not a regular file
         raise UadtoolError(f"cannot read {name}: {error}") from error
 

@@ -13,10 +13,10 @@ import stat
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePath, PurePosixPath
-from typing import Any, BinaryIO, Collection, Dict, Iterator, List, NamedTuple, Optional, Protocol, Set, Tuple
+from typing import Any, BinaryIO, Collection, Dict, Iterator, List, NamedTuple, Optional, Set, Tuple, Union
 from urllib.parse import unquote, urlsplit
 
-from uadtool.errors import MissingPackage, UadtoolError, require
+from uadtool.errors import MissingPackage, UadtoolError, reading, require
 
 _URL = re.compile(r"[a-z][a-z0-9+.-]+://")  # not C:\
 
@@ -71,67 +71,12 @@ def open_file(name: str) -> BinaryIO:
     return Path(name).open("rb")
 
 
-class Folder(Protocol):
-    """A folder that can be listed without its hidden files and folders. Files are given by their path in it."""
-
-    @property
-    def name(self) -> str:
-        """The last part of its path."""
-
-    def __truediv__(self, name: str) -> "Folder":
-        """A folder in this folder, whether it exists or not."""
-
-    def exists(self) -> bool:
-        """Whether the folder exists."""
-
-    def folders(self) -> List[str]:
-        """The names of the folders in this folder, sorted."""
-
-    def files(self, without: Collection[str] = ()) -> List[PurePath]:
-        """All files below this folder, sorted, except those in its folders ``without``; none if it does not exist."""
-
-    def has(self, file: PurePath) -> bool:
-        """Whether a file or folder exists."""
-
-    def path(self, file: PurePath) -> str:
-        """The path or URL of a file."""
-
-
-def open_folder(name: str) -> Optional[Folder]:
-    """The folder at this path or URL, or None if it does not exist. At a URL, all files are listed at once.
-
-    Raises:
-        UadtoolError: the folder cannot be listed.
-        MissingPackage: as ``open_file``.
-    """
-    if is_url(name):
-        try:
-            system, path = _file_system(name)
-            with _as_os_error():
-                files = system.find(path)
-        except FileNotFoundError:
-            return None
-        except OSError as error:
-            raise UadtoolError(f"cannot read {name}: {error.strerror}") from error
-        root = f"{path.rstrip('/')}/"
-        tree: Tree = {}
-        for file in files:
-            *folders, last = parts = file[len(root):].split("/")
-            if not file.startswith(root) or any(part.startswith(".") for part in parts):
-                continue
-            place = tree
-            for part in folders:
-                inside = place[part] = place.get(part) or {}
-                place = inside
-            place.setdefault(last, None)
-        return ListedFolder(name if name.endswith("/") else f"{name}/", tree) if tree else None
-    folder = LocalFolder(Path(name))
-    return folder if folder.exists() else None
-
-
 @dataclass(frozen=True)
 class LocalFolder:
-    """A ``Folder`` on this machine. Links to folders are followed, but each folder is listed once."""
+    """A folder on this machine, without its hidden files and folders. Files are given by their path in it.
+
+    Links to folders are followed, but each folder is listed once.
+    """
 
     place: Path
 
@@ -140,19 +85,20 @@ class LocalFolder:
         return Path(os.path.abspath(self.place)).name  # noqa: PTH100 resolve() would replace the name of a link
 
     def __truediv__(self, name: str) -> "LocalFolder":
+        """A folder in this folder, whether it exists or not."""
         return LocalFolder(self.place / name)
 
     def exists(self) -> bool:
         return os.path.isdir(self.place)  # noqa: PTH112 Path.is_dir raises for a name that is too long
 
     def folders(self) -> List[str]:
-        try:
+        """The names of the folders in this folder, sorted."""
+        with reading(self.place):
             names = [child.name for child in self.place.iterdir()]
-        except OSError as error:
-            raise UadtoolError(f"cannot read {self.place}: {error.strerror}") from error
         return sorted(name for name in names if not name.startswith(".") and (self / name).exists())
 
     def files(self, without: Collection[str] = ()) -> List[PurePath]:
+        """All files below this folder, sorted, except those in its folders ``without``; none if it does not exist."""
         def cannot_list(error: OSError) -> None:
             if not isinstance(error, FileNotFoundError):
                 raise UadtoolError(f"cannot read {error.filename}: {error.strerror}") from error
@@ -178,9 +124,11 @@ class LocalFolder:
         return sorted(paths)
 
     def has(self, file: PurePath) -> bool:
+        """Whether a file or folder exists."""
         return exists(self.path(file))
 
     def path(self, file: PurePath) -> str:
+        """The path of a file."""
         return str(self.place / file)
 
 
@@ -189,7 +137,7 @@ Tree = Dict[str, Optional["Tree"]]
 
 
 class ListedFolder(NamedTuple):
-    """A ``Folder`` with a known ``tree`` at ``url``, which ends with a slash."""
+    """A folder with a known ``tree`` at ``url``, which ends with a slash. Its methods are those of ``LocalFolder``."""
 
     url: str
     tree: Tree
@@ -222,6 +170,41 @@ class ListedFolder(NamedTuple):
 
     def path(self, file: PurePath) -> str:
         return f"{self.url}{file.as_posix()}"
+
+
+Folder = Union[LocalFolder, ListedFolder]
+
+
+def open_folder(name: str) -> Optional[Folder]:
+    """The folder at this path or URL, or None if it does not exist. At a URL, all files are listed at once.
+
+    Raises:
+        UadtoolError: the folder cannot be listed.
+        MissingPackage: as ``open_file``.
+    """
+    if is_url(name):
+        try:
+            system, path = _file_system(name)
+            with _as_os_error():
+                files = system.find(path)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise UadtoolError(f"cannot read {name}: {error.strerror}") from error
+        root = f"{path.rstrip('/')}/"
+        tree: Tree = {}
+        for file in files:
+            *folders, last = parts = file[len(root):].split("/")
+            if not file.startswith(root) or any(part.startswith(".") for part in parts):
+                continue
+            place = tree
+            for part in folders:
+                inside = place[part] = place.get(part) or {}
+                place = inside
+            place.setdefault(last, None)
+        return ListedFolder(name if name.endswith("/") else f"{name}/", tree) if tree else None
+    folder = LocalFolder(Path(name))
+    return folder if folder.exists() else None
 
 
 def _file_system(url: str) -> Tuple[Any, str]:

@@ -1,11 +1,16 @@
 """How well the scores and maps of a run agree with the labels and masks: the ``metrics`` object of its summary."""
 
-from typing import Any, Callable, Dict, Iterable, List
+from typing import Any, Callable, Dict, Iterable, List, Tuple
 
 import numpy as np
 
 from uadtool.scoring.metrics import auroc, average_precision, f1_max, rounded
 from uadtool.scoring.pixel_metrics import PixelMetrics
+
+IMAGE_METRICS: Dict[str, Callable[[Any, Any], float]] = {
+    "image_auroc": auroc, "average_precision": average_precision,
+    "f1_max": lambda labels, scores: f1_max(labels, scores)[0],
+}
 
 
 class Evaluation:
@@ -17,18 +22,12 @@ class Evaluation:
 
     def __init__(self, threshold: float) -> None:
         self._threshold = threshold
-        self._classes: List[str] = []
-        self._labels: List[bool] = []
-        self._scores: List[float] = []
-        self._raw_scores: List[float] = []
+        self._images: List[Tuple[str, bool, float, float]] = []
         self._pixels: Dict[str, PixelMetrics] = {}
 
     def add(self, class_name: str, anomalous: bool, score: float, raw_score: float) -> None:
         """Count an image; ``anomalous`` is its label."""
-        self._classes.append(class_name)
-        self._labels.append(anomalous)
-        self._scores.append(score)
-        self._raw_scores.append(raw_score)
+        self._images.append((class_name, anomalous, score, raw_score))
 
     def add_pixels(self, class_name: str, anomaly_map: np.ndarray, mask: np.ndarray) -> None:
         """Count the pixels of an image: float32 [H, W] and its ground truth, bool [H, W]."""
@@ -44,8 +43,9 @@ class Evaluation:
         Raises:
             ValueError: they cannot be read, or belong to a class without images.
         """
-        if counted.keys() - set(self._classes):
-            raise ValueError(f"it counts pixels of {min(counted.keys() - set(self._classes))!r:.80} and no images")
+        unknown = counted.keys() - {class_name for class_name, *_ in self._images}
+        if unknown:
+            raise ValueError(f"it counts pixels of {min(unknown)!r:.80} and no images")
         for name, pixels in counted.items():
             self._pixels.setdefault(name, PixelMetrics()).merge(PixelMetrics.from_json(pixels))
 
@@ -56,15 +56,17 @@ class Evaluation:
         each class with both labels (``per_class``), and their ``mean``. Without any class names, the mean is the pooled
         value.
         """
-        if not self._labels:
+        if not self._images:
             return {}
-        labels, scores = np.array(self._labels, bool), np.array(self._scores)
+        classes, labels, scores, raw_scores = map(np.array, zip(*self._images))
         figures: Dict[str, Any] = {}
         if labels.any() and not labels.all():
-            pooled_raw = rounded(auroc(self._labels, self._raw_scores))
-            figures["image_auroc"] = {**self._by_class(auroc), "pooled_raw": pooled_raw}
-            figures["average_precision"] = self._by_class(average_precision)
-            figures["f1_max"] = self._by_class(lambda labels, scores: f1_max(labels, scores)[0])
+            members = {name: classes == name for name in sorted({name for name, *_ in self._images})}
+            for name, metric in IMAGE_METRICS.items():
+                figures[name] = _figure(metric(labels, scores), {
+                    class_name: metric(labels[images], scores[images]) for class_name, images in members.items()
+                    if labels[images].any() and not labels[images].all()}, members)
+            figures["image_auroc"]["pooled_raw"] = rounded(auroc(labels.tolist(), raw_scores.tolist()))
         for name, images in (("false_positive_rate", ~labels), ("recall", labels)):
             if images.any():
                 figures[name] = rounded(np.mean(scores[images] > self._threshold))
@@ -73,18 +75,10 @@ class Evaluation:
             pooled = PixelMetrics()
             for pixels in with_masks.values():
                 pooled.merge(pixels)
-            for name, metric in (("pixel_auroc", PixelMetrics.auroc), ("aupro", PixelMetrics.aupro)):
-                figures[name] = _figure(metric(pooled), {key: metric(pixels) for key, pixels in with_masks.items()},
-                                        with_masks)
+            for name, pixel_metric in (("pixel_auroc", PixelMetrics.auroc), ("aupro", PixelMetrics.aupro)):
+                per_class = {class_name: pixel_metric(pixels) for class_name, pixels in with_masks.items()}
+                figures[name] = _figure(pixel_metric(pooled), per_class, with_masks)
         return figures
-
-    def _by_class(self, metric: Callable[[Any, Any], float]) -> Dict[str, Any]:
-        labels, scores, classes = np.array(self._labels), np.array(self._scores), np.array(self._classes)
-        members = {name: classes == name for name in sorted(set(self._classes))}
-        return _figure(metric(labels, scores), {
-            name: metric(labels[images], scores[images])
-            for name, images in members.items() if labels[images].any() and not labels[images].all()
-        }, members)
 
 
 def _figure(pooled: Any, per_class: Dict[str, Any], classes: Iterable[str]) -> Dict[str, Any]:

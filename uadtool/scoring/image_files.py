@@ -58,32 +58,26 @@ class OutputFolder:
         return output
 
 
-class Masks:
+class Masks(OutputFolder):
     """Writes a mask of each image as PNG into ``directory``: anomalous pixels are white, in the size of the image."""
-
-    def __init__(self, directory: str) -> None:
-        self._folder = OutputFolder(directory)
 
     def add(self, record: Dict[str, Any], anomaly_map: np.ndarray, threshold: float) -> Dict[str, str]:
         """Write the mask of an ``image`` record and its map, float32 [h, w]; returns the record's ``mask``."""
         above = upsample(anomaly_map, image_size(record["path"])) > threshold
-        path = self._folder.path(record["path"], ".png")
+        path = self.path(record["path"], ".png")
         with atomic_write(path, durable=False) as temporary:
             Image.fromarray(above).save(temporary, format="PNG")
         return {"mask": str(path)}
 
 
-class AnomalousImages:
+class AnomalousImages(OutputFolder):
     """Copies anomalous images into ``directory``."""
-
-    def __init__(self, directory: str) -> None:
-        self._folder = OutputFolder(directory)
 
     def add(self, record: Dict[str, Any], anomaly_map: np.ndarray, threshold: float) -> Dict[str, str]:
         """Copy the image of a record if it is anomalous; returns the record's ``copy``."""
         if not record["anomalous"]:
             return {}
-        path = self._folder.path(record["path"], Path(without_query(record["path"])).suffix)
+        path = self.path(record["path"], Path(without_query(record["path"])).suffix)
         try:
             image = open_file(record["path"])
         except (OSError, ValueError) as error:

@@ -3,6 +3,8 @@
 A label is True for anomalous, a higher score means more anomalous, and scores are finite. Every curve consists of
 counts at ascending thresholds. Images (a threshold for each distinct score) and pixels (a threshold for each histogram
 bin) therefore share the code, and the trapezoid rule counts equal scores half.
+
+Every function of labels and scores raises a ValueError if the lengths differ or a label is missing (both are needed).
 """
 
 from typing import Any, Sequence, Tuple
@@ -14,31 +16,20 @@ def auroc(labels: Sequence[bool], scores: Sequence[float]) -> float:
     """Area under the ROC curve: the share of pairs in which the anomalous image scores above the good image.
 
     Equal scores count half.
-
-    Raises:
-        ValueError: the lengths differ, or a label is missing (both are needed).
     """
     _, good, anomalous = _counts(labels, scores)
     return area_under_roc(good, anomalous)
 
 
 def average_precision(labels: Sequence[bool], scores: Sequence[float]) -> float:
-    """Mean of the precisions at each threshold, weighted by the gain in recall (a step curve, no interpolation).
-
-    Raises:
-        ValueError: as ``auroc``.
-    """
+    """Mean of the precisions at each threshold, weighted by the gain in recall (a step curve, no interpolation)."""
     _, good, anomalous = _counts(labels, scores)
     false, true = counts_above(good), counts_above(anomalous)
     return float(np.sum(np.diff(true) * true[1:] / (true[1:] + false[1:])) / true[-1])
 
 
 def f1_max(labels: Sequence[bool], scores: Sequence[float]) -> Tuple[float, float]:
-    """The best F1 over all thresholds, and the highest threshold with it. Scores equal to it count as anomalous.
-
-    Raises:
-        ValueError: as ``auroc``.
-    """
+    """The best F1 over all thresholds, and the highest threshold with it. Scores equal to it count as anomalous."""
     thresholds, good, anomalous = _counts(labels, scores)
     false, true = counts_above(good)[1:], counts_above(anomalous)[1:]
     f1 = 2 * true / (true + false + true[-1])
@@ -50,9 +41,6 @@ def roc_curve(labels: Sequence[bool], scores: Sequence[float], points: int = 200
     """False-positive rates and true-positive rates, both from 0 to 1, of thresholds from high to low.
 
     With more than ``points`` thresholds, the result has only ``points`` that lie evenly along the curve.
-
-    Raises:
-        ValueError: as ``auroc``.
     """
     _, good, anomalous = _counts(labels, scores)
     false, true = counts_above(good), counts_above(anomalous)
@@ -69,11 +57,7 @@ def rounded(value: Any) -> float:
 
 
 def validated(labels: Sequence[bool], scores: Sequence[float]) -> Tuple[np.ndarray, np.ndarray]:
-    """The labels, bool [N], and the scores, float64 [N].
-
-    Raises:
-        ValueError: as ``auroc``.
-    """
+    """The labels, bool [N], and the scores, float64 [N]."""
     truth, values = np.asarray(labels, bool), np.asarray(scores, float)
     if truth.shape != values.shape:
         raise ValueError(f"{len(truth)} labels for {len(values)} scores")

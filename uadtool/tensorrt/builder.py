@@ -59,7 +59,10 @@ def build_engine(onnx: str, metadata: Metadata, options: BuildOptions) -> Engine
         MissingPackage: TensorRT is not installed.
     """
     trt = import_tensorrt()
-    precision = _precision(onnx, metadata)
+    precision = "int8" if metadata.precision == "mixed" else metadata.precision
+    if precision == "int8" and metadata.target != "tensorrt":
+        raise UadtoolError(f"{onnx} was quantized for {metadata.target}, which TensorRT does not support; quantize "
+                           "the float model with --target tensorrt")
     gpu = current_gpu()
     capability = options.compute_capability or (gpu.compute_capability if gpu else None)
     if capability is None:
@@ -68,7 +71,10 @@ def build_engine(onnx: str, metadata: Metadata, options: BuildOptions) -> Engine
     logger = make_logger(trt)
     builder = trt.Builder(logger)
     network = create_network(trt, builder)
-    _parse(trt, network, logger, onnx)
+    parser = trt.OnnxParser(network, logger)
+    if not parser.parse(Path(onnx).read_bytes()):
+        reason = describe_error(parser.get_error(0)) if parser.num_errors else "no reason given"
+        raise UadtoolError(f"TensorRT {trt.__version__} does not support {onnx}: {reason}")
     config = builder.create_builder_config()
     if options.compute_capability:
         _build_for(trt, config, options.compute_capability)
@@ -80,33 +86,16 @@ def build_engine(onnx: str, metadata: Metadata, options: BuildOptions) -> Engine
     smallest, largest = 1 if options.dla is None else options.max_batch, options.max_batch
     profile.set_shape("image", *((count, *metadata.image_size, 3) for count in (smallest, largest, largest)))
     config.add_optimization_profile(profile)
-    cache = Path(options.timing_cache) if options.timing_cache else None
-    timing = _use_timing_cache(config, cache) if cache else None
+    timing = _use_timing_cache(config, Path(options.timing_cache)) if options.timing_cache else None
     plan = builder.build_serialized_network(network, config)
     if plan is None:
         raise UadtoolError(f"TensorRT {trt.__version__} cannot build {onnx}: {logger.reason}")
-    if cache and timing is not None:
-        with atomic_write(cache) as temporary:
+    if options.timing_cache and timing is not None:
+        with atomic_write(options.timing_cache) as temporary:
             temporary.write_bytes(bytes(timing.serialize()))
     return Engine(bytes(plan), {
         "package": trt.__name__, "version": trt.__version__, "gpu": gpu.name if gpu else None,
         "precision": precision, **asdict(options), "compute_capability": capability, "dla_fallback": dla_fallback})
-
-
-def _parse(trt: Any, network: Any, logger: Any, onnx: str) -> None:
-    parser = trt.OnnxParser(network, logger)
-    if not parser.parse(Path(onnx).read_bytes()):
-        errors = [describe_error(parser.get_error(index)) for index in range(parser.num_errors)]
-        raise UadtoolError(f"TensorRT {trt.__version__} does not support {onnx}: {(errors or ['no reason given'])[0]}")
-
-
-def _precision(onnx: str, metadata: Metadata) -> str:
-    """The precision of the graph, which TensorRT must support."""
-    precision = "int8" if metadata.precision == "mixed" else metadata.precision
-    if precision == "int8" and metadata.target != "tensorrt":
-        raise UadtoolError(f"{onnx} was quantized for {metadata.target}, which TensorRT does not support; quantize "
-                           "the float model with --target tensorrt")
-    return precision
 
 
 def _use_timing_cache(config: Any, path: Path) -> Any:

@@ -6,7 +6,7 @@ Its size does not grow with the number of images: it holds histograms, thinned c
 import logging
 import re
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
@@ -15,7 +15,7 @@ from uadtool.comparing.comparison import Model
 from uadtool.comparing.gates import Verdict
 from uadtool.comparing.page.figures import accuracy_figures, class_name, score_figures
 from uadtool.comparing.page.svg import model_style, number
-from uadtool.comparing.page.thumbnails import disagreements, thumbnails
+from uadtool.comparing.page.thumbnails import disagreements, thumbnail
 from uadtool.comparing.results import Result
 from uadtool.comparing.table import DECIMALS
 
@@ -56,7 +56,7 @@ def as_html(models: Sequence[Model], record: Record, verdicts: Sequence[Verdict]
     rows = {row["metric"]: _row(row) for row in record["rows"]}
     histograms, classes = score_figures(models)
     groups = [group for group in disagreements(models) if group.total]
-    pictures = thumbnails(groups)
+    pictures = {path: thumbnail(path) for path in {image.path for group in groups for image in group.images}}
     embedded = sum(picture is not None for picture in pictures.values())
     if embedded:
         log.info("the page holds thumbnails of %d images", embedded)
@@ -65,7 +65,7 @@ def as_html(models: Sequence[Model], record: Record, verdicts: Sequence[Verdict]
     return environment.get_template("page.html.jinja").render(
         models=models, record=record, verdicts=verdicts, subject=_subject(models),
         cards=[(label, rows[metric]) for metric, label in KEY_METRICS.items() if metric in rows],
-        table=[(title, [rows[row["metric"]] for row in group]) for title, group in _groups(record["rows"])],
+        table=[(title, [rows[name] for name in names]) for title, names in _sections(record["rows"]).items() if names],
         with_interval=[any(row.cells[index].interval for row in rows.values()) for index in range(len(models))],
         accuracy=accuracy_figures(models, record), histograms=histograms, classes=classes,
         groups=groups, pictures=pictures, numbers={model.label: index for index, model in enumerate(models)},
@@ -93,12 +93,11 @@ def _cell(row: Record, value: Optional[float], change: Optional[float], interval
     return Cell("" if value is None else number(value, digits), change_text, arrow, verdict, interval_text)
 
 
-def _groups(rows: Sequence[Record]) -> List[Tuple[str, List[Record]]]:
-    """The rows of the table below their headings."""
-    groups = [("Accuracy", [row for row in rows if row["change"] == "difference" and not class_name(row)]),
-              ("Image AUROC of each class", [row for row in rows if class_name(row)]),
-              ("Speed and size", [row for row in rows if row["change"] == "ratio"])]
-    return [(title, group) for title, group in groups if group]
+def _sections(rows: Sequence[Record]) -> Dict[str, List[str]]:
+    """The metrics of the table below their headings."""
+    return {"Accuracy": [row["metric"] for row in rows if row["change"] == "difference" and not class_name(row)],
+            "Image AUROC of each class": [row["metric"] for row in rows if class_name(row)],
+            "Speed and size": [row["metric"] for row in rows if row["change"] == "ratio"]}
 
 
 def _subject(models: Sequence[Model]) -> str:

@@ -31,15 +31,12 @@ class Scale(NamedTuple):
 
     def ticks(self, count: int = 5, sign: str = "") -> List[Tuple[float, str]]:
         """About ``count`` round values between ``low`` and ``high``, with their text."""
-        step = _round_step((self.high - self.low) / count)
+        least = (self.high - self.low) / count
+        power = 10.0 ** math.floor(math.log10(least))
+        step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= 0.75 * least)
         digits = max(0, -math.floor(math.log10(step) + 1e-9))
         first, last = math.ceil(self.low / step - 1e-9), math.floor(self.high / step + 1e-9)
         return [(index * step, number(index * step, digits, sign)) for index in range(first, last + 1)]
-
-
-def _round_step(at_least: float) -> float:
-    power: float = 10.0 ** math.floor(math.log10(at_least))
-    return next(power * factor for factor in (1, 2, 5, 10) if power * factor >= 0.75 * at_least)
 
 
 def number(value: float, digits: int, sign: str = "") -> str:

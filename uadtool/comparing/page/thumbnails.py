@@ -3,7 +3,7 @@
 import base64
 import io
 from pathlib import PurePath
-from typing import Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 from PIL import Image
 
@@ -111,8 +111,3 @@ def thumbnail(path: str) -> Optional[str]:
     jpeg = io.BytesIO()
     Image.fromarray(pixels).save(jpeg, "JPEG", quality=75)
     return "data:image/jpeg;base64," + base64.b64encode(jpeg.getvalue()).decode()
-
-
-def thumbnails(groups: Iterable[Group]) -> Dict[str, Optional[str]]:
-    """The thumbnail of each path in ``groups``."""
-    return {path: thumbnail(path) for path in {image.path: None for group in groups for image in group.images}}
