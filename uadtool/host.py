@@ -42,16 +42,10 @@ def keep_freed_memory() -> None:
 
 
 def opening() -> Dict[str, Any]:
-    """The ``tool``, ``started`` (now, UTC) and ``host`` of a record."""
-    return {
-        "tool": f"uadtool {__version__}",
-        "started": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        "host": describe_host(),
-    }
+    """The ``tool``, ``started`` (now, UTC) and ``host`` of a record.
 
-
-def describe_host() -> Dict[str, Any]:
-    """The ``host`` object of a record: system, machine, cpu, board (such as a Jetson), available cores and python."""
+    The host has system, machine, cpu, board (such as a Jetson), available cores and python.
+    """
     host = {
         "system": f"{platform.system()} {platform.release()}",
         "machine": platform.machine(),
@@ -61,7 +55,8 @@ def describe_host() -> Dict[str, Any]:
     }
     with contextlib.suppress(OSError):
         host["board"] = BOARD.read_text(encoding="utf-8", errors="replace").strip("\0\n ")
-    return host
+    started = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+    return {"tool": f"uadtool {__version__}", "started": started, "host": host}
 
 
 def peak_memory() -> int:

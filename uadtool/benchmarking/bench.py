@@ -155,9 +155,7 @@ def _run_batches(model: _Measured, size: int, settings: Settings, sensors: Senso
 def _measure_details(model: _Measured, settings: Settings) -> None:
     """Measure threads, roofline and layers, as far as the settings ask for them."""
     image = _random_images(model.runtime, 1)
-    most = model.runtime.threads
-    powers = {1 << power for power in range(most.bit_length())}
-    for threads in sorted({*powers, most}) if settings.sweep else []:
+    for threads in _thread_counts(model.runtime.threads) if settings.sweep else []:
         runtime = open_model(model.runtime.path, threads, model.runtime.name)
         for _ in range(1 + settings.warmup):
             runtime.run(image)
@@ -170,6 +168,11 @@ def _measure_details(model: _Measured, settings: Settings) -> None:
 
 def _random_images(runtime: Runtime, count: int) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (count, *runtime.metadata.image_size, 3), np.uint8)
+
+
+def _thread_counts(most: int) -> List[int]:
+    """1, 2, 4, ... up to ``most``, and ``most``."""
+    return sorted({*(1 << power for power in range(most.bit_length())), most})
 
 
 def _idle_power(sensors: Sensors) -> Dict[str, float]:

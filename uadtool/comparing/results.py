@@ -91,8 +91,11 @@ def read_results(file: str) -> List[Result]:
             kind = record.get("schema") or record.get("type")
             if kind == "uadtool.score/1" and not run:
                 validate(record, "score#/$defs/run")
+                shard = record.get("shard")
+                if shard and shard["index"] > shard["count"]:
+                    raise ValueError(f"shard {shard['index']} of {shard['count']} does not exist")
                 run = replace(_result("scores", name, record, record, {}), threshold=float(record["threshold"]),
-                              shard=_shard(record.get("shard")))
+                              shard=(shard["index"], shard["count"]) if shard else None)
                 unread = set()
             elif kind == "image" and run:
                 if record.get("error") is not None:
@@ -153,14 +156,6 @@ def _result(kind: str, file: str, opening: Dict[str, Any], entry: Dict[str, Any]
     return Result(kind, file, model["path"], model["digest"], model["method"], model["precision"],
                   dict(model.get("quantization") or {}), f"{runtime['name']} {runtime['version']}",
                   host.get("board") or host["cpu"], opening["tool"], opening["started"], values)
-
-
-def _shard(shard: Optional[Dict[str, int]]) -> Optional[Tuple[int, int]]:
-    if shard is None:
-        return None
-    if shard["index"] > shard["count"]:
-        raise ValueError(f"shard {shard['index']} of {shard['count']} does not exist")
-    return shard["index"], shard["count"]
 
 
 def score_values(metrics: Dict[str, Any]) -> Dict[str, float]:

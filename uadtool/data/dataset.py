@@ -241,11 +241,10 @@ def _check_apart(training: Iterable[Sample], test: Iterable[Sample]) -> None:
     for train_paths, test_paths in by_size.values():
         if train_paths and test_paths:
             digests = {file_digest(path): path for path in test_paths}
-            twins += [(path, digests.get(file_digest(path))) for path in train_paths]
-    twins = sorted((path, twin) for path, twin in twins if twin)
+            twins += [(path, digests[digest]) for path in train_paths if (digest := file_digest(path)) in digests]
     if twins:
         raise UadtoolError(f"{len(twins)} training images are also test images, which would flatter the model; first: "
-                           f"{twins[0][0]} and {twins[0][1]}")
+                           f"{' and '.join(min(twins))}")
 
 
 def _file_size(path: str) -> int:

@@ -225,12 +225,11 @@ def _as_os_error() -> Iterator[None]:
         yield
     except ImportError:
         raise
+    except FileNotFoundError as error:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT)) from error
     except Exception as error:
-        kind = FileNotFoundError if isinstance(error, FileNotFoundError) else OSError
-        raise kind(errno.ENOENT if kind is FileNotFoundError else errno.EIO, _reason(error)) from error
+        raise OSError(errno.EIO, _reason(error)) from error
 
 
 def _reason(error: Exception) -> str:
-    if isinstance(error, FileNotFoundError):
-        return os.strerror(errno.ENOENT)
     return " ".join(str(error).split()) or type(error).__name__

@@ -9,16 +9,9 @@ from typing import Any, Dict, List, NamedTuple, Optional
 from uadtool.errors import UadtoolError
 from uadtool.files import atomic_write
 from uadtool.metadata import Metadata
+from uadtool.tensorrt import versions
 from uadtool.tensorrt.gpu import current_gpu
 from uadtool.tensorrt.logger import make_logger
-from uadtool.tensorrt.versions import (
-    create_network,
-    describe_error,
-    import_tensorrt,
-    is_rtx,
-    use_types_of_graph,
-    version,
-)
 
 MIB = 1 << 20
 
@@ -58,7 +51,7 @@ def build_engine(onnx: str, metadata: Metadata, options: BuildOptions) -> Engine
             message has the reason.
         MissingPackage: TensorRT is not installed.
     """
-    trt = import_tensorrt()
+    trt = versions.import_tensorrt()
     precision = "int8" if metadata.precision == "mixed" else metadata.precision
     if precision == "int8" and metadata.target != "tensorrt":
         raise UadtoolError(f"{onnx} was quantized for {metadata.target}, which TensorRT does not support; quantize "
@@ -67,20 +60,20 @@ def build_engine(onnx: str, metadata: Metadata, options: BuildOptions) -> Engine
     capability = options.compute_capability or (gpu.compute_capability if gpu else None)
     if capability is None:
         raise UadtoolError("no GPU to build an engine for was found; run this on the device" + (
-            ", or name its compute capability: --compute-capability 8.6" if is_rtx(trt) else ""))
+            ", or name its compute capability: --compute-capability 8.6" if versions.is_rtx(trt) else ""))
     logger = make_logger(trt)
     builder = trt.Builder(logger)
-    network = create_network(trt, builder)
+    network = versions.create_network(trt, builder)
     parser = trt.OnnxParser(network, logger)
     if not parser.parse(Path(onnx).read_bytes()):
-        reason = describe_error(parser.get_error(0)) if parser.num_errors else "no reason given"
+        reason = versions.describe_error(parser.get_error(0)) if parser.num_errors else "no reason given"
         raise UadtoolError(f"TensorRT {trt.__version__} does not support {onnx}: {reason}")
     config = builder.create_builder_config()
     if options.compute_capability:
         _build_for(trt, config, options.compute_capability)
     if options.workspace:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace * MIB)
-    use_types_of_graph(trt, network, config, metadata.precision)
+    versions.use_types_of_graph(trt, network, config, metadata.precision)
     dla_fallback = [] if options.dla is None else _use_dla(trt, builder, network, config, options, precision)
     profile = builder.create_optimization_profile()
     smallest, largest = 1 if options.dla is None else options.max_batch, options.max_batch
@@ -110,7 +103,7 @@ def _use_timing_cache(config: Any, path: Path) -> Any:
 
 def _build_for(trt: Any, config: Any, capability: str) -> None:
     name = f"SM{capability.replace('.', '')}"
-    if not is_rtx(trt):
+    if not versions.is_rtx(trt):
         raise UadtoolError("only TensorRT-RTX builds for other GPUs than this machine's; leave out "
                            "--compute-capability")
     if not re.fullmatch(r"\d+\.\d", capability) or not hasattr(trt.ComputeCapability, name):
@@ -124,7 +117,7 @@ def _use_dla(trt: Any, builder: Any, network: Any, config: Any, options: BuildOp
     """Let the DLA core run the network, and return the names of the layers that it cannot run."""
     if options.dla is None or options.dla >= builder.num_DLA_cores:
         raise UadtoolError(f"DLA core {options.dla} does not exist; this device has {builder.num_DLA_cores}")
-    if precision == "int8" and version(trt) < (11, 0):
+    if precision == "int8" and versions.version(trt) < (11, 0):
         # https://developer.nvidia.com/blog/tensorrt-deep-learning-accelerator-cn
         raise UadtoolError("a DLA does not support graphs with ranges in them (explicit quantization); give it the "
                            "fp16 graph")
