@@ -129,19 +129,10 @@ def test_train_and_calibrate_use_each_readable_image(model: Path, tmp_path: Path
     assert record["images"] == 2 + len(READABLE)
 
 
-@pytest.mark.parametrize("item", [item for item in REFUSED if item.name in KINDS], ids=lambda item: item.name.decode())
+@pytest.mark.parametrize("item", [
+    pytest.param(item, marks=[] if item.name in KINDS else pytest.mark.slow, id=ascii(item.name)) for item in REFUSED])
 def test_train_and_calibrate_name_an_unreadable_image(item: Item, model: Path, tmp_path: Path) -> None:
-    refuse(item, model, tmp_path)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("item", REFUSED, ids=lambda item: ascii(item.name))
-def test_train_and_calibrate_name_each_unreadable_image(item: Item, model: Path, tmp_path: Path) -> None:
-    refuse(item, model, tmp_path)
-
-
-def refuse(item: Item, model: Path, folder: Path) -> None:
-    data, output = dataset(folder / "data", [item]), folder / "output"
+    data, output = dataset(tmp_path / "data", [item]), tmp_path / "output"
     for line in (["train", data, "--image-size", 32, "--steps", 1], ["calibrate", model, data, "--classes", "part"]):
         with pytest.raises(UadtoolError) as error:
             run_here(*line, "-o", output)

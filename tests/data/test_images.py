@@ -47,13 +47,19 @@ def rgb(image: np.ndarray) -> np.ndarray:
 
 # Formats and modes
 
-@pytest.mark.parametrize("suffix", ["png", "bmp", "tif", "ppm", "tga", "gif"])
-def test_rgb_is_kept_as_it_is(suffix: str, tmp_path: Path) -> None:
-    found = read_image(save(tmp_path / f"a.{suffix}", Image.fromarray(RGB)), (3, 4))
+@pytest.mark.parametrize(("suffix", "pixels", "expected", "options"), [
+    *((suffix, RGB, RGB, {}) for suffix in ("png", "bmp", "tif", "ppm", "tga", "gif")),
+    ("webp", RGB, RGB, {"lossless": True}), ("jp2", RGB, RGB, {"irreversible": False}),
+    ("png", RGB[..., 0], rgb(RGB[..., 0]), {}), ("tif", RGB[..., 0].astype(np.float32) / 255, rgb(RGB[..., 0]), {}),
+    ("png", RGB[..., 0] > 127, rgb((RGB[..., 0] > 127) * np.uint8(255)), {}),
+])
+def test_pixels_are_kept_as_they_are(suffix: str, pixels: np.ndarray, expected: np.ndarray, options: dict,
+                                     tmp_path: Path) -> None:
+    found = read_image(save(tmp_path / f"a.{suffix}", Image.fromarray(pixels), **options), (3, 4))
     assert found.dtype == np.uint8
     assert found.flags.c_contiguous
     assert found.flags.writeable
-    np.testing.assert_array_equal(found, RGB)
+    np.testing.assert_array_equal(found, expected)
 
 
 def test_the_name_does_not_decide_the_format(tmp_path: Path) -> None:
@@ -70,44 +76,25 @@ def test_jpeg(options: dict, tmp_path: Path) -> None:
     assert np.abs(found.astype(int) - picture).mean() < 2
 
 
-def test_webp_and_jpeg_2000(tmp_path: Path) -> None:
-    for suffix, options in (("webp", {"lossless": True}), ("jp2", {"irreversible": False})):
-        np.testing.assert_array_equal(
-            read_image(save(tmp_path / f"a.{suffix}", Image.fromarray(RGB), **options), (3, 4)), RGB)
-
-
-def test_grey(tmp_path: Path) -> None:
-    grey = RGB[..., 0]
-    np.testing.assert_array_equal(read_image(save(tmp_path / "a.png", Image.fromarray(grey)), (3, 4)), rgb(grey))
-
-
-def test_one_bit(tmp_path: Path) -> None:
-    bits = RGB[..., 0] > 127
-    found = read_image(save(tmp_path / "a.png", Image.fromarray(bits)), (3, 4))
-    np.testing.assert_array_equal(found, rgb(bits * np.uint8(255)))
-
-
-def palette_image() -> Tuple[Image.Image, np.ndarray]:
-    indices = np.arange(12, dtype=np.uint8).reshape(3, 4)
-    image = Image.fromarray(indices).convert("L")
+def palette_image() -> Image.Image:
+    """``RGB``, with a colour for each pixel."""
+    image = Image.fromarray(np.arange(12, dtype=np.uint8).reshape(3, 4)).convert("L")
     image.putpalette(RGB.reshape(-1, 3).tobytes())
-    return image, RGB
+    return image
 
 
 @pytest.mark.parametrize("suffix", ["png", "gif", "bmp", "tif"])
 def test_palette(suffix: str, tmp_path: Path) -> None:
-    image, expected = palette_image()
-    np.testing.assert_array_equal(read_image(save(tmp_path / f"a.{suffix}", image), (3, 4)), expected)
+    np.testing.assert_array_equal(read_image(save(tmp_path / f"a.{suffix}", palette_image()), (3, 4)), RGB)
 
 
 @pytest.mark.parametrize(("suffix", "transparency"), [("png", 5), ("gif", 5), ("png", bytes([255] * 5 + [0, 128]))])
 def test_palette_with_transparency_lies_on_white(suffix: str, transparency: object, tmp_path: Path) -> None:
-    image, expected = palette_image()
-    expected = expected.copy()
+    expected = RGB.copy()
     expected[1, 1] = 255
     if isinstance(transparency, bytes):
         expected[1, 2] = np.rint((expected[1, 2] * 128.0 + 255 * 127) / 255)
-    found = read_image(save(tmp_path / f"a.{suffix}", image, transparency=transparency), (3, 4))
+    found = read_image(save(tmp_path / f"a.{suffix}", palette_image(), transparency=transparency), (3, 4))
     np.testing.assert_allclose(found.astype(int), expected, atol=1)
 
 
@@ -162,23 +149,13 @@ def test_16_bit_rgb(tmp_path: Path) -> None:
     np.testing.assert_array_equal(read_image(str(tmp_path / "a.png"), (3, 4)), RGB)
 
 
-def test_float(tmp_path: Path) -> None:
-    values = RGB[..., 0].astype(np.float32) / 255
-    np.testing.assert_array_equal(read_image(save(tmp_path / "a.tif", Image.fromarray(values)), (3, 4)),
-                                  rgb(RGB[..., 0]))
-
-
-@pytest.mark.parametrize("values", [[-0.1, 1.0], [0.0, 1.5], [0.0, np.nan], [0.0, np.inf]])
-def test_float_outside_0_to_1_is_refused(values: List[float], tmp_path: Path) -> None:
-    path = save(tmp_path / "a.tif", Image.fromarray(np.array([values], np.float32)))
-    with pytest.raises(ImageError, match="within 0 to 1; save it with 8 or 16 bits"):
-        read_image(path, (2, 2))
-
-
-@pytest.mark.parametrize("values", [[-1, 5], [0, 65536]])
-def test_32_bit_integers_beyond_16_are_refused(values: List[int], tmp_path: Path) -> None:
-    path = save(tmp_path / "a.tif", Image.fromarray(np.array([values], np.int32)))
-    with pytest.raises(ImageError, match="within 0 to 65535; save it with 8 or 16 bits"):
+@pytest.mark.parametrize(("values", "kind", "top"), [
+    *((values, np.float32, 1) for values in ([-0.1, 1.0], [0.0, 1.5], [0.0, np.nan], [0.0, np.inf])),
+    *((values, np.int32, 65535) for values in ([-1, 5], [0, 65536])),
+])
+def test_values_beyond_16_bits_or_1_are_refused(values: List[float], kind: type, top: int, tmp_path: Path) -> None:
+    path = save(tmp_path / "a.tif", Image.fromarray(np.array([values], kind)))
+    with pytest.raises(ImageError, match=f"within 0 to {top}; save it with 8 or 16 bits"):
         read_image(path, (2, 2))
 
 
@@ -228,15 +205,13 @@ def test_unusable_profile_is_ignored(profile: bytes, tmp_path: Path) -> None:
     np.testing.assert_allclose(read_image(path, (8, 8))[0, 0].astype(int), (0, 255, 255), atol=2)
 
 
-def test_lab(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("mode", "red", "options", "tolerance"), [
     # sRGB red has L 54.3, a 80.8, b 69.9 under D50. Pillow stores a and b with an offset of 128.
-    path = save(tmp_path / "a.tif", Image.new("LAB", (2, 2), (138, 128 + 81, 128 + 70)))
-    np.testing.assert_allclose(read_image(path, (2, 2))[0, 0].astype(int), (255, 0, 0), atol=6)
-
-
-def test_ycbcr(tmp_path: Path) -> None:
-    path = save(tmp_path / "a.tif", Image.new("YCbCr", (16, 16), (76, 85, 255)), compression="jpeg")
-    np.testing.assert_allclose(read_image(path, (2, 2))[0, 0].astype(int), (255, 0, 0), atol=3)
+    ("LAB", (138, 128 + 81, 128 + 70), {}, 6), ("YCbCr", (76, 85, 255), {"compression": "jpeg"}, 3),
+])
+def test_lab_and_ycbcr(mode: str, red: Tuple[int, int, int], options: dict, tolerance: int, tmp_path: Path) -> None:
+    path = save(tmp_path / "a.tif", Image.new(mode, (16, 16), red), **options)
+    np.testing.assert_allclose(read_image(path, (2, 2))[0, 0].astype(int), (255, 0, 0), atol=tolerance)
 
 
 @pytest.mark.parametrize("suffix", ["gif", "png", "webp", "tif"])
@@ -266,13 +241,9 @@ STORED = {
 def test_orientation(orientation: int, suffix: str, tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[274] = orientation
-    options: dict = {"exif": exif}
-    if suffix == "lzw.tif":
-        options["compression"] = "tiff_lzw"
-    elif suffix == "webp":
-        options["lossless"] = True
+    options = {"lzw.tif": {"compression": "tiff_lzw"}, "webp": {"lossless": True}}.get(suffix, {})
     stored = np.ascontiguousarray(STORED[orientation](RGB))
-    path = save(tmp_path / f"a.{suffix}", Image.fromarray(stored), **options)
+    path = save(tmp_path / f"a.{suffix}", Image.fromarray(stored), exif=exif, **options)
     assert image_size(path) == (3, 4)
     np.testing.assert_array_equal(read_image(path, (3, 4)), RGB)
     np.testing.assert_array_equal(read_mask(path, (3, 4)), RGB.any(-1))
@@ -362,14 +333,13 @@ def test_mask_is_resized_to_the_nearest(size: Tuple[int, int], tmp_path: Path) -
 
 def test_mask_values(tmp_path: Path) -> None:
     marked = np.array([[False, True, True], [False, False, True]])
-    palette = Image.fromarray(marked * np.uint8(7)).convert("P")
     masks = {
         "1": Image.fromarray(marked),
         "L": Image.fromarray(marked * np.array([[1, 2, 255]], np.uint8)),
         "I": Image.fromarray(marked * np.int32(300)),
         "I;16": Image.fromarray(marked * np.uint16(256)),
         "F": Image.fromarray(marked * np.float32(0.5)),
-        "P": palette,
+        "P": Image.fromarray(marked * np.uint8(7)).convert("P"),
         "RGB": Image.fromarray(marked[..., None] * np.array([0, 0, 200], np.uint8)),
         "LA": Image.fromarray(np.stack([np.full((2, 3), 255, np.uint8), marked * np.uint8(9)], -1)),
         "RGBA": Image.fromarray(np.dstack([rgb(marked * np.uint8(1)), np.full((2, 3), 255, np.uint8)])),
@@ -479,8 +449,7 @@ def test_files_are_closed(tmp_path: Path) -> None:
 
 def test_pillow_does_not_warn(tmp_path: Path) -> None:
     save(tmp_path / "large.png", Image.new("RGB", (40, 40)))
-    image, _ = palette_image()
-    save(tmp_path / "palette.png", image, transparency=bytes([255] * 5 + [0, 128]))
+    save(tmp_path / "palette.png", palette_image(), transparency=bytes([255] * 5 + [0, 128]))
     save(tmp_path / "exif.jpg", Image.fromarray(RGB),
          exif=b"Exif\0\0II*\0\x08\0\0\0\x05\0\x12\x01\x03\0\x01\0\0\0\x06\0\0\0")
     script = """
