@@ -183,7 +183,7 @@ def test_shards_without_pixel_counts_cost_the_pixel_metrics_and_a_warning(tmp_pa
 
 
 @pytest.mark.parametrize("pixels", [3, {"bolt": 3}, {"bolt": {}}, {"bolt": {"regions": 1, "bins": "eJw="}}])
-def test_pixel_counts_that_are_none_are_refused(tmp_path, pixels):
+def test_damaged_pixel_counts_are_refused(tmp_path, pixels):
     images = examples(1, 24)
     shards = [run_of(part, images) for part in (range(12), range(12, 24))]
     shards[1][-1]["pixels"] = pixels

@@ -2,9 +2,9 @@
 
     python tests/fuzz/fuzz.py RUNS [NAME...]
 
-prints a table of the targets. An input that breaks a target is kept in ``build/fuzz``, and the exit code is 1. It breaks
-a target if that raises anything but ``UadtoolError`` or exceeds the bounds below. ``tests/test_fuzz.py`` runs the same
-targets briefly, without atheris.
+prints a table of the targets. An input that breaks a target is kept in ``build/fuzz``, and the exit code is 1. An input
+breaks a target that raises anything but ``UadtoolError`` or exceeds the bounds below. ``tests/test_fuzz.py`` runs the
+same targets briefly, without atheris.
 """
 
 import base64

@@ -114,8 +114,7 @@ def test_layers_come_from_tensorrts_profiler(gpu, engine):
 
 def test_bench_reports_the_memory_on_the_gpu(gpu, engine):
     measured = _Measured(open_model(engine()), [1])
-    measured.latencies, measured.cold_starts, measured.peaks = [0.001], [1.0], [1]
-    measured.loads = {}
+    measured.latencies, measured.cold_starts, measured.loads = [[0.001]], [(1.0, 1)], {}
     assert _figures(measured, measured)["gpu_bytes"] == measured.runtime.gpu_bytes
 
 
