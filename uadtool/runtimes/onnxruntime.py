@@ -1,6 +1,7 @@
 """ONNX Runtime on the CPU."""
 
 import json
+import logging
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Dict, List
@@ -14,8 +15,14 @@ from uadtool.runtimes.contract import LayerTime, Output, Runtime, TensorSpec, ch
 FATAL = 4
 """Log severity. ONNX Runtime raises errors; its messages on stderr only repeat them."""
 
+PRECISE = "session.x64quantprecision"
+"""Option of a session; without effect on processors with VNNI. onnxruntime_session_options_config_keys.h"""
+
 TYPES = {"tensor(uint8)": "uint8", "tensor(int32)": "int32", "tensor(float)": "float32"}
 """ONNX Runtime's names of a detector's types -> NumPy's."""
+
+
+log = logging.getLogger("uadtool")
 
 
 class OnnxRuntime(Runtime):
@@ -61,7 +68,18 @@ class OnnxRuntime(Runtime):
         return options
 
     def _open(self, options: Any) -> Any:
-        return self._ort.InferenceSession(self.path, options, providers=["CPUExecutionProvider"])
+        """On x86 processors without VNNI, int8 products overflow unless weights become u8, as PRECISE asks for.
+
+        ONNX Runtime cannot do that where layers share a constant, as in files of earlier versions.
+        """
+        try:
+            options.add_session_config_entry(PRECISE, "1")
+            return self._ort.InferenceSession(self.path, options, providers=["CPUExecutionProvider"])
+        except Exception:  # its errors have no common base
+            options.add_session_config_entry(PRECISE, "0")
+            session = self._ort.InferenceSession(self.path, options, providers=["CPUExecutionProvider"])
+        log.warning("%s gives inexact scores on this processor; export the model again", self.path)
+        return session
 
 
 def _tensor(value: Any) -> TensorSpec:

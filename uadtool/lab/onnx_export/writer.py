@@ -61,6 +61,7 @@ def to_onnx(model: nn.Module, metadata: Metadata) -> onnx.ModelProto:
             quantize_biases(graph)
         if target.weight_quantizers:
             add_weight_quantizers(graph)
+        separate_zero_points(graph)
     RemoveUnusedNodesPass()(exported)
     _strip(exported)
     exported.ir_version = IR_VERSION
@@ -180,6 +181,16 @@ def add_weight_quantizers(graph: onnx_ir.Graph) -> None:
             outputs=[onnx_ir.Value(name=f"{weight.name}_quantized")], name=f"{weight.name}_quantize")
         graph.insert_before(node, quantize)
         node.replace_input_with(0, quantize.outputs[0])
+
+
+def separate_zero_points(graph: onnx_ir.Graph) -> None:
+    """Give the weights of each layer a zero point of their own; the exporter shares equal constants.
+
+    ONNX Runtime computes exactly on processors without VNNI (``runtimes.onnxruntime``) only if layers share none.
+    """
+    for node in graph:
+        if node.op_type == "DequantizeLinear" and node.name and _constant(node, 2).size > 1:
+            node.replace_input_with(2, _add_constant(graph, f"{node.name}_zero_point", _constant(node, 2)))
 
 
 def _scale(before: int, after: int) -> np.float32:
