@@ -48,7 +48,7 @@ ROWS = {
     "stfpm": Row("stfpm", {}, 20, 2.5, 0.9),
     "stfpm-options": Row("stfpm", {"fusion": "product", "dcam": "true", "shared_stages": "1"}, 20, 9.0, 0.9),
     "rd": Row("rd", {"width": "1"}, 60, 1.5, 0.9),
-    "us": Row("us", {"width": "0.06"}, 60, 2.0, 0.9),
+    "us": Row("us", {"width": "0.125"}, 60, 2.0, 0.75),
     "dinomaly": Row("dinomaly", {"width": "64", "depth": "2"}, 60, 1.7, 0.9),
     "dinomaly-vit": Row("dinomaly", {"width": "64", "depth": "2"}, 60, 1.7, 0.7, "test_vit"),
     "duet": Row("duet", {"small": "100", "large": "200"}, 30, 1.0, 0.95),
