@@ -237,6 +237,12 @@ def run_here(*line: object) -> str:
     return printed.getvalue()
 
 
+def run_after(prelude: str, *line: object) -> "subprocess.CompletedProcess[str]":
+    """Run a command in a process of its own, after the program ``prelude``."""
+    program = f"import sys\n{prelude}\nfrom uadtool.cli.main import main\nmain()"
+    return subprocess.run([sys.executable, "-c", program, *map(str, line)], capture_output=True, text=True, timeout=300)
+
+
 @pytest.fixture(scope="session")
 def trained(step: Callable[..., Step], textures: Path) -> Step:
     return step("train", textures, "--image-size", 64, "--epochs", 20, output="fp32.safetensors", alone=True)

@@ -23,8 +23,6 @@ from uadtool.files import (
     write_json,
 )
 
-not_root = pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-
 
 def test_a_file_appears_when_the_block_ends(tmp_path):
     path = tmp_path / "file.json"
@@ -87,7 +85,7 @@ def test_where_nothing_can_be_written(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
 
 
-@not_root
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_a_read_only_folder(tmp_path):
     tmp_path.chmod(0o555)
     for write in (check_writable, lambda path: write_json({}, path)):
@@ -106,7 +104,7 @@ def test_a_link_stays_and_its_target_is_written(tmp_path, target, exists):
     check_writable(link)
     write_json({"new": 1}, link)
     assert link.is_symlink()
-    assert content(tmp_path / target) == {"new": 1}
+    assert json.loads((tmp_path / target).read_text()) == {"new": 1}
 
 
 def test_redirected_stdout_is_written_and_its_name_stays(tmp_path):
@@ -152,13 +150,9 @@ def test_a_file_that_is_taken_for_a_leftover_is_made_again(tmp_path, monkeypatch
 
     monkeypatch.setattr(tempfile, "mkstemp", removing)
     write_json({"new": 1}, tmp_path / "file")
-    assert content(tmp_path / "file") == {"new": 1}
+    assert json.loads((tmp_path / "file").read_text()) == {"new": 1}
     assert len(removed) == 3
     assert len(list(tmp_path.iterdir())) == 1
-
-
-def content(path):
-    return json.loads(path.read_text())
 
 
 def test_checking_leaves_no_trace(tmp_path, monkeypatch):

@@ -1,10 +1,8 @@
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
-from conftest import validate
+from conftest import run_after, validate
 
 from uadtool.benchmarking.roofline import graph_bytes, require_peak, roofline
 from uadtool.errors import UadtoolError
@@ -69,13 +67,7 @@ def test_other_runtimes_are_refused(trained):
 
 
 def test_without_onnx_the_install_line_is_given(detector):
-    program = f"""
-import sys
-sys.modules["onnx"] = None
-sys.argv = ["uadtool", "bench", "-q", {str(detector)!r}, "--roofline", "--repetitions", "1", "--duration", "0.01"]
-from uadtool.cli.main import main
-main()
-"""
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    done = run_after("sys.modules['onnx'] = None", "bench", "-q", detector, "--roofline", "--repetitions", 1,
+                     "--duration", 0.01)
     assert (done.returncode, done.stdout) == (3, "")
     assert done.stderr == "uadtool: error: onnx is not installed; pip install 'uadtool[roofline]'\n"

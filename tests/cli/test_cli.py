@@ -10,6 +10,7 @@ from pathlib import Path
 
 import click
 import pytest
+from conftest import run_after
 
 import uadtool as package
 from uadtool.cli.main import COMMANDS, cli
@@ -124,6 +125,18 @@ def test_scoring_imports_only_what_it_needs(detector, mvtec):
     (["calibrate", "missing.safetensors", "data", "-o", "r"], "'missing.safetensors' does not exist"),
     (["quantize", ".", "-o", "q"], "is a directory"),
     (["export", "missing.safetensors", "-o", "m"], "'missing.safetensors' does not exist"),
+    (["score", "m", "--threshold", "1", "--false-positive-rate", "0.1", "x.png"], "are mutually exclusive"),
+    (["score", "m", "--fail-above", "1", "--fail-anomalous", "x.png"], "are mutually exclusive"),
+    (["score", "m", "--heatmaps", "a", "--masks", "./a", "x.png"], "its own folder"),
+    (["score", "m", "--follow", "a", "--batch-size", "2"], "one by one"),
+    (["score", "m", "--follow", "a", "--masks", "a/masks"], "would be scored again"),
+    (["score", "m", "--follow", "a", "b"], "--follow takes one folder"),
+    (["score", "m", "--follow", "a", "--ray", "auto"], "--follow uses one process; leave out --shard and --ray"),
+    (["score", "m", "x.png", "--ray", "auto", "--threads", "2"], "--ray uses one core per image; leave out --threads"),
+    (["score", "m", "-0", "x.png"], "-0 requires paths on stdin"),
+    (["score", "m", "x.png", "-"], "either PATHs or -"),
+    (["score", "m", "--threshold", "nan", "x.png"], "not a finite number"),
+    (["score", "m", "--top", "3", "x.png"], "--top requires --contact-sheet"),
 ])
 def test_wrong_usage(uadtool, arguments, message):
     done = uadtool(*arguments)
@@ -156,21 +169,19 @@ def test_verbose_shows_where(uadtool):
     assert 'uadtool/cli/compare.py", line' in done.stderr
 
 
-BUG = ["-c", """
+BUG = """
 from uadtool.comparing import comparison
 def join(files):
     raise RuntimeError("first line\\nsecond line")
 comparison.join = join
-from uadtool.cli.main import main
-main()
-"""]
+"""
 
 
 def test_a_bug_is_also_reported_in_one_line():
-    done = python(BUG, "compare", "x")
+    done = run_after(BUG, "compare", "x")
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == "uadtool: error: RuntimeError: first line second line (-v shows where)\n"
-    assert "Traceback" in python(BUG, "compare", "x", "-v").stderr
+    assert "Traceback" in run_after(BUG, "compare", "x", "-v").stderr
 
 
 @pytest.fixture(scope="module")

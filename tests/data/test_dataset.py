@@ -56,13 +56,10 @@ def test_training_images_of_all_classes(mvtec: Path) -> None:
 
 
 def test_chosen_classes_only(mvtec: Path) -> None:
+    assert "no class screw; it has bolt, nut" in fails(str(mvtec), ["bolt", "screw"])
     assert {sample.class_name for sample in training_samples(str(mvtec), ["nut"])} == {"nut"}
     (mvtec / "empty").mkdir()
     assert len(training_samples(str(mvtec), ["nut", "bolt", "nut"])) == 6
-
-
-def test_unknown_class_is_refused_with_the_known(mvtec: Path) -> None:
-    assert "no class screw; it has bolt, nut" in fails(str(mvtec), ["bolt", "screw"])
 
 
 def test_test_split_of_all_classes(mvtec: Path) -> None:
@@ -129,8 +126,7 @@ def test_what_is_not_a_data_set(data: str, tmp_path: Path, monkeypatch: pytest.M
 
 def test_empty_class(mvtec: Path) -> None:
     (mvtec / "screw" / "train" / "good").mkdir(parents=True)
-    assert "class screw" in fails(str(mvtec))
-    assert "no images" in fails(str(mvtec))
+    assert re.search("class screw .* no images", fails(str(mvtec)))
 
 
 @pytest.mark.parametrize(("image", "message"), [
@@ -174,9 +170,7 @@ def test_image_in_train_and_in_test_of_another_class(mvtec: Path, link: bool) ->
         copy.symlink_to(original)
     else:
         copy.write_bytes(original.read_bytes())
-    message = fails(str(mvtec))
-    assert str(original) in message
-    assert str(copy) in message
+    assert f"{original} and {copy}" in fails(str(mvtec))
     assert len(training_samples(str(mvtec), ["bolt"])) == 3
 
 

@@ -9,6 +9,7 @@ same targets briefly, without atheris.
 
 import base64
 import contextlib
+import importlib
 import json
 import os
 import random
@@ -18,6 +19,7 @@ import sys
 import tempfile
 import time
 import zlib
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterable, List, NamedTuple
 
@@ -48,6 +50,11 @@ def file_parser(parse: Callable[[str], object], name: str) -> Callable[[Path], P
         return on_bytes
 
     return prepare
+
+
+def imported(module: str, function: str, name: str) -> Callable[[Path], Parse]:
+    """The parser of files at this place."""
+    return lambda folder: file_parser(attrgetter(function)(importlib.import_module(module)), name)(folder)
 
 
 # Manifests
@@ -103,12 +110,6 @@ def _metadata_seeds(folder: Path) -> Iterable[bytes]:
     return [example_metadata().to_json().encode()]
 
 
-def _onnx(folder: Path) -> Parse:
-    from uadtool.runtimes.onnx_file import read_metadata
-
-    return file_parser(read_metadata, "model.onnx")(folder)
-
-
 def _onnx_seeds(folder: Path) -> Iterable[bytes]:
     """Tensors in all possible places."""
     from onnx import AttributeProto, ModelProto, TensorProto, helper
@@ -132,12 +133,6 @@ def _onnx_seeds(folder: Path) -> Iterable[bytes]:
     external.graph.initializer[0].data_location = TensorProto.EXTERNAL
     assert AttributeProto.GRAPHS
     return [model.SerializeToString(), external.SerializeToString()]
-
-
-def _safetensors(folder: Path) -> Parse:
-    from uadtool.lab.models import read_metadata
-
-    return file_parser(read_metadata, "model.safetensors")(folder)
 
 
 def _safetensors_seeds(folder: Path) -> Iterable[bytes]:
@@ -202,12 +197,6 @@ def _model_seeds(folder: Path) -> Iterable[bytes]:
     metadata = example_metadata().replace(quantization=None)
     save_model(build_detector(metadata), metadata, folder / "seed.safetensors")
     return [metadata.to_json().encode(), metadata.replace(precision="int8").to_json().encode()]
-
-
-def _ranges(folder: Path) -> Parse:
-    from uadtool.lab.quantization.ranges import RangesFile
-
-    return file_parser(RangesFile.read, "ranges.json")(folder)
 
 
 def _ranges_seeds(folder: Path) -> Iterable[bytes]:
@@ -363,11 +352,11 @@ TARGETS = {
     "manifest-csv": Target(_manifest("m.csv"), _csv_seeds),
     "manifest-jsonl": Target(_manifest("m.jsonl"), _jsonl_seeds),
     "metadata": Target(_metadata, _metadata_seeds),
-    "onnx": Target(_onnx, _onnx_seeds),
-    "safetensors": Target(_safetensors, _safetensors_seeds),
+    "onnx": Target(imported("uadtool.runtimes.onnx_file", "read_metadata", "model.onnx"), _onnx_seeds),
+    "safetensors": Target(imported("uadtool.lab.models", "read_metadata", "model.safetensors"), _safetensors_seeds),
     "checkpoint": Target(_checkpoint, _checkpoint_seeds, 0.2),
     "model": Target(_model, _model_seeds, 0.02),
-    "ranges": Target(_ranges, _ranges_seeds),
+    "ranges": Target(imported("uadtool.lab.quantization.ranges", "RangesFile.read", "ranges.json"), _ranges_seeds),
     "engine": Target(_engine, _engine_seeds),
     "results": Target(_results, _results_seeds, 0.2),
     "pixels": Target(_pixels, _pixels_seeds, 0.5),

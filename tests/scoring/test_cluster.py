@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Dict, Iterator, List
 
 import pytest
-from conftest import run_here, validate
+from conftest import run_after, run_here, validate
 
 from uadtool.comparing.comparison import compare
 from uadtool.runtimes.opening import open_model
@@ -125,15 +125,8 @@ def test_a_run_that_is_stopped_leaves_whole_lines(cluster, detector: Path, manif
 
 @pytest.mark.slow
 def test_nodes_need_the_same_versions(cluster, detector: Path, mvtec: Path) -> None:
-    program = f"""
-import sys
-import uadtool.scoring.cluster
-uadtool.scoring.cluster.__version__ = "0.0.9"
-sys.argv = ["uadtool", "score", "-q", {str(detector)!r}, {str(mvtec)!r}, "--ray", {cluster.address!r}]
-from uadtool.cli.main import main
-main()
-"""
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
+    done = run_after("import uadtool.scoring.cluster\nuadtool.scoring.cluster.__version__ = '0.0.9'",
+                     "score", "-q", detector, mvtec, "--ray", cluster.address)
     assert done.returncode == 1
     version = re.escape(open_model(str(detector), runtime="onnxruntime").version)
     assert re.fullmatch(rf"uadtool: error: a node has uadtool 0\.1\.0 and onnxruntime {version}, this machine 0\.0\.9 "
@@ -152,18 +145,6 @@ def test_no_cluster_answers(detector: Path, mvtec: Path, address: str) -> None:
 
 
 def test_ray_is_not_installed(detector: Path, mvtec: Path) -> None:
-    program = f"""
-import sys
-sys.modules["ray"] = None
-sys.argv = ["uadtool", "score", "-q", {str(detector)!r}, {str(mvtec)!r}, "--ray", "auto"]
-from uadtool.cli.main import main
-main()
-"""
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    done = run_after("sys.modules['ray'] = None", "score", "-q", detector, mvtec, "--ray", "auto")
     assert (done.returncode, done.stdout) == (3, "")
     assert done.stderr == "uadtool: error: ray is not installed; pip install 'uadtool[ray]'\n"
-
-
-@pytest.mark.parametrize("words", [["--follow"], ["--threads", "2"]])
-def test_options_that_do_not_go_together(uadtool, detector: Path, mvtec: Path, words: List[str]) -> None:
-    assert uadtool("score", detector, mvtec, "--ray", "auto", *words).returncode == 2
