@@ -11,6 +11,8 @@ from typing import Any, Dict, List
 
 from uadtool import __version__
 
+CPUINFO = Path("/proc/cpuinfo")
+
 CPUINFO_KEYS = ("model name", "Model", "Hardware", "cpu model")
 """Keys of /proc/cpuinfo that name the processor on x86, on most ARM boards, on older ARM boards, and on MIPS."""
 
@@ -24,6 +26,20 @@ def available_cores() -> int:
         return len(os.sched_getaffinity(0))
     except AttributeError:  # macOS, Windows
         return os.cpu_count() or 1
+
+
+def adds_int8_exactly() -> bool:
+    """Whether this processor adds int8 products in 32 bits.
+
+    x86 processors without VNNI or AMX add pairs of u8 x s8 products in 16 bits, which overflow.
+    """
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return True
+    try:
+        flags = CPUINFO.read_text(encoding="utf-8", errors="replace")
+    except OSError:  # Windows, macOS
+        return True
+    return any(flag in flags for flag in ("_vnni", "amx_int8"))
 
 
 def keep_freed_memory() -> None:
@@ -73,7 +89,7 @@ def peak_memory() -> int:
 
 def _cpu() -> str:
     try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = CPUINFO.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         lines = []
     names = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}

@@ -9,7 +9,7 @@ from typing import List, Optional
 
 from uadtool.errors import UadtoolError, require_lab
 from uadtool.files import file_identity
-from uadtool.host import available_cores
+from uadtool.host import adds_int8_exactly, available_cores
 from uadtool.metadata import Metadata
 from uadtool.runtimes.contract import Runtime
 from uadtool.runtimes.onnx_file import read_metadata
@@ -116,6 +116,6 @@ def _suitable_runtimes(path: str, metadata: Metadata) -> List[str]:
     if Path(path).suffix == ".engine":
         return ["tensorrt"]
     names = ["onnxruntime", "openvino"]
-    if metadata.target in OPENVINO_TARGETS:
+    if metadata.target in OPENVINO_TARGETS and adds_int8_exactly():  # else OpenVINO's scores are far off
         names.reverse()
     return list(filter(find_spec, names)) or ["onnxruntime"]

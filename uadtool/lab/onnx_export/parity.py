@@ -14,6 +14,7 @@ from uadtool.data.dataset import scoring_samples
 from uadtool.data.images import read_image
 from uadtool.data.splits import balanced
 from uadtool.errors import UadtoolError
+from uadtool.host import adds_int8_exactly
 from uadtool.lab.detectors.contract import OutputTensors
 from uadtool.lab.onnx_export.deployed import open_proto
 from uadtool.metadata import Metadata
@@ -72,5 +73,6 @@ def check_parity(model: nn.Module, proto: ModelProto, metadata: Metadata, images
 
 def _runtime(target: Optional[str]) -> str:
     # OpenVINO fuses an addition with the convolution before it and skips the quantizer between the two, which the
-    # flavour for ONNX Runtime has. It cannot check that flavour.
-    return "openvino" if target == "openvino" and find_spec("openvino") else "onnxruntime"
+    # flavour for ONNX Runtime has. It cannot check that flavour, nor anything in int8 on an older processor.
+    openvino = target == "openvino" and find_spec("openvino") and adds_int8_exactly()
+    return "openvino" if openvino else "onnxruntime"
