@@ -11,8 +11,6 @@ from typing import Any, Dict, List
 
 from uadtool import __version__
 
-CPUINFO = Path("/proc/cpuinfo")
-
 CPUINFO_KEYS = ("model name", "Model", "Hardware", "cpu model")
 """Keys of /proc/cpuinfo that name the processor on x86, on most ARM boards, on older ARM boards, and on MIPS."""
 
@@ -35,11 +33,8 @@ def adds_int8_exactly() -> bool:
     """
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return True
-    try:
-        flags = CPUINFO.read_text(encoding="utf-8", errors="replace")
-    except OSError:  # Windows, macOS
-        return True
-    return any(flag in flags for flag in ("_vnni", "amx_int8"))
+    info = _cpu_info()
+    return not info or any(flag in info for flag in ("_vnni", "amx_int8"))
 
 
 def keep_freed_memory() -> None:
@@ -88,13 +83,16 @@ def peak_memory() -> int:
 
 
 def _cpu() -> str:
-    try:
-        lines = CPUINFO.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        lines = []
-    names = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    lines = (line.partition(":") for line in _cpu_info().splitlines())
+    names = {key.strip(): value.strip() for key, _, value in lines}
     name = next(filter(None, map(names.get, CPUINFO_KEYS)), None)
     return name or platform.processor() or platform.machine() or "unknown"
+
+
+def _cpu_info() -> str:
+    with contextlib.suppress(OSError):  # Windows, macOS
+        return Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    return ""
 
 
 def ending_signals() -> List[signal.Signals]:

@@ -7,7 +7,7 @@ import sys
 import time
 from typing import Optional
 
-log = logging.getLogger("uadtool")
+from uadtool.terminal import log
 
 BAR_WIDTH = 24
 FIRST_BAR, NEXT_BAR, LINE = 0.5, 0.1, 20.0

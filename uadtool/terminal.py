@@ -2,6 +2,9 @@
 
 import logging
 
+log = logging.getLogger("uadtool")
+"""The logger of all modules; its messages go to stderr."""
+
 
 def printable(text: str) -> str:
     r"""The text in one line, with control characters and bytes that are not text as ``\n``, ``\x1b`` and the like."""

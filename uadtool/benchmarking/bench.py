@@ -125,13 +125,8 @@ def bench(paths: Sequence[str], settings: Settings = Settings(), sensors: Option
     return {
         "schema": SCHEMA,
         **opening,
-        "settings": {
-            "warmup": settings.warmup,
-            "repetitions": settings.repetitions,
-            "duration": settings.duration,
-            "threads": models[0].runtime.threads,
-            "batch_sizes": list(settings.batch_sizes),
-        },
+        "settings": {"warmup": settings.warmup, "repetitions": settings.repetitions, "duration": settings.duration,
+                     "threads": models[0].runtime.threads, "batch_sizes": list(settings.batch_sizes)},
         "machine": {"before": before, "after": sensors.state(), **({"idle_watts": idle} if idle else {})},
         "models": [_figures(model, models[0]) for model in models],
     }

@@ -1,11 +1,11 @@
 import json
-import logging
 from typing import Optional, Tuple
 
 import click
 
 from uadtool.cli import options
 from uadtool.errors import GateFailed
+from uadtool.terminal import log
 
 
 @click.command()
@@ -93,6 +93,6 @@ def compare(files: Tuple[str, ...], style: Optional[str], changed: bool, conditi
         click.echo(content, nl=False)
     failures = [failure for verdict in verdicts for failure in verdict.failures]
     for failure in failures:
-        logging.getLogger("uadtool").error("gate failed: %s", failure)
+        log.error("gate failed: %s", failure)
     if failures:
         raise GateFailed("the comparison does not meet its gates")

@@ -14,11 +14,9 @@ import click
 from uadtool import __version__
 from uadtool.errors import UadtoolError
 from uadtool.host import ending_signals
-from uadtool.terminal import OneLine
+from uadtool.terminal import OneLine, log
 
 COMMANDS = ["train", "calibrate", "quantize", "export", "score", "bench", "compare"]
-
-log = logging.getLogger("uadtool")
 
 
 class ReaderGone(Exception):

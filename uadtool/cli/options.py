@@ -15,13 +15,15 @@ from typing import Any, Callable, List, Optional, Tuple, TypeVar
 import click
 from click.core import ParameterSource
 
+from uadtool.terminal import log
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 
 def _set_level(level: int) -> Callable[[click.Context, click.Parameter, bool], None]:
     def callback(ctx: click.Context, param: click.Parameter, value: bool) -> None:
         if value:
-            logging.getLogger("uadtool").setLevel(level)
+            log.setLevel(level)
 
     return callback
 

@@ -1,5 +1,4 @@
 import contextlib
-import logging
 import math
 import signal
 import sys
@@ -15,6 +14,7 @@ from uadtool.errors import GateFailed, UadtoolError
 from uadtool.host import available_cores, ending_signals
 from uadtool.progress import Progress
 from uadtool.scoring.thresholds import threshold_at
+from uadtool.terminal import log
 
 
 def _shard(ctx: click.Context, param: click.Parameter, value: Optional[str]) -> Optional[Tuple[int, int]]:
@@ -214,7 +214,7 @@ class Result:
         unscored = f"{self._errors} of {self._images} images could not be scored; first: {self._first_error}"
         if self._above:
             if self._errors:
-                logging.getLogger("uadtool").error("error: %s", unscored)
+                log.error("error: %s", unscored)
             raise GateFailed(f"{self._above} of {self._images} images score above {self._limit:g}; worst: "
                              f"{self._worst[1]} with {self._worst[0]:g}")
         if self._errors:

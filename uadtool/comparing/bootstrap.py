@@ -28,15 +28,9 @@ class Differences(NamedTuple):
     per_class: Dict[str, Interval]
 
 
-def paired_bootstrap(
-    labels: Sequence[bool],
-    scores_a: Sequence[float],
-    scores_b: Sequence[float],
-    classes: Optional[Sequence[str]] = None,
-    repetitions: int = 1000,
-    seed: int = 0,
-    confidence: float = 0.95,
-) -> Differences:
+def paired_bootstrap(labels: Sequence[bool], scores_a: Sequence[float], scores_b: Sequence[float],
+                     classes: Optional[Sequence[str]] = None, repetitions: int = 1000, seed: int = 0,
+                     confidence: float = 0.95) -> Differences:
     """The image AUROC of b minus that of a, with percentile intervals over resamples of the images.
 
     Images are drawn with replacement within each class and label. Both models and all figures share each draw.

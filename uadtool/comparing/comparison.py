@@ -1,6 +1,4 @@
 """Score and bench results of several models, joined and compared with the first model."""
-
-import logging
 import os
 from collections import Counter
 from pathlib import PurePath
@@ -10,11 +8,10 @@ from uadtool import __version__
 from uadtool.comparing.results import Result, read_results
 from uadtool.comparing.shards import merge_shards
 from uadtool.errors import UadtoolError
+from uadtool.terminal import log
 
 CONFIDENCE = 0.95
 RESAMPLES = 2000
-
-log = logging.getLogger("uadtool")
 
 
 class Metric(NamedTuple):

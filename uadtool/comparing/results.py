@@ -1,7 +1,6 @@
 """Reads score and bench files: the figures of each model."""
 
 import json
-import logging
 import math
 import re
 import sys
@@ -12,8 +11,7 @@ from typing import Any, Dict, FrozenSet, Iterator, List, NamedTuple, Optional, S
 from uadtool.errors import UadtoolError, reading
 from uadtool.files import refuse_newer
 from uadtool.schemas.validation import validate
-
-log = logging.getLogger("uadtool")
+from uadtool.terminal import log
 
 
 class ScoredImage(NamedTuple):

@@ -1,6 +1,4 @@
 """Merges runs of ``score`` with one model over different images."""
-
-import logging
 from collections import defaultdict
 from dataclasses import replace
 from pathlib import PurePath
@@ -9,8 +7,7 @@ from typing import Any, Dict, Iterable, List, Set, Tuple
 from uadtool.comparing.results import Result, score_values
 from uadtool.errors import UadtoolError
 from uadtool.schemas.validation import validate
-
-log = logging.getLogger("uadtool")
+from uadtool.terminal import log
 
 
 def merge_shards(results: Iterable[Result]) -> List[Result]:

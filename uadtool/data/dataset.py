@@ -12,8 +12,6 @@ Supported are
 
 For scoring, all of them may be at a URL. Hidden files and folders are ignored.
 """
-
-import logging
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path, PurePath
@@ -24,6 +22,7 @@ from uadtool.data.images import image_size
 from uadtool.data.storage import Folder
 from uadtool.errors import MissingPackage, UadtoolError, reading
 from uadtool.files import file_digest
+from uadtool.terminal import log
 
 SUFFIXES = {
     ".avif", ".bmp", ".dib", ".gif", ".j2k", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm", ".pfm", ".pgm", ".png",
@@ -33,8 +32,6 @@ GOOD_LABELS = {"good", "normal", "ok", "0", "0.0", "false"}  # pandas writes 0.0
 
 PLACES = ("train", "test", "ground_truth")
 """The folders in a class folder."""
-
-log = logging.getLogger("uadtool")
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,8 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
-def read_ahead(
-    function: Callable[[T], R], items: Iterable[T], threads: int, ahead: int
-) -> Iterator[Tuple[T, Union[R, UadtoolError]]]:
+def read_ahead(function: Callable[[T], R], items: Iterable[T], threads: int, ahead: int
+               ) -> Iterator[Tuple[T, Union[R, UadtoolError]]]:
     """Yield each item with ``function(item)``, in order, computed in advance in ``threads`` threads.
 
     At most ``ahead`` items (at least 1) are taken from ``items`` beyond those yielded. A result is yielded as soon as

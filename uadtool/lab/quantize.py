@@ -1,7 +1,6 @@
 """Quantization as a step: from a float model and its ranges to a quantized model."""
 
 import copy
-import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -32,8 +31,7 @@ from uadtool.lab.training.data import read_images, split_again
 from uadtool.lab.training.synthetic import synthetic_anomalies
 from uadtool.metadata import Metadata, Quantization
 from uadtool.progress import Progress
-
-log = logging.getLogger("uadtool")
+from uadtool.terminal import log
 
 SENSITIVITY_IMAGES = 16
 """Held-out good images; the same number with synthetic anomalies is added."""

@@ -1,6 +1,4 @@
 """Training one model for all classes from good images."""
-
-import logging
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -32,8 +30,7 @@ from uadtool.lab.training.loop import BATCH_SIZE, Outcome, Run, steps_per_epoch
 from uadtool.lab.training.precision import autocast, autocast_dtype, choose_device
 from uadtool.metadata import Metadata
 from uadtool.scoring.thresholds import bounded_scores, threshold_at
-
-log = logging.getLogger("uadtool")
+from uadtool.terminal import log
 
 
 @dataclass(frozen=True)

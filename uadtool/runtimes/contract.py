@@ -68,12 +68,9 @@ def check_signature(model: Runtime, inputs: Iterable[TensorSpec], outputs: Itera
     """
     found_inputs, found_outputs = _described(inputs), _described(outputs)
     wanted_inputs = _described([("image", "uint8", ("N", *model.metadata.image_size, 3))])
-    wanted_outputs = _described([
-        ("score", "float32", "N"),
-        ("raw_score", "float32", "N"),
-        ("anomaly_map", "float32", ("N", *model.metadata.map_size)),
-        ("nearest_class", "int32", "N"),
-    ])
+    wanted_outputs = _described([("score", "float32", "N"), ("raw_score", "float32", "N"),
+                                 ("anomaly_map", "float32", ("N", *model.metadata.map_size)),
+                                 ("nearest_class", "int32", "N")])
     if found_inputs != wanted_inputs or sorted(found_outputs) != sorted(wanted_outputs):
         raise UadtoolError(f"{model.path} is not a complete detector: it has {', '.join(found_inputs)} -> "
                            f"{', '.join(found_outputs)}; expected {', '.join(wanted_inputs + wanted_outputs)}")

@@ -1,7 +1,6 @@
 """ONNX Runtime on the CPU."""
 
 import json
-import logging
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Dict, List
@@ -11,6 +10,7 @@ import numpy as np
 from uadtool.errors import require
 from uadtool.metadata import Metadata
 from uadtool.runtimes.contract import LayerTime, Output, Runtime, TensorSpec, check_signature
+from uadtool.terminal import log
 
 FATAL = 4
 """Log severity. ONNX Runtime raises errors; its messages on stderr only repeat them."""
@@ -20,9 +20,6 @@ PRECISE = "session.x64quantprecision"
 
 TYPES = {"tensor(uint8)": "uint8", "tensor(int32)": "int32", "tensor(float)": "float32"}
 """ONNX Runtime's names of a detector's types -> NumPy's."""
-
-
-log = logging.getLogger("uadtool")
 
 
 class OnnxRuntime(Runtime):

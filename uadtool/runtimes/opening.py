@@ -1,7 +1,6 @@
 """Opens a model file with a runtime that suits it."""
 
 import importlib
-import logging
 import os
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,6 +13,7 @@ from uadtool.metadata import Metadata
 from uadtool.runtimes.contract import Runtime
 from uadtool.runtimes.onnx_file import read_metadata
 from uadtool.tensorrt.engine_file import read_engine_metadata, require_fit
+from uadtool.terminal import log
 
 RUNTIMES = {"onnxruntime": "OnnxRuntime", "openvino": "OpenVino", "tensorrt": "TensorRt", "torch": "Torch"}
 """Name of a runtime -> its class, in the module of that name beside this one."""
@@ -23,8 +23,6 @@ OPENVINO_TARGETS = ("openvino", "tensorrt")
 
 ATTEMPTS = 10
 """Attempts to open a file that other processes replace."""
-
-log = logging.getLogger("uadtool")
 
 
 def open_model(path: str, threads: Optional[int] = None, runtime: str = "auto", streams: int = 1) -> Runtime:

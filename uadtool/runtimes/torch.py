@@ -6,7 +6,8 @@ from typing import Any, Dict, List, Tuple
 import numpy as np
 import torch
 
-from uadtool.lab import models
+from uadtool.lab.models import load_model
+from uadtool.lab.models import read_metadata as read_metadata  # for ``opening``, which is of the edge half
 from uadtool.metadata import Metadata
 from uadtool.runtimes.contract import LayerTime, Output, Runtime
 
@@ -20,7 +21,7 @@ class Torch(Runtime):
     def __init__(self, path: str, metadata: Metadata, threads: int, streams: int = 1) -> None:
         super().__init__(path, metadata, threads, streams)
         torch.set_num_threads(max(1, threads // streams))  # affects the whole process
-        self._model = models.load_model(path)[0]
+        self._model = load_model(path)[0]
 
     def run(self, images: np.ndarray) -> Output:
         with torch.inference_mode():
@@ -42,15 +43,6 @@ class Torch(Runtime):
         for hook in hooks:
             hook.remove()
         return [LayerTime(name, kinds[name], 1000 * total / runs) for name, total in seconds.items()]
-
-
-def read_metadata(path: str) -> Metadata:
-    """The metadata of a .safetensors file.
-
-    Raises:
-        UadtoolError: as ``lab.models.read_metadata``.
-    """
-    return models.read_metadata(path)
 
 
 def _timing(module: Any, name: str, seconds: Dict[str, float]) -> Tuple[Any, Any]:

@@ -7,7 +7,6 @@ often Ray repeats a chunk because a machine was lost. Each image therefore has e
 import contextlib
 import functools
 import io
-import logging
 import signal
 import socket
 import tempfile
@@ -25,8 +24,7 @@ from uadtool.host import ending_signals
 from uadtool.runtimes.contract import Runtime
 from uadtool.runtimes.opening import open_model
 from uadtool.scoring.predict import Prediction, Predictions, predict_samples
-
-log = logging.getLogger("uadtool")
+from uadtool.terminal import log
 
 CHUNK = 16
 """Images in a task: enough to make its overhead, some milliseconds, negligible."""

@@ -1,6 +1,4 @@
 """Scoring images with an exported detector, and how well the scores agree with the labels of the images."""
-
-import logging
 import time
 from itertools import islice
 from typing import Any, Callable, Dict, Generator, Iterable, Optional, Sequence, Tuple
@@ -16,25 +14,19 @@ from uadtool.scoring.cluster import Cluster
 from uadtool.scoring.evaluation import Evaluation
 from uadtool.scoring.metrics import rounded
 from uadtool.scoring.predict import Prediction, predict_samples
+from uadtool.terminal import log
 
 SCHEMA = "uadtool.score/1"
 
-log = logging.getLogger("uadtool")
 
 Record = Dict[str, Any]
 Output = Callable[[Record, np.ndarray, float], Record]
 """Writes a file about an image; see ``score``."""
 
 
-def score(
-    runtime: Runtime,
-    samples: Iterable[Sample],
-    threshold: Optional[float] = None,
-    batch_size: int = 1,
-    outputs: Sequence[Output] = (),
-    shard: Optional[Tuple[int, int]] = None,
-    cluster: Optional[Cluster] = None,
-) -> Generator[Record, None, None]:
+def score(runtime: Runtime, samples: Iterable[Sample], threshold: Optional[float] = None, batch_size: int = 1,
+          outputs: Sequence[Output] = (), shard: Optional[Tuple[int, int]] = None, cluster: Optional[Cluster] = None
+          ) -> Generator[Record, None, None]:
     """Yield the records of a run (schemas/score.json): ``run``, each ``image`` as soon as it is known, ``summary``.
 
     An image that cannot be read becomes an ``image`` with ``error``. Metrics come from the scores in the records, which
@@ -77,29 +69,15 @@ def score(
             evaluate(evaluation, sample, prediction, runtime.metadata.image_size)
     seconds = time.perf_counter() - began
     metrics = evaluation.figures()
-    yield {
-        "type": "summary",
-        "images": images,
-        "errors": errors,
-        "anomalous": anomalous,
-        "seconds": rounded(seconds),
-        "images_per_second": rounded((images - errors) / seconds),
-        **({"metrics": metrics, "pixels": evaluation.pixels()} if metrics else {}),
-    }
+    yield {"type": "summary", "images": images, "errors": errors, "anomalous": anomalous, "seconds": rounded(seconds),
+           "images_per_second": rounded((images - errors) / seconds),
+           **({"metrics": metrics, "pixels": evaluation.pixels()} if metrics else {})}
 
 
 def _image_record(sample: Sample, prediction: Prediction, threshold: float) -> Record:
-    record = {
-        "type": "image",
-        "path": sample.path,
-        "score": prediction.score,
-        "raw_score": prediction.raw_score,
-        "anomalous": prediction.score > threshold,
-        "nearest_class": prediction.nearest_class,
-        "class": sample.class_name,
-        "label": sample.label,
-        "milliseconds": prediction.milliseconds,
-    }
+    record = {"type": "image", "path": sample.path, "score": prediction.score, "raw_score": prediction.raw_score,
+              "anomalous": prediction.score > threshold, "nearest_class": prediction.nearest_class,
+              "class": sample.class_name, "label": sample.label, "milliseconds": prediction.milliseconds}
     return {key: value for key, value in record.items() if value is not None}
 
 

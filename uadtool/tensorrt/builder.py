@@ -1,6 +1,4 @@
 """Builds an engine from an exported graph, for one GPU and one version of TensorRT."""
-
-import logging
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,10 +10,9 @@ from uadtool.metadata import Metadata
 from uadtool.tensorrt import versions
 from uadtool.tensorrt.gpu import current_gpu
 from uadtool.tensorrt.logger import make_logger
+from uadtool.terminal import log
 
 MIB = 1 << 20
-
-log = logging.getLogger("uadtool")
 
 
 @dataclass(frozen=True)

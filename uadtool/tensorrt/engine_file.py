@@ -1,7 +1,6 @@
 """An engine file, in TensorRT's own format, and FILE.json beside it: the metadata, and how the engine was built."""
 
 import json
-import logging
 from pathlib import Path
 from typing import Any, Dict, Tuple
 
@@ -12,10 +11,9 @@ from uadtool.schemas.validation import validate
 from uadtool.tensorrt.builder import Engine
 from uadtool.tensorrt.gpu import current_gpu
 from uadtool.tensorrt.versions import import_tensorrt
+from uadtool.terminal import log
 
 SCHEMA = "uadtool.engine/1"
-
-log = logging.getLogger("uadtool")
 
 
 def save_engine(engine: Engine, metadata: Metadata, onnx_digest: str, path: str) -> Dict[str, Any]:

@@ -1,9 +1,8 @@
 """TensorRT's messages."""
 
-import logging
 from typing import Any, List
 
-log = logging.getLogger("uadtool")
+from uadtool.terminal import log
 
 
 def make_logger(trt: Any) -> Any:

@@ -2,8 +2,6 @@
 
 Its size does not grow with the number of images: it holds histograms, thinned curves and at most 18 thumbnails.
 """
-
-import logging
 import re
 from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence
@@ -18,6 +16,7 @@ from uadtool.comparing.page.svg import model_style, number
 from uadtool.comparing.page.thumbnails import disagreements, thumbnail
 from uadtool.comparing.results import Result
 from uadtool.comparing.table import DECIMALS
+from uadtool.terminal import log
 
 KEY_METRICS = {"image_auroc": "Image AUROC", "aupro": "AUPRO", "latency_p50": "Latency p50", "energy": "Energy",
                "file_size": "File size"}
@@ -25,7 +24,6 @@ KEY_METRICS = {"image_auroc": "Image AUROC", "aupro": "AUPRO", "latency_p50": "L
 
 FOLDER = Path(__file__).parent
 
-log = logging.getLogger("uadtool")
 
 Record = Dict[str, Any]
 

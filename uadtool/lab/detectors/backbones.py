@@ -6,7 +6,6 @@ and ONNX is written from it.
 
 import copy
 import difflib
-import logging
 import math
 from collections.abc import Sequence
 
@@ -25,8 +24,6 @@ SIZE_STEP = 16
 """``train`` accepts image sides that are multiples of this."""
 POSITION_GRID = "position_grid"
 """Key in the ``meta`` of a vision transformer's graph: (height, width) of its position embedding."""
-
-log = logging.getLogger("uadtool")
 
 
 class PaddedConv2d(nn.Conv2d):

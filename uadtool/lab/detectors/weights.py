@@ -1,7 +1,6 @@
 """Pretrained weights of teachers, from a file, an installed package, or timm."""
 
 import importlib
-import logging
 from pathlib import Path
 from typing import Any, Optional
 
@@ -13,8 +12,7 @@ from torch import Tensor, fx
 
 from uadtool.errors import MissingPackage, UadtoolError
 from uadtool.lab.detectors.backbones import DEFAULT_TEACHER, POSITION_GRID
-
-log = logging.getLogger("uadtool")
+from uadtool.terminal import log
 
 
 def load_teacher_weights(backbone: fx.GraphModule, name: str, file: Optional[str] = None) -> str:

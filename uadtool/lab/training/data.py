@@ -1,6 +1,4 @@
 """Images and the teacher's features for training, computed once when they fit into memory."""
-
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -17,6 +15,7 @@ from uadtool.lab.training import distributed
 from uadtool.lab.training.precision import usable_memory
 from uadtool.metadata import Metadata
 from uadtool.progress import Progress
+from uadtool.terminal import log
 
 Teacher = Callable[[Tensor], Sequence[Tensor]]
 """uint8 images [N, H, W, 3] -> feature maps [N, C, h, w]."""
@@ -25,8 +24,6 @@ MEMORY_SHARE = 0.5
 """Share of the main memory that images and features may fill."""
 CHUNK = 32
 """Images that are read and passed through a network at once."""
-
-log = logging.getLogger("uadtool")
 
 
 def read_images(samples: Sequence[Sample], image_size: tuple[int, int], threads: int) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from uadtool.errors import UadtoolError
 from uadtool.host import available_cores
+from uadtool.terminal import log
 
 T = TypeVar("T")
 
@@ -41,7 +42,6 @@ def process_group(device: str) -> Iterator[None]:
     except ValueError as error:
         raise UadtoolError(f"WORLD_SIZE is set without the other variables of torchrun ({error}); start with torchrun, "
                            "or unset WORLD_SIZE") from error
-    log = logging.getLogger("uadtool")
     if rank and not log.isEnabledFor(logging.DEBUG):  # -v shows which process fails
         log.setLevel(logging.ERROR)
     if os.environ.get("OMP_NUM_THREADS", "1") == "1":  # torchrun sets it to 1, whatever the number of cores

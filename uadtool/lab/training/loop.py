@@ -1,6 +1,4 @@
 """Training that can be interrupted, resumed and repeated."""
-
-import logging
 import math
 import signal
 import threading
@@ -21,6 +19,7 @@ from uadtool.lab.training.checkpoint import read_checkpoint, restore, save_check
 from uadtool.lab.training.data import TeacherFeatures, chunks
 from uadtool.lab.training.precision import autocast, large_depthwise_float
 from uadtool.progress import Progress
+from uadtool.terminal import log
 
 BATCH_SIZE = 16
 WARM_UP = 50
@@ -28,8 +27,6 @@ EVALUATIONS = 20
 """Number of evaluations of the held-out loss in a run; they choose the best checkpoint."""
 
 Loss = Callable[[Tensor, Sequence[Tensor]], Tensor]
-
-log = logging.getLogger("uadtool")
 
 
 @dataclass(frozen=True)
