@@ -34,11 +34,12 @@ def schemas_in(schema):
             yield from schemas_in(schema[name])
 
 
-@pytest.mark.parametrize("name", ["bench", "checkpoint", "common", "engine", "model", "ranges", "score"])
-def test_schemas_of_what_is_read_have_keywords_that_the_validator_knows(name):
-    whole = json.loads((SCHEMAS / f"{name}.json").read_text())
+@pytest.mark.parametrize("path", sorted(SCHEMAS.glob("*.json")), ids=lambda path: path.stem)
+def test_schemas_are_strict_and_have_keywords_that_the_validator_knows(path):
+    whole = json.loads(path.read_text())
     for schema in schemas_in({key: value for key, value in whole.items() if key != "oneOf"}):
         assert schema.keys() <= KEYWORDS | ANNOTATIONS
+        assert "properties" not in schema or "additionalProperties" in schema
         assert "pattern" not in schema or "description" in schema
         assert set(schema.get("type", "")) <= TYPES.keys() or schema["type"] in TYPES
 
