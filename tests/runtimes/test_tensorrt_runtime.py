@@ -157,8 +157,7 @@ def test_without_a_gpu(gpu, engine, monkeypatch):
 
 
 @pytest.mark.parametrize(("package", "message"), [
-    ("tensorrt", "TensorRT is not installed"), ("pycuda.driver", r"pip install 'uadtool\[jetson\]'"),
-])
+    ("tensorrt", "TensorRT is not installed"), ("pycuda.driver", r"pip install 'uadtool\[jetson\]'")])
 def test_without_a_package(gpu, engine, monkeypatch, package, message):
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(MissingPackage, match=message) as raised:

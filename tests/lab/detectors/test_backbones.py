@@ -193,9 +193,7 @@ def test_unsuitable_teachers_are_refused(name, message):
 
 
 @pytest.mark.parametrize(("name", "mean", "std"), [
-    (DEFAULT_TEACHER, [0.5] * 3, [0.5] * 3),
-    ("resnet18", [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
-])
+    (DEFAULT_TEACHER, [0.5] * 3, [0.5] * 3), ("resnet18", [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])])
 def test_pixels_are_normalised_as_timm_says(name, mean, std):
     config = timm.create_model(name).default_cfg
     assert normalization(name) == (mean, std) == (list(config["mean"]), list(config["std"]))
