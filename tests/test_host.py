@@ -4,6 +4,8 @@ import sys
 
 import pytest
 
+from uadtool import host
+
 PROGRAM = """
 import resource, numpy as np
 from uadtool.host import keep_freed_memory
@@ -22,3 +24,10 @@ def test_freed_memory_is_used_again():
     without, kept = (int(subprocess.run([sys.executable, "-c", PROGRAM % keep], capture_output=True, check=True).stdout)
                      for keep in (False, True))
     assert kept < without / 10
+
+
+@pytest.mark.parametrize(("flags", "exactly"), [("avx2", False), ("avx2 avx_vnni", True), ("", True)])
+def test_int8_products_are_added_exactly_with_vnni(monkeypatch, flags, exactly):
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    monkeypatch.setattr(host, "_cpu_info", lambda: flags)
+    assert host.adds_int8_exactly() is exactly

@@ -56,8 +56,7 @@ def test_record_joins_scores_and_bench_by_digest(files):
     record = compare(["fp32.jsonl", "bench.json", "int8.jsonl"])
     assert [(entry["label"], entry["files"]) for entry in record["models"]] == [
         ("fp32.onnx", {"scores": "fp32.jsonl", "bench": "bench.json"}),
-        ("int8.onnx", {"scores": "int8.jsonl", "bench": "bench.json"}),
-    ]
+        ("int8.onnx", {"scores": "int8.jsonl", "bench": "bench.json"})]
     latency, size, auroc = row(record, "latency_p50"), row(record, "file_size"), row(record, "image_auroc")
     assert (latency["values"], latency["changes"], latency["unit"]) == ([10, 5], [None, 0.5], "ms")
     assert (size["values"], size["changes"], size["unit"]) == ([12, 6], [None, 0.5], "MB")
@@ -70,8 +69,7 @@ def test_record_has_the_metrics_that_gates_know_in_order(files):
     assert [row["metric"] for row in compare(["bench.json", "fp32.jsonl"])["rows"]] == [
         "image_auroc", "image_auroc.pooled", "image_auroc.bolt", "image_auroc.nut", "average_precision", "f1_max",
         "pixel_auroc", "aupro", "false_positive_rate", "recall", "latency_p50", "latency_p99", "throughput",
-        "cold_start", "peak_rss", "file_size", "parameters", "macs",
-    ]
+        "cold_start", "peak_rss", "file_size", "parameters", "macs"]
 
 
 def test_record_honours_its_schema(files):
