@@ -80,8 +80,7 @@ def make_detector() -> Callable[..., Path]:
             "means": np.array(means, np.float32).reshape(-1, 1, 1),
             "stds": np.array(stds, np.float32).reshape(-1, 1, 1),
             "divisor": np.array(divisor, np.float32),
-            "one": np.array([1]), "two": np.array([2]), "four": np.array([4]), "flat": np.array([0, -1]),
-        }
+            "one": np.array([1]), "two": np.array([2]), "four": np.array([4]), "flat": np.array([0, -1])}
         node = helper.make_node
         nodes = [
             node("Cast", ["image"], ["pixels"], to=types.FLOAT),
@@ -106,16 +105,14 @@ def make_detector() -> Callable[..., Path]:
             node("ReduceMean", ["highest"], ["score"], axes=[1], keepdims=0),
             node("Reshape", ["raw_map", "flat"], ["raw_values"]),
             node("TopK", ["raw_values", "four"], ["raw_highest", "raw_places"], axis=1),
-            node("ReduceMean", ["raw_highest"], ["raw_score"], axes=[1], keepdims=0),
-        ]
+            node("ReduceMean", ["raw_highest"], ["raw_score"], axes=[1], keepdims=0)]
         info = helper.make_tensor_value_info
         graph = helper.make_graph(
             nodes, "detector", [info("image", types.UINT8, [batch, height, width, 3])],
             [info("score", types.FLOAT, [batch]), info("raw_score", types.FLOAT, [batch]),
              info("anomaly_map", types.FLOAT, [batch, *METADATA.map_size]),
              info("nearest_class", types.INT32, [batch])],
-            [numpy_helper.from_array(value, name) for name, value in constants.items()],
-        )
+            [numpy_helper.from_array(value, name) for name, value in constants.items()])
         model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
         helper.set_model_props(model, {KEY: metadata.to_json()})
         onnx.save(model, str(path))

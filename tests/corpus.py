@@ -79,8 +79,7 @@ def _others() -> Iterator[Item]:
         "elf": b"\x7fELF" + bytes(99), "pickle": pickle.dumps({"image": [1]}), "pdf": b"%PDF-1.4\n",
         "psd": b"8BPS\0\1" + bytes(40), "eps": encoded("EPS"), "ico": encoded("ICO"),
         "icns": encoded("ICNS", Image.new("RGB", (16, 16))),
-        "pcx": encoded("PCX"), "dds": encoded("DDS"),
-    }
+        "pcx": encoded("PCX"), "dds": encoded("DDS")}
     for name, content in contents.items():
         yield _item(f"{name}-by-nature.png", content, False)
     for suffix, kind in FORMATS.items():

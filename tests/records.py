@@ -27,8 +27,7 @@ def score_records(path: str, digest: str = "", noise: float = 0.0, folder: str =
             images.append({
                 "type": "image", "path": f"{folder}/{name}/{index:03}.png", "score": score, "raw_score": score,
                 "anomalous": score > 2, "nearest_class": name, "class": name,
-                "label": "anomalous" if index % 2 else "good", "milliseconds": 3.1,
-            })
+                "label": "anomalous" if index % 2 else "good", "milliseconds": 3.1})
     images.append({"type": "image", "path": f"{folder}/broken.png", "error": f"{folder}/broken.png is cut short"})
 
     def area(name: Optional[str]) -> float:
@@ -42,8 +41,7 @@ def score_records(path: str, digest: str = "", noise: float = 0.0, folder: str =
         "metrics": {
             "image_auroc": {**figure, "pooled_raw": 0.7}, "average_precision": figure, "f1_max": figure,
             "false_positive_rate": 0.05, "recall": 0.9, "pixel_auroc": figure, "aupro": figure,
-        },
-    }
+        }}
     run = {"schema": "uadtool.score/1", "type": "run", "tool": "uadtool 0.1.0", "started": "2026-01-01T12:00:00Z",
            "model": model(path, digest), "runtime": RUNTIME, "host": HOST, "threshold": 2.0}
     return [run, *images, summary]
@@ -64,11 +62,9 @@ def bench_record(*models: Dict[str, Any], speed: Sequence[float] = (1, 2, 4)) ->
                 "latency_ms": {"p50": 10 / faster, "p90": 11 / faster, "p95": 12 / faster, "p99": 15 / faster,
                                "mean": 10 / faster, "std": 1.0, "min": 9 / faster, "n": 100},
                 "throughput": [{"batch_size": 1, "images_per_second": spread(100 * faster)},
-                               {"batch_size": 8, "images_per_second": spread(130 * faster)}],
-            }
+                               {"batch_size": 8, "images_per_second": spread(130 * faster)}]}
             for of, faster in zip(models, speed)
-        ],
-    }
+        ]}
 
 
 def lines(records: List[Dict[str, Any]]) -> str:

@@ -72,8 +72,7 @@ def test_test_split_of_all_classes(mvtec: Path) -> None:
         ("bolt/test/good/000.png", "bolt", "good", None),
         ("bolt/test/rust/000.png", "bolt", "anomalous", "bolt/ground_truth/rust/000.png"),
         ("nut/test/crack/000.png", "nut", "anomalous", None),
-        ("nut/test/good/000.png", "nut", "good", None),
-    ]
+        ("nut/test/good/000.png", "nut", "good", None)]
 
 
 def test_class_folder(mvtec: Path, monkeypatch: pytest.MonkeyPatch) -> None:

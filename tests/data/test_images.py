@@ -343,8 +343,7 @@ def test_mask_values(tmp_path: Path) -> None:
         "RGB": Image.fromarray(marked[..., None] * np.array([0, 0, 200], np.uint8)),
         "LA": Image.fromarray(np.stack([np.full((2, 3), 255, np.uint8), marked * np.uint8(9)], -1)),
         "RGBA": Image.fromarray(np.dstack([rgb(marked * np.uint8(1)), np.full((2, 3), 255, np.uint8)])),
-        "CMYK": Image.fromarray(np.dstack([rgb(np.zeros((2, 3), np.uint8)), ~marked * np.uint8(255)]), "CMYK"),
-    }
+        "CMYK": Image.fromarray(np.dstack([rgb(np.zeros((2, 3), np.uint8)), ~marked * np.uint8(255)]), "CMYK")}
     for mode, mask in masks.items():
         path = save(tmp_path / "a.tif", mask)
         np.testing.assert_array_equal(read_mask(path, (2, 3)), marked, err_msg=mode)

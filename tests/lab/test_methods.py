@@ -179,7 +179,7 @@ def train_words(row, textures, teacher_weights):
             *(["--teacher-weights", weights] if weights else [])]
 
 
-def test_training_is_recorded(row, model, tmp_path):
+def test_training_is_recorded(row, model):
     validate(model.record, "train")
     assert model.record["held_out_loss"] < row.held_out_loss
     detector, metadata = load_model(model.path)
@@ -187,8 +187,6 @@ def test_training_is_recorded(row, model, tmp_path):
     assert metadata.options == method_options(row.method, row.options)
     assert metadata.map_size == detector.map_size
     assert detector.state_dict().keys() == build_detector(metadata).state_dict().keys()
-    save_model(detector, metadata, tmp_path / "again")
-    assert (tmp_path / "again").read_bytes() == model.path.read_bytes()
 
 
 # The chain. An export takes seconds, so the fast tests score in torch; test_flavours.py exports every method.
@@ -285,8 +283,7 @@ def chain_in_a_process(row, teacher_weights, textures, folder, hash_seed):
          "synthetic-anomalies"],
         ["quantize", fp32, textures, "--ranges", ranges, "-o", int8, "--keep-float", "auto:1"],
         ["export", fp32, "-o", folder / "m.onnx"],
-        ["export", int8, "-o", folder / "q.onnx"],
-    ]
+        ["export", int8, "-o", folder / "q.onnx"]]
     words = json.dumps([[str(word) for word in line] for line in lines])
     # Sets of texts have another order for every hash seed.
     environment = {**os.environ, "PYTHONHASHSEED": str(hash_seed),

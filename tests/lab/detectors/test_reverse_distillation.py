@@ -25,12 +25,6 @@ def pixels(detector):
     return detector.normalize(images)
 
 
-def test_the_student_gives_maps_of_the_teachers_shapes(detector, pixels):
-    with torch.inference_mode():
-        features = detector.teacher(pixels)
-        assert [f.shape for f in detector.student(*features)] == [f.shape for f in features]
-
-
 def test_the_raw_maps_are_smoothed(detector, pixels):
     with torch.inference_mode():
         raw, _ = detector.raw_maps_and_descriptor(pixels)
