@@ -162,13 +162,13 @@ def test_too_many_sensitive_layers_are_refused_before_they_are_measured(trained,
 
 
 @pytest.mark.parametrize(("options", "message"), [
-    (["--keep-float", "auto:0"], "auto:N wants a number of layers, once"),
+    (["--keep-float", "auto:0"], "auto:N takes one positive integer"),
     (["--keep-float", "auto:2"], "Missing argument 'DATA'"),
     (["--sensitivity"], "Missing argument 'DATA'"),
     (["--qat"], "Missing argument 'DATA'"),
-    (["--precision", "fp16"], "are for int8"),
-    (["--steps", "200"], "--steps and --resume are for --qat"), (["--resume"], "--steps and --resume are for --qat"),
-    (["--no-bias-correction"], "--no-bias-correction is for int8 with DATA"),
+    (["--precision", "fp16"], "require int8"),
+    (["--steps", "200"], "--steps and --resume require --qat"), (["--resume"], "--steps and --resume require --qat"),
+    (["--no-bias-correction"], "--no-bias-correction requires int8 and DATA"),
     (["--ranges", ""], "Missing option '--ranges'"),
 ])
 def test_options_that_do_not_fit_are_wrong_usage(trained, calibrated, tmp_path, options, message):
