@@ -1,7 +1,4 @@
-"""The contract of a detection method: one suite over all registered methods, as in timm's ``tests/test_models.py``.
-
-A row of ``ROWS`` covers a new method.
-"""
+"""The contract of a detection method: one suite over all registered methods. A row of ``ROWS`` covers a new method."""
 
 import copy
 import json
@@ -34,7 +31,7 @@ SIZE = (64, 96)
 
 
 class Row(NamedTuple):
-    """A method with options that make it small, and what it reaches on the textures in ``steps``."""
+    """A method with options that make it small, what it reaches on the textures in ``steps``, and in int8."""
 
     method: str
     options: Dict[str, str]
@@ -42,16 +39,17 @@ class Row(NamedTuple):
     held_out_loss: float
     auroc: float
     teacher: str = DEFAULT_TEACHER
+    int8: float = 0.05
 
 
 ROWS = {
     "stfpm": Row("stfpm", {}, 20, 2.5, 0.9),
     "stfpm-options": Row("stfpm", {"fusion": "product", "dcam": "true", "shared_stages": "1"}, 20, 9.0, 0.9),
     "rd": Row("rd", {"width": "1"}, 60, 1.5, 0.9),
-    "us": Row("us", {"width": "0.125"}, 60, 2.0, 0.75),
+    "us": Row("us", {}, 200, 2.0, 0.9),
     "dinomaly": Row("dinomaly", {"width": "64", "depth": "2"}, 60, 1.7, 0.9),
     "dinomaly-vit": Row("dinomaly", {"width": "64", "depth": "2"}, 60, 1.7, 0.7, "test_vit"),
-    "duet": Row("duet", {"small": "100", "large": "200"}, 30, 1.0, 0.95),
+    "duet": Row("duet", {"small": "100", "large": "200"}, 30, 1.0, 0.95, int8=0.03),
 }
 
 
@@ -229,12 +227,12 @@ def test_the_exported_model_detects(row, model, float_auroc, step, textures):
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_int8_detects_as_well(name, model, ranges, test_images, float_auroc, step, target):
+def test_int8_detects_as_well(name, row, model, ranges, test_images, float_auroc, step, target):
     int8 = step("quantize", model.path, "--ranges", ranges.path, "--target", target,
                 output=f"{name}-{target}.safetensors")
     validate(int8.record, "quantize")
     assert int8.record["float_layers"] == []
-    assert torch_auroc(int8.path, test_images) == pytest.approx(float_auroc, abs=0.05)
+    assert torch_auroc(int8.path, test_images) == pytest.approx(float_auroc, abs=row.int8)
 
 
 def test_fp16_detects_as_well(name, model, test_images, float_auroc, step):
@@ -245,10 +243,10 @@ def test_fp16_detects_as_well(name, model, test_images, float_auroc, step):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
-def test_exported_int8_detects_as_well(name, model, ranges, float_auroc, step, textures, target):
+def test_exported_int8_detects_as_well(name, row, model, ranges, float_auroc, step, textures, target):
     int8 = step("quantize", model.path, textures, "--ranges", ranges.path, "--target", target,
                 output=f"{name}-{target}-refitted.safetensors")
-    assert exported_auroc(int8, step, textures) == pytest.approx(float_auroc, abs=0.05)
+    assert exported_auroc(int8, step, textures) == pytest.approx(float_auroc, abs=row.int8)
 
 
 @pytest.mark.slow

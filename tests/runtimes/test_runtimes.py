@@ -20,6 +20,7 @@ from uadtool.data.dataset import scoring_samples
 from uadtool.data.images import read_image
 from uadtool.errors import MissingPackage, UadtoolError
 from uadtool.files import file_digest
+from uadtool.host import adds_int8_exactly
 from uadtool.metadata import KEY
 from uadtool.runtimes import opening as runtimes
 from uadtool.runtimes.contract import describe
@@ -82,6 +83,7 @@ def test_both_give_a_float_model_the_same_scores(fp32, pictures):
 
 
 @needs_openvino
+@pytest.mark.skipif(not adds_int8_exactly(), reason="OpenVINO's int8 products overflow on this processor")
 def test_both_give_an_int8_model_almost_the_same_scores(int8, pictures):
     """OpenVINO fuses a convolution with the addition after it, and does not round between them."""
     parity = pytest.importorskip("uadtool.lab.onnx_export.parity")
@@ -163,10 +165,10 @@ def test_the_option_offers_them_all():
     pytest.param("openvino", [], "openvino", marks=needs_openvino),
     pytest.param("tensorrt", [], "openvino", marks=needs_openvino),
     ("openvino", ["openvino"], "onnxruntime"),
-    pytest.param(None, ["onnxruntime"], "openvino", marks=needs_openvino),
-])
-def test_auto_chooses_an_installed_runtime_that_suits(make_detector, missing, tmp_path, caplog, target, absent,
-                                                      chosen):
+    pytest.param(None, ["onnxruntime"], "openvino", marks=needs_openvino)])
+def test_auto_chooses_an_installed_runtime_that_suits(make_detector, missing, tmp_path, caplog, monkeypatch, target,
+                                                      absent, chosen):
+    monkeypatch.setattr(runtimes, "adds_int8_exactly", lambda: True)
     caplog.set_level(logging.INFO, "uadtool")
     path = str(make_detector(tmp_path / "model.onnx", METADATA.replace(target=target)))
     missing(*absent)
