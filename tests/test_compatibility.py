@@ -9,8 +9,11 @@ from pathlib import Path
 import pytest
 from conftest import run_here, validate
 
+from uadtool.host import adds_int8_exactly
+
 SAMPLES = Path(__file__).parent / "samples"
 VERSIONS = sorted(path.name for path in SAMPLES.iterdir() if path.name.isdigit())
+assert VERSIONS
 
 
 @pytest.fixture(params=VERSIONS)
@@ -34,10 +37,6 @@ def require_scores(found, expected):
             **other, "score": 0, "raw_score": 0, "milliseconds": 0}
 
 
-def test_there_are_samples_of_this_version():
-    assert VERSIONS
-
-
 def test_records_have_their_schema(sample):
     for name in ("train", "calibrate", "quantize", "export", "bench", "compare", "ranges"):
         validate(json.loads((sample / f"{name}.json").read_text()), name)
@@ -45,6 +44,7 @@ def test_records_have_their_schema(sample):
         validate(line, "score")
 
 
+@pytest.mark.skipif(not adds_int8_exactly(), reason="layers of old files share zero points, so int8 is inexact here")
 def test_an_exported_model_scores_as_it_did(sample):
     require_scores(run_here("score", "int8.onnx", "../parts"), (sample / "scores.jsonl").read_text())
 
