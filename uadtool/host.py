@@ -2,10 +2,8 @@
 
 import contextlib
 import os
-import platform
 import signal
 import sys
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Dict, List
 
@@ -31,6 +29,8 @@ def adds_int8_exactly() -> bool:
 
     x86 processors without VNNI or AMX add pairs of u8 x s8 products in 16 bits, which overflow.
     """
+    import platform  # lazy, as in the functions below: --help takes only the signals from here
+
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return True
     info = _cpu_info()
@@ -57,6 +57,9 @@ def opening() -> Dict[str, Any]:
 
     The host has system, machine, cpu, board (such as a Jetson), available cores and python.
     """
+    import platform
+    from datetime import datetime, timezone
+
     host = {
         "system": f"{platform.system()} {platform.release()}",
         "machine": platform.machine(),
@@ -83,6 +86,8 @@ def peak_memory() -> int:
 
 
 def _cpu() -> str:
+    import platform
+
     lines = (line.partition(":") for line in _cpu_info().splitlines())
     names = {key.strip(): value.strip() for key, _, value in lines}
     name = next(filter(None, map(names.get, CPUINFO_KEYS)), None)
