@@ -9,11 +9,8 @@ from typing import Any, Dict, Iterator, List, Optional, Tuple
 import click
 
 from uadtool.cli import options
-from uadtool.cli.lines import csv_writer, json_writer, stdin_paths
 from uadtool.errors import GateFailed, UadtoolError
 from uadtool.host import available_cores, ending_signals
-from uadtool.progress import Progress
-from uadtool.scoring.thresholds import threshold_at
 from uadtool.terminal import log
 
 
@@ -88,6 +85,8 @@ def score(ctx: click.Context, /, **values: Any) -> None:
     _check_usage(ctx, arguments)
     arguments.paths = arguments.paths or ("-",)
     # Imported here and below, as needed: NumPy would slow down --help, and drawing would slow down scoring.
+    from uadtool.cli.lines import csv_writer, json_writer
+    from uadtool.progress import Progress
     from uadtool.runtimes.opening import open_model
     from uadtool.scoring.records import score as score_images
 
@@ -149,6 +148,8 @@ def _threshold(arguments: SimpleNamespace, metadata: Any) -> float:
     if arguments.false_positive_rate is None:
         threshold: float = metadata.threshold if arguments.threshold is None else arguments.threshold
         return threshold
+    from uadtool.scoring.thresholds import threshold_at
+
     if not metadata.good_scores:
         raise UadtoolError(f"{arguments.model} does not hold the scores of good images; train or quantize it again, or "
                            "give --threshold")
@@ -157,6 +158,7 @@ def _threshold(arguments: SimpleNamespace, metadata: Any) -> float:
 
 def _samples(arguments: SimpleNamespace) -> Tuple[Iterator[Any], Optional[int]]:
     """The samples, and the number that this run scores, if it is known."""
+    from uadtool.cli.lines import stdin_paths
     from uadtool.data.dataset import scoring_samples
 
     if arguments.follow:

@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import nn
 
-from uadtool.errors import UadtoolError
+from uadtool.errors import UadtoolError, reading
 from uadtool.files import atomic_write
 from uadtool.lab.detectors.contract import Detector
 from uadtool.lab.detectors.registry import build_detector
@@ -68,10 +68,8 @@ def _metadata(file: Any, path: Union[str, Path]) -> Metadata:
 @contextmanager
 def _opened(path: Union[str, Path]) -> Iterator[Any]:
     try:
-        with safe_open(str(path), framework="pt") as file:
+        with reading(path), safe_open(str(path), framework="pt") as file:
             yield file
-    except OSError as error:
-        raise UadtoolError(f"cannot read {path}: {error.strerror or error}") from error
     except SafetensorError as error:
         raise UadtoolError(f"{path} is not a safetensors file: {error}") from error
 

@@ -6,7 +6,7 @@ It is parsed here because the edge half does not require the onnx package.
 from pathlib import Path
 from typing import Dict, Iterator, Tuple
 
-from uadtool.errors import UadtoolError
+from uadtool.errors import UadtoolError, reading
 from uadtool.metadata import KEY, Metadata
 
 MOST_BYTES = (1 << 31) - 1
@@ -46,13 +46,12 @@ def read_metadata(path: str) -> Metadata:
             runtime would read from anywhere.
     """
     try:
-        if Path(path).stat().st_size > MOST_BYTES:
-            raise ValueError("it is larger than 2 GiB")
-        model = Path(path).read_bytes()
+        with reading(path):
+            if Path(path).stat().st_size > MOST_BYTES:
+                raise ValueError("it is larger than 2 GiB")
+            model = Path(path).read_bytes()
         properties = read_properties(model)
         external = has_external_data(model)
-    except OSError as error:
-        raise UadtoolError(f"cannot read {path}: {error.strerror}") from error
     except ValueError as error:
         raise UadtoolError(f"{path} is damaged or not an ONNX file: {error}") from error
     if external:

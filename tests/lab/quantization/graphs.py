@@ -3,11 +3,13 @@
 from functools import lru_cache
 
 import numpy as np
+import pytest
 import torch
 from torch import nn
 
 from uadtool.lab.detectors.backbones import LayerNorm
 from uadtool.lab.detectors.stfpm import STFPM
+from uadtool.lab.quantization.calibration import calibrate
 from uadtool.lab.quantization.modules import ActivationQuantizer
 from uadtool.lab.quantization.plan import QuantizationPlan
 
@@ -23,6 +25,16 @@ def small_plan(teacher):
         if isinstance(norm, nn.BatchNorm2d):  # otherwise all biases are 0
             norm.running_mean.uniform_(-0.5, 0.5)
     return QuantizationPlan(detector.fold_batch_norm())
+
+
+@pytest.fixture(scope="module", params=TEACHERS)
+def plan(request):
+    return small_plan(request.param)
+
+
+@pytest.fixture(scope="module")
+def ranges(plan):
+    return calibrate(plan, [images(8)])
 
 
 class Perceptron(nn.Module):

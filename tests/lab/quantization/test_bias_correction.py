@@ -1,6 +1,6 @@
-import pytest
+import graphs
 import torch
-from graphs import TEACHERS, images, perceptron, small_plan
+from graphs import images, perceptron
 from torch import fx, nn
 
 from uadtool.lab.quantization.bias_correction import BiasCorrection
@@ -11,10 +11,7 @@ from uadtool.lab.quantization.targets import TARGETS
 
 TARGET = TARGETS["openvino"]
 
-
-@pytest.fixture(scope="module", params=TEACHERS)
-def plan(request):
-    return small_plan(request.param)
+plan = graphs.plan
 
 
 def test_bias_correction_keeps_the_mean_of_every_channel(plan):

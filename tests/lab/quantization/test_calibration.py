@@ -1,17 +1,15 @@
+import graphs
 import numpy as np
 import pytest
 import torch
-from graphs import TEACHERS, images, small_plan
+from graphs import images
 from torch import nn
 
 from uadtool.errors import UadtoolError
 from uadtool.lab.quantization.calibration import calibrate
 from uadtool.lab.quantization.graph import observe
 
-
-@pytest.fixture(scope="module", params=TEACHERS)
-def plan(request):
-    return small_plan(request.param)
+plan = graphs.plan
 
 
 class Recorder(nn.Identity):

@@ -2,9 +2,10 @@
 
 import operator
 
+import graphs
 import pytest
 import torch
-from graphs import TEACHERS, images, module, nodes, quantizers, small_plan
+from graphs import images, module, nodes, quantizers, small_plan
 from torch import nn
 
 from uadtool.errors import UadtoolError
@@ -18,15 +19,7 @@ from uadtool.lab.quantization.targets import TARGETS
 
 ACTIVATIONS = (nn.ReLU, nn.ReLU6)
 
-
-@pytest.fixture(scope="module", params=TEACHERS)
-def plan(request):
-    return small_plan(request.param)
-
-
-@pytest.fixture(scope="module")
-def ranges(plan):
-    return calibrate(plan, [images(8)])
+plan, ranges = graphs.plan, graphs.ranges
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
+import graphs
 import pytest
 import torch
-from graphs import TEACHERS, images, module, nodes, perceptron, quantizers, small_plan
+from graphs import images, module, nodes, perceptron, quantizers
 from torch import nn
 
 from uadtool.errors import UadtoolError
@@ -11,15 +12,7 @@ from uadtool.lab.quantization.modules import ActivationQuantizer, QuantizedConv2
 from uadtool.lab.quantization.ptq import quantize
 from uadtool.lab.quantization.targets import TARGETS
 
-
-@pytest.fixture(scope="module", params=TEACHERS)
-def plan(request):
-    return small_plan(request.param)
-
-
-@pytest.fixture(scope="module")
-def ranges(plan):
-    return calibrate(plan, [images(8)])
+plan, ranges = graphs.plan, graphs.ranges
 
 
 def test_plan_and_detector_stay_as_they_are(plan, ranges):

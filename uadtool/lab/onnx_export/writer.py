@@ -57,11 +57,11 @@ def to_onnx(model: nn.Module, metadata: Metadata) -> onnx.ModelProto:
     _cast_first(graph)
     if metadata.target is not None:
         target = TARGETS[metadata.target]
+        separate_zero_points(graph)
         if target.integer_bias:
             quantize_biases(graph)
         if target.weight_quantizers:
             add_weight_quantizers(graph)
-        separate_zero_points(graph)
     RemoveUnusedNodesPass()(exported)
     _strip(exported)
     exported.ir_version = IR_VERSION
@@ -189,7 +189,7 @@ def separate_zero_points(graph: onnx_ir.Graph) -> None:
     ONNX Runtime computes exactly on processors without VNNI (``runtimes.onnxruntime``) only if layers share none.
     """
     for node in graph:
-        if node.op_type == "DequantizeLinear" and node.name and _constant(node, 2).size > 1:
+        if node.op_type == "DequantizeLinear" and _constant(node, 2).ndim:
             node.replace_input_with(2, _add_constant(graph, f"{node.name}_zero_point", _constant(node, 2)))
 
 

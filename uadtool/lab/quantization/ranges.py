@@ -37,7 +37,7 @@ class RangesFile:
         record = {"schema": SCHEMA, "tool": self.tool, "model_digest": self.model_digest, "method": self.method,
                   "source": self.source, "ranges": {name: list(pair) for name, pair in self.ranges.items()}}
         try:
-            validate(record, "ranges")
+            _check(record)
         except ValueError as error:
             raise UadtoolError(f"quantize could not use these ranges: {error}") from error
         write_json(record, path)
@@ -61,11 +61,16 @@ class RangesFile:
         """
         record, source = read_json(path, SCHEMA), "stdin" if path == "-" else path
         try:
-            validate(record, "ranges")
-            for name, (low, high) in record["ranges"].items():
-                if low > high:
-                    raise ValueError(f"the range of {name!r:.80} is {low} to {high}")
+            _check(record)
         except ValueError as error:
             raise UadtoolError(f"{source} is damaged: {error}; run calibrate again") from error
         ranges = {name: (float(low), float(high)) for name, (low, high) in record["ranges"].items()}
         return cls(record["model_digest"], record["method"], record["source"], ranges, record["tool"])
+
+
+def _check(record: dict[str, Any]) -> None:
+    """Raise ValueError if the record does not obey its schema, or a range ends before it starts."""
+    validate(record, "ranges")
+    for name, (low, high) in record["ranges"].items():
+        if low > high:
+            raise ValueError(f"the range of {name!r:.80} is {low} to {high}")
