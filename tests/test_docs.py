@@ -2,9 +2,10 @@
 
 README.md is a tour that makes models and scores; all others start from these. A command that cannot run here is
 replaced by its dry run, which still fails on a wrong name: `make` by `make -n` in the repository (CI runs `make test`
-and `make demo` themselves) and `pip install` by `pip install --dry-run`. The tour's model has 50 steps, since int8 loses
-too much of one that has learned nothing; other trainings have two, and measurements one short round. Engines are built for a named GPU, memory is watched over 100 images, not 20,000, the bucket is the local
-folder, and the Ray cluster one that Ray starts for the command.
+and `make demo` themselves) and `pip install` by `pip install --dry-run`. The tour's model has 50 steps, since int8
+loses too much of one that has learned nothing; other trainings have two, and measurements one short round. Engines are
+built for a named GPU, memory is watched over 100 images, not 20,000, the bucket is the local folder, and the Ray
+cluster one that Ray starts for the command.
 """
 
 import os

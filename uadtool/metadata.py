@@ -3,7 +3,7 @@
 import dataclasses
 import json
 from dataclasses import dataclass, field
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
 from uadtool.errors import UadtoolError
 from uadtool.files import refuse_newer
@@ -16,6 +16,20 @@ SCHEMA = "uadtool.model/1"
 
 MOST_CHARACTERS = 16 << 20
 """Bound of the JSON text; ``schemas/model.json`` has the others. They are far beyond any real model."""
+
+
+PREPROCESSING = {
+    "channels": "RGB", "orientation": "exif-applied", "transparency": "on-white", "resize": "bilinear-antialiased",
+    "aspect_ratio": "not-kept",
+}
+"""What happens between an image file and the model's input, besides the grey depths; see data/README.md."""
+
+
+class Reading(NamedTuple):
+    """How image files are read for a model: the arguments of ``data.images.read_image`` besides the path."""
+
+    size: Tuple[int, int]
+    depths: Tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -40,6 +54,8 @@ class Metadata:
     ``image_size`` and ``map_size`` are (height, width) in pixels. ``threshold`` is in units of the normalised score
     (standard deviations above the mean of good images). Held-out good images exceed it at ``false_positive_rate``;
     ``good_scores`` are their scores, sorted.
+    ``preprocessing`` says how image files become the input: ``PREPROCESSING``, and ``grey_bits``, the bits of the
+    values in 16-bit grey files, by class.
     ``provenance`` lists the steps that made the file, oldest first, each with digests of the model file that went in
     and of the names of images.
     ``parameters`` counts weights, biases and memories, ``macs`` the multiply-accumulates for one image.
@@ -62,6 +78,12 @@ class Metadata:
     provenance: List[Dict[str, Any]] = field(default_factory=list)
     tool_version: str = ""
     good_scores: List[float] = field(default_factory=list)
+    preprocessing: Dict[str, Any] = field(default_factory=lambda: {**PREPROCESSING, "grey_bits": {}})
+
+    @property
+    def reading(self) -> Reading:
+        """How image files are read for this model. An image may be of any class, so the depths are those of all."""
+        return Reading(self.image_size, tuple(sorted(set(self.preprocessing["grey_bits"].values()))))
 
     def to_json(self) -> str:
         """The JSON text for a model file.

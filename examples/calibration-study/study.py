@@ -22,8 +22,9 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from uadtool.data.dataset import Sample, scoring_samples, training_samples
+from uadtool.data.dataset import scoring_samples, training_samples
 from uadtool.data.images import read_mask
+from uadtool.data.samples import Sample
 from uadtool.data.splits import balanced
 from uadtool.host import available_cores
 from uadtool.lab.detectors.contract import Detector

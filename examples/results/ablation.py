@@ -14,8 +14,9 @@ from tabulate import tabulate
 from torch import Tensor
 from torch.nn import functional as F
 
-from uadtool.data.dataset import Sample, scoring_samples, training_samples
+from uadtool.data.dataset import scoring_samples, training_samples
 from uadtool.data.images import read_mask
+from uadtool.data.samples import Sample
 from uadtool.host import available_cores, keep_freed_memory
 from uadtool.lab.detectors.statistics import fit_statistics
 from uadtool.lab.models import load_float_model

@@ -1,17 +1,19 @@
+import errno
 import json
 import os
 import random
 import re
 from collections import Counter
 from pathlib import Path
-from typing import Dict, Optional, Sequence
+from typing import Any, Callable, Dict, List, Optional, Sequence, Set, Tuple
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from uadtool.data.dataset import Sample, scoring_samples, training_samples
+from uadtool.data.dataset import scoring_samples, training_samples
+from uadtool.data.samples import Sample
 from uadtool.data.splits import balanced, split_held_out
 from uadtool.errors import UadtoolError
 
@@ -64,15 +66,15 @@ def test_chosen_classes_only(mvtec: Path) -> None:
 
 def test_test_split_of_all_classes(mvtec: Path) -> None:
     found = [
-        (os.path.relpath(s.path, mvtec), s.class_name, s.label, s.mask and os.path.relpath(s.mask, mvtec))
+        (os.path.relpath(s.path, mvtec), s.class_name, s.label, [os.path.relpath(mask, mvtec) for mask in s.masks])
         for s in scoring_samples([str(mvtec)])
     ]
     assert found == [
-        ("bolt/test/crack/000.png", "bolt", "anomalous", "bolt/ground_truth/crack/000_mask.png"),
-        ("bolt/test/good/000.png", "bolt", "good", None),
-        ("bolt/test/rust/000.png", "bolt", "anomalous", "bolt/ground_truth/rust/000.png"),
-        ("nut/test/crack/000.png", "nut", "anomalous", None),
-        ("nut/test/good/000.png", "nut", "good", None)]
+        ("bolt/test/crack/000.png", "bolt", "anomalous", ["bolt/ground_truth/crack/000_mask.png"]),
+        ("bolt/test/good/000.png", "bolt", "good", []),
+        ("bolt/test/rust/000.png", "bolt", "anomalous", ["bolt/ground_truth/rust/000.png"]),
+        ("nut/test/crack/000.png", "nut", "anomalous", []),
+        ("nut/test/good/000.png", "nut", "good", [])]
 
 
 def test_class_folder(mvtec: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,7 +98,7 @@ def test_loose_test_images_have_no_label(mvtec: Path) -> None:
 def test_nested_defects_have_nested_masks(mvtec: Path) -> None:
     draw(mvtec / "bolt" / "test" / "crack" / "line2" / "a.JPG")
     mask = draw(mvtec / "bolt" / "ground_truth" / "crack" / "line2" / "a_mask.png")
-    assert [s.mask for s in scoring_samples([str(mvtec)]) if s.path.endswith("a.JPG")] == [str(mask)]
+    assert [s.masks for s in scoring_samples([str(mvtec)]) if s.path.endswith("a.JPG")] == [(str(mask),)]
 
 
 def test_images_outside_the_layout_are_ignored_with_a_warning(mvtec: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -105,7 +107,7 @@ def test_images_outside_the_layout_are_ignored_with_a_warning(mvtec: Path, caplo
     for place in ("a.png", "bolt/b.png", "bolt/validation/good/c.png", "photos/d.png", "photos/2024/e.png"):
         draw(mvtec / place)
     assert list(scoring_samples([str(mvtec)])) == before
-    assert "5 images outside of CLASS/train and CLASS/test are ignored" in caplog.text
+    assert "5 images outside of CLASS/train/good and CLASS/test are ignored" in caplog.text
     caplog.clear()
     list(scoring_samples([str(mvtec / "bolt")]))
     assert "2 images outside" in caplog.text
@@ -129,32 +131,117 @@ def test_empty_class(mvtec: Path) -> None:
 
 
 @pytest.mark.parametrize(("image", "message"), [
-    ("test/bent/0.png", "no good training images, only 1 other images"), ("train/0.png", "train/good")])
+    ("test/bent/0.png", "no good training images, only 1 to test on"), ("train/0.png", "train/good")])
 def test_class_without_good_images(mvtec: Path, image: str, message: str) -> None:
     draw(mvtec / "screw" / image)
     assert message in fails(str(mvtec))
 
 
-def test_mask_of_another_size_is_refused(mvtec: Path) -> None:
-    mask = draw(mvtec / "bolt" / "ground_truth" / "crack" / "000_mask.png", (6, 8))
-    assert re.search(rf"{mask} is 6 x 8 pixels, .* 8 x 6", fails(str(mvtec)))
+@pytest.mark.parametrize("name", [
+    "007.bmp", "007_mask.PNG", "007_label.png", "007_mask.tif", "007_gt.jpg", "007/000.png", "007/a/b.webp"])
+def test_names_of_masks(mvtec: Path, name: str, caplog: pytest.LogCaptureFixture) -> None:
+    image = draw(mvtec / "bolt" / "test" / "crack" / "007.png")
+    mask = draw(mvtec / "bolt" / "ground_truth" / "crack" / name)
+    found = {sample.path: sample.masks for sample in scoring_samples([str(mvtec)])}
+    assert found[str(image)] == ((str(mask),) if name != "007/a/b.webp" else ())
+    assert ("have no mask" in caplog.text) == (name == "007/a/b.webp")
 
 
-def test_mask_size_is_that_of_the_upright_image(mvtec: Path) -> None:
-    exif = Image.Exif()
-    exif[274] = 6
-    draw(mvtec / "bolt" / "test" / "crack" / "1.jpg", (6, 8), exif=exif)
-    draw(mvtec / "bolt" / "ground_truth" / "crack" / "1_mask.png", (8, 6))
+def test_masks_in_a_folder_are_united(mvtec: Path) -> None:
+    draw(mvtec / "bolt" / "test" / "crack" / "007.png")
+    masks = [str(draw(mvtec / "bolt" / "ground_truth" / "Crack" / "007" / name)) for name in ("0.png", "1.BMP")]
+    assert [list(s.masks) for s in scoring_samples([str(mvtec)]) if s.path.endswith("007.png")] == [masks]
+    (mvtec.parent / "set.csv").write_text("path,label,mask\na.png,bad,mvtec/bolt/ground_truth/Crack/007\n")
+    sample, = scoring_samples([str(mvtec.parent / "set.csv")])
+    assert list(sample.masks) == masks
+
+
+def test_missing_mask(mvtec: Path, caplog: pytest.LogCaptureFixture) -> None:
+    image = draw(mvtec / "bolt" / "test" / "crack" / "007.png")
+    draw(mvtec / "bolt" / "test" / "unmasked" / "0.png")
+    assert len(training_samples(str(mvtec))) == 6
+    assert not caplog.text
+    missing = [sample.masks for sample in scoring_samples([str(mvtec)]) if not sample.masks and sample.label != "good"]
+    assert len(missing) == 3
+    assert f"1 images of defects have no mask and do not count in pixel metrics; the first is {image}" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["Good", "OK", "ok", "normal", "0"])
+def test_folders_are_labels(mvtec: Path, name: str) -> None:
+    (mvtec / "bolt" / "test" / "good").rename(mvtec / "bolt" / "test" / name)
+    (mvtec / "bolt" / "train" / "good").rename(mvtec / "bolt" / "train" / name)
+    assert [s.label for s in scoring_samples([str(mvtec / "bolt")]) if f"/{name}/" in s.path] == ["good"]
     assert len(training_samples(str(mvtec))) == 6
 
 
-def test_missing_mask(mvtec: Path) -> None:
-    draw(mvtec / "bolt" / "test" / "crack" / "007.png")
-    assert "007_mask.png does not exist" in fails(str(mvtec))
-    missing = [sample.mask for sample in scoring_samples([str(mvtec)]) if sample.path.endswith("007.png")]
-    assert missing == [str(mvtec / "bolt" / "ground_truth" / "crack" / "007_mask.png")]
-    draw(mvtec / "bolt" / "test" / "unmasked" / "0.png")
-    assert [s.mask for s in scoring_samples([str(mvtec)]) if "unmasked" in s.path] == [None]
+def test_folders_of_a_class_in_any_case(mvtec: Path) -> None:
+    for name in ("train", "test", "ground_truth"):
+        (mvtec / "bolt" / name).rename(mvtec / "bolt" / name.title())
+    samples = list(scoring_samples([str(mvtec)]))
+    assert len(samples) == 5
+    assert sum(len(sample.masks) for sample in samples) == 2
+    assert len(training_samples(str(mvtec))) == 6
+
+
+def test_refusal_names_the_folders_that_were_found(mvtec: Path) -> None:
+    (mvtec / "bolt" / "train" / "good").rename(mvtec / "bolt" / "train" / "images")
+    assert re.search(r"no good training images, only 3 in .*/bolt/train/images, .* its train/good", fails(str(mvtec)))
+
+
+def test_folders_that_are_not_used_are_named_once(mvtec: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for place in ("bolt/validation/good", "bolt/train/scratch", "nut/val"):
+        draw(mvtec / place / "0.png")
+    assert len(training_samples(str(mvtec))) == 6
+    warning, = caplog.messages
+    for place in ("bolt/validation/good (1)", "bolt/train/scratch (1)", "nut/val (1)"):
+        assert place in warning
+
+
+@pytest.mark.parametrize("name", [
+    "@eaDir", "$RECYCLE.BIN", ".Trash-1000", "#recycle", "__MACOSX", "lost+found", "System Volume Information"])
+def test_what_systems_leave_behind_is_no_data(mvtec: Path, name: str) -> None:
+    def everything() -> Tuple[Sequence[Sample], ...]:
+        return (training_samples(str(mvtec)), list(scoring_samples([str(mvtec)])),
+                list(scoring_samples([str(mvtec / "nut" / "test")])))
+
+    before = everything()
+    for place in ("", "bolt", "bolt/train", "bolt/train/good", "bolt/train/good/@eaDir", "nut/test/crack", "nut/test"):
+        draw(mvtec / place / name / "train" / "good" / "thumbnail.jpg")
+    for file in ("._000.png", "Thumbs.db", "thumbs.DB"):
+        (mvtec / "bolt" / "train" / "good" / file).write_bytes(b"none")
+    assert everything() == before
+
+
+@pytest.fixture
+def locked(mvtec: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], None]:
+    """Makes folders that cannot be listed; root may list everything, so listing fails for these in its place."""
+    folders: Set[str] = set()
+    scan, listed = os.scandir, os.listdir
+
+    def refused(place: Any, original: Any) -> Any:
+        if os.fspath(place) in folders:
+            raise PermissionError(errno.EACCES, "Permission denied", os.fspath(place))
+        return original(place)
+
+    monkeypatch.setattr(os, "scandir", lambda place=".": refused(place, scan))
+    monkeypatch.setattr(os, "listdir", lambda place=".": refused(place, listed))
+    return lambda folder: folders.add(str(folder))
+
+
+def test_a_folder_that_cannot_be_listed_costs_only_its_images(
+    mvtec: Path, locked: Callable[[Path], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    draw(mvtec / "nut" / "test" / "good" / "private" / "0.png")
+    locked(mvtec / "bolt")
+    locked(mvtec / "nut" / "test" / "good" / "private")
+    assert {sample.class_name for sample in training_samples(str(mvtec))} == {"nut"}
+    assert f"cannot read {mvtec}/bolt: Permission denied; its images are left out" in caplog.text
+    assert len(training_samples(str(mvtec), ["nut"])) == 3
+    assert "cannot read" in fails(str(mvtec), ["bolt"])
+    problems = [sample.problem for sample in scoring_samples([str(mvtec)]) if sample.problem]
+    assert problems == [f"cannot read {mvtec}/bolt: Permission denied",
+                        f"cannot read {mvtec}/nut/test/good/private: Permission denied"]
+    assert len(list(scoring_samples([str(mvtec / "nut" / "test")]))) == 3
 
 
 def test_unreadable_image_is_found_before_training(mvtec: Path) -> None:
@@ -265,8 +352,8 @@ def test_manifest_without_split(manifest: Path) -> None:
     good = [Sample(f"{folder}/a.png", "bolt", "good"), Sample(f"{folder}/b.png", "nut", "good")]
     assert training_samples(data) == good
     assert list(scoring_samples([data])) == [
-        *good, Sample(f"{folder}/c.png", "bolt", "anomalous", f"{folder}/masks/c.png"), Sample(f"{folder}/d.png", "nut")
-    ]
+        *good, Sample(f"{folder}/c.png", "bolt", "anomalous", (f"{folder}/masks/c.png",)),
+        Sample(f"{folder}/d.png", "nut")]
 
 
 def test_manifest_with_split(manifest: Path) -> None:
@@ -314,8 +401,7 @@ def test_manifest_with_a_row_without_class(manifest: Path) -> None:
 def test_manifest_with_missing_files(manifest: Path) -> None:
     data = write_manifest(manifest, ROWS)
     (manifest.parent / "masks" / "c.png").unlink()
-    assert "c.png does not exist" in fails(data)
-    write_manifest(manifest, ROWS)
+    assert len(training_samples(data)) == 2  # no mask is needed
     (manifest.parent / "a.png").unlink()
     assert "a.png: No such file" in fails(data)
 
@@ -381,14 +467,34 @@ def count(samples: Sequence[Sample]) -> Dict[Optional[str], int]:
 def test_split_held_out(samples: Sequence[Sample], share: float, seed: int) -> None:
     rest, held_out = split_held_out(samples, share, seed)
     assert (rest, held_out) == split_held_out(samples, share, seed)
-    assert sorted(rest + held_out, key=samples.index) == samples
+    assert sorted({*rest, *held_out}, key=samples.index) == samples
     assert rest == sorted(rest, key=samples.index)
     for name, number in count(samples).items():
         held = count(held_out)[name]
-        assert (held == 0) if number == 1 else (min(3, number // 2) <= held < number)
+        assert (held == count(rest)[name] == 1) if number == 1 else (min(3, number // 2) <= held < number)
+        assert number == 1 or held + count(rest)[name] == number
         assert abs(held - share * number) <= 1 or held == min(3, number // 2)
         members = [sample for sample in samples if sample.class_name == name]
         assert split_held_out(members, share, seed)[1] == [s for s in held_out if s.class_name == name]
+
+
+@given(samples=SETS, share=st.floats(0, 1), seed=st.integers(0, 2**32 - 1), data=st.data())
+def test_copies_stay_on_one_side(samples: Sequence[Sample], share: float, seed: int, data: st.DataObject) -> None:
+    firsts: List[int] = []
+    for number, sample in enumerate(samples):
+        same = [first for first in set(firsts) if samples[first].class_name == sample.class_name]
+        firsts.append(data.draw(st.sampled_from([number, *same])))
+    rest, held_out = split_held_out(samples, share, seed, firsts)
+    original = dict(zip(samples, firsts))
+    different = [sample for number, sample in enumerate(samples) if firsts[number] == number]
+    assert held_out == split_held_out(different, share, seed)[1]  # copies change nothing
+    assert len({original[sample] for sample in held_out}) == len(held_out)
+    for name in count(samples):
+        sides = [{original[sample] for sample in side if sample.class_name == name} for side in (rest, held_out)]
+        assert sides[0] | sides[1] == {original[sample] for sample in samples if sample.class_name == name}
+        assert not sides[0] & sides[1] or len(sides[0]) == len(sides[1]) == 1
+        assert sum(sample.class_name == name for sample in rest) == sum(
+            original[sample] in sides[0] for sample in samples if sample.class_name == name)
 
 
 @given(samples=SETS, wanted=st.integers(0, 50), seed=st.integers(0, 2**32 - 1))

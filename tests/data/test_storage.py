@@ -15,8 +15,9 @@ from conftest import run_here
 from PIL import Image
 
 from uadtool.data import storage
-from uadtool.data.dataset import Sample, scoring_samples, training_samples
+from uadtool.data.dataset import scoring_samples, training_samples
 from uadtool.data.images import ImageError, read_image
+from uadtool.data.samples import Sample
 from uadtool.errors import MissingPackage, UadtoolError
 
 fsspec = pytest.importorskip("fsspec")
@@ -35,7 +36,7 @@ def elsewhere(samples: List[Sample], here: str, there: str) -> List[Sample]:
     def moved(name: Any) -> Any:
         return name and name.replace(here, there)
 
-    return [sample.__class__(moved(sample.path), sample.class_name, sample.label, moved(sample.mask))
+    return [sample.__class__(moved(sample.path), sample.class_name, sample.label, tuple(map(moved, sample.masks)))
             for sample in samples]
 
 
@@ -65,7 +66,7 @@ def test_a_manifest_names_local_and_remote_files(memory: str, mvtec: Path, tmp_p
     assert [sample.path for sample in scoring_samples([f"{memory}/set.jsonl"])] == [
         f"{memory}/red/test/spot/000.png", str(mvtec / "red/test/good/000.png"), f"{memory}/green/test/good/000.png"]
     spot, *_ = scoring_samples([f"{memory}/set.jsonl"])
-    assert (spot.mask, spot.class_name) == (f"{memory}/red/ground_truth/spot/000_mask.png", "set")
+    assert (spot.masks, spot.class_name) == ((f"{memory}/red/ground_truth/spot/000_mask.png",), "set")
     *_, other = scoring_samples([str(tmp_path / "set.jsonl")])
     assert other.path == f"{memory}/green/test/good/000.png"
 

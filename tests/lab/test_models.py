@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from uadtool.data.dataset import Sample
+from uadtool.data.samples import Sample
 from uadtool.errors import UadtoolError
 from uadtool.lab.detectors.contract import Detector
 from uadtool.lab.models import load_float_model, load_model, save_model

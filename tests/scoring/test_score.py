@@ -20,8 +20,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from uadtool.data.dataset import Sample, scoring_samples
+from uadtool.data.dataset import scoring_samples
 from uadtool.data.images import read_image, upsample
+from uadtool.data.samples import Sample
 from uadtool.data.watch import Watch
 from uadtool.errors import UadtoolError
 from uadtool.runtimes.opening import open_model
@@ -471,7 +472,7 @@ def test_good_images_of_a_class_with_masks_count_for_its_pixels():
     mask[:2] = True
     evaluation = Evaluation(threshold=1.0)
     evaluate(evaluation, Sample("1", "a", "good"), predicted(9.0), SIZE)
-    evaluate(evaluation, Sample("2", "a", "anomalous", "mask"), predicted(5.0, mask=mask), SIZE)
+    evaluate(evaluation, Sample("2", "a", "anomalous", ("mask",)), predicted(5.0, mask=mask), SIZE)
     evaluate(evaluation, Sample("3", "b", "good"), predicted(1.0), SIZE)  # its pixels do not count: b has no masks
     found = evaluation.figures()
     # 8 anomalous pixels, against 16 good ones above and 8 equal to them.

@@ -31,6 +31,7 @@ def _sources(ctx: click.Context, param: click.Parameter, value: Tuple[str, ...])
                                       "the sources share the count evenly.")
 @click.option("--count", type=click.IntRange(1), default=64, show_default=True,
               help="Images to calibrate on, the same number of each class.")
+@options.max_pixels
 @options.classes
 @options.seed
 @options.verbosity

@@ -21,6 +21,7 @@ from uadtool.errors import require_lab
 @click.option("--gpu-fallback", is_flag=True, default=None,
               help="Run layers that the DLA does not support on the GPU (with --dla).")
 @click.option("--compute-capability", metavar="X.Y", help="Build for a GPU that is not here (TensorRT-RTX only).")
+@options.max_pixels
 @options.verbosity
 def export(model: str, output: str, images: Optional[str], **build: Any) -> None:
     """Write MODEL as a complete ONNX detector and check that its scores match those of torch.

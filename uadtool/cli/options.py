@@ -1,6 +1,7 @@
 """Options that several commands share: one definition each, one spelling everywhere.
 
 ``--classes``     the classes of DATA to use
+``--max-pixels``  the size beyond which an image is taken for a decompression bomb
 ``--output/-o``   the file to write; it appears whole or not at all
 ``--runtime``     the software that runs an exported model, or auto
 ``--seed``        the source of all randomness
@@ -42,6 +43,13 @@ def output(help: str, required: bool = True) -> Callable[[F], F]:
     return click.option("-o", "--output", required=required, metavar="FILE", type=click.Path(dir_okay=False), help=help)
 
 
+def _limit_pixels(ctx: click.Context, param: click.Parameter, value: Optional[int]) -> None:
+    if value is not None:
+        from uadtool.data.images import limit_pixels  # lazy: it imports NumPy
+
+        limit_pixels(value)
+
+
 def refuse(*cases: Tuple[object, str]) -> None:
     """Raise a usage error with the message of the first case whose condition holds."""
     for condition, message in cases:
@@ -69,6 +77,8 @@ target = click.option("--target", type=click.Choice(["onnxruntime", "openvino", 
                       show_default=True, help="Runtime that the int8 model is made for.")
 seed = click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True,
                     help="Source of all randomness.")
+max_pixels = click.option("--max-pixels", type=click.IntRange(1), metavar="N", expose_value=False,
+                          callback=_limit_pixels, help="Refuse images of more pixels  [default: 178956970]")
 runtime = click.option("--runtime", type=click.Choice(["auto", "onnxruntime", "openvino", "tensorrt", "torch"]),
                        default="auto", show_default=True,
                        help="Runtime of the model; auto takes the fastest installed runtime for this kind of file, and "

@@ -31,6 +31,7 @@ from uadtool.errors import require_lab
               help="Batches of 16 images to fine-tune on (with --qat).")
 @click.option("--resume", is_flag=True,
               help="Continue from OUTPUT.checkpoint, if an interrupted run left it (with --qat).")
+@options.max_pixels
 @options.seed
 @options.verbosity
 @click.pass_context

@@ -62,6 +62,7 @@ def _finite(ctx: click.Context, param: click.Parameter, value: Optional[float]) 
 @click.option("--ray", metavar="ADDRESS",
               help="Score on the Ray cluster at HOST:PORT, of this machine (auto), or on a new cluster (local).")
 @click.option("-0", "--null", is_flag=True, help="Paths on stdin end with NUL (find -print0).")
+@options.max_pixels
 @options.verbosity
 @click.pass_context
 def score(ctx: click.Context, /, **values: Any) -> None:

@@ -1,10 +1,12 @@
+import logging
 from pathlib import Path
 from typing import Dict, List, Optional, Tuple
 
 import click
 
 from uadtool.cli import options
-from uadtool.errors import require_lab
+from uadtool.errors import UadtoolError, require_lab
+from uadtool.terminal import log
 
 
 def _size(ctx: click.Context, param: click.Parameter, value: str) -> Tuple[int, int]:
@@ -27,7 +29,7 @@ def _pairs(ctx: click.Context, param: click.Parameter, value: Tuple[str, ...]) -
 
 @click.command()
 @click.argument("data", metavar="DATA")
-@options.output("The model to write (.safetensors).")
+@options.output("The model to write (.safetensors).", required=False)
 @click.option("--method", default="stfpm", show_default=True, metavar="NAME",
               help="Detection method: stfpm, rd, us, dinomaly, duet, or one that an installed package adds.")
 @click.option("--option", "method_options", metavar="NAME=VALUE", multiple=True, callback=_pairs,
@@ -39,6 +41,9 @@ def _pairs(ctx: click.Context, param: click.Parameter, value: Tuple[str, ...]) -
               help="ImageNet weights of the teacher (.pth, .safetensors)  [default: from an installed package or timm]")
 @click.option("--image-size", default="256", show_default=True, metavar="SIZE", callback=_size,
               help="Pixels to resize images to: SIZE or HEIGHTxWIDTH.")
+@click.option("--grey-bits", type=click.Choice(["auto", "10", "12", "14", "16"]), default="auto", show_default=True,
+              help="Bits of the values in 16-bit grey files; auto takes for each class the fewest that fit.")
+@options.max_pixels
 @options.classes
 @click.option("--epochs", type=click.IntRange(1), default=40, show_default=True, help="Passes over the images.")
 @click.option("--steps", type=click.IntRange(1), help="Batches of 16 images to train on, instead of --epochs.")
@@ -54,12 +59,14 @@ def _pairs(ctx: click.Context, param: click.Parameter, value: Tuple[str, ...]) -
               help="Device that torch computes on.")
 @options.seed
 @click.option("--resume", is_flag=True, help="Continue from OUTPUT.checkpoint, if an interrupted run left it.")
+@click.option("--check", is_flag=True,
+              help="Train nothing: read every image, and report what is in DATA and what is odd.")
 @options.verbosity
 @click.pass_context
-def train(ctx: click.Context, data: str, output: str, method: str, method_options: Dict[str, str], teacher: str,
-          teacher_weights: Optional[str], image_size: Tuple[int, int], classes: Optional[List[str]], epochs: int,
-          steps: Optional[int], held_out: float, false_positive_rate: float,
-          teacher_ranges: Optional[str], target: str, device: str, seed: int, resume: bool) -> None:
+def train(ctx: click.Context, data: str, output: Optional[str], method: str, method_options: Dict[str, str],
+          teacher: str, teacher_weights: Optional[str], image_size: Tuple[int, int], grey_bits: str,
+          classes: Optional[List[str]], epochs: int, steps: Optional[int], held_out: float, false_positive_rate: float,
+          teacher_ranges: Optional[str], target: str, device: str, seed: int, resume: bool, check: bool) -> None:
     """Train one detector for all classes of DATA, only from good images.
 
     DATA is a folder in MVTec layout (CLASS/train/good), one such class folder, or a manifest (CSV, JSONL). An
@@ -68,6 +75,7 @@ def train(ctx: click.Context, data: str, output: str, method: str, method_option
 
     \b
     Examples:
+      uadtool train mvtec/ --check
       uadtool train mvtec/ -o unified.safetensors
       uadtool train mvtec/ -o unified.safetensors --resume
       uadtool train parts.csv -o r18.safetensors --teacher resnet18 --teacher-weights resnet18.pth
@@ -76,9 +84,15 @@ def train(ctx: click.Context, data: str, output: str, method: str, method_option
     """
     options.refuse(
         (steps and options.given(ctx, "epochs"), "--epochs and --steps are mutually exclusive."),
+        (check and output, "--check writes no model; leave out -o."),
+        (not check and not output, "Missing option '-o' / '--output'."),
         (not teacher_ranges and options.given(ctx, "target"),
          "--target requires --teacher-int8; a float model runs on every runtime."),
     )
+    if check:
+        _check(data, classes, held_out, false_positive_rate)
+        return
+    assert output
     options.refuse_exported_name(ctx, output)
     require_lab()
     from uadtool.data.dataset import training_samples
@@ -98,7 +112,8 @@ def train(ctx: click.Context, data: str, output: str, method: str, method_option
         checkpoint = Path(f"{output}.checkpoint")
         result = run(samples, TrainingOptions(
             method=method, method_options=method_options, teacher=teacher, teacher_weights=teacher_weights,
-            image_size=image_size, held_out=held_out, false_positive_rate=false_positive_rate, device=device, seed=seed,
+            image_size=image_size, grey_bits=None if grey_bits == "auto" else int(grey_bits), held_out=held_out,
+            false_positive_rate=false_positive_rate, device=device, seed=seed,
             teacher_ranges=ranges, target=target, epochs=epochs, steps=steps,
         ), checkpoint, resume)
         if result is None:
@@ -110,3 +125,22 @@ def train(ctx: click.Context, data: str, output: str, method: str, method_option
             "threshold": result.metadata.threshold, "false_positive_rate": false_positive_rate,
             "parameters": result.metadata.parameters, "macs": result.metadata.macs,
         })
+
+
+def _check(data: str, classes: Optional[List[str]], held_out: float, false_positive_rate: float) -> None:
+    from time import perf_counter
+
+    from uadtool.data.check import check, table
+    from uadtool.files import write_json
+    from uadtool.host import available_cores
+    from uadtool.scoring.metrics import rounded
+
+    began = perf_counter()
+    report = check(data, classes, held_out, false_positive_rate, available_cores())
+    seconds = perf_counter() - began
+    write_json({"schema": "uadtool.check/1", "data": data, "seconds": rounded(seconds),
+                "images_per_second": rounded(report["images"] / seconds), **report})
+    if log.isEnabledFor(logging.INFO):
+        click.echo(table(report), err=True)
+    if report["refusal"]:
+        raise UadtoolError(report["refusal"])

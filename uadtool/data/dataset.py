@@ -1,108 +1,119 @@
-"""From a path or URL to samples: images, each with its class, label and mask as far as they are known.
+"""From a path or URL to samples: images, each with its class, label and masks as far as they are known.
 
 Supported are
 
-- a folder of classes as in MVTec AD: ``CLASS/train/good/*``, ``CLASS/test/good/*``, ``CLASS/test/DEFECT/*``, and masks
-  ``CLASS/ground_truth/DEFECT/STEM_mask.png`` (or ``STEM.png``);
-- one such class folder;
-- a manifest, CSV with a header or JSON Lines: ``path`` and, if known, ``class``, ``label`` (good, normal, ok, 0 or
-  false; empty is unknown; anything else is anomalous), ``mask`` and ``split`` (train or test). Relative paths start at
-  the manifest's folder. If no row has a class, the manifest's name is the class. Rows without a split are in both;
+- a folder of classes (``layout``), or one such class folder;
+- a manifest (``manifest``), CSV with a header or JSON Lines: ``path`` and, if known, ``class``, ``label``, ``mask`` and
+  ``split`` (train or test). Relative paths start at the manifest's folder. If no row has a class, the manifest's name
+  is the class. Rows without a split are in both. A mask that is a folder stands for all masks in it;
 - for scoring, also any folder of images, and single images.
 
-For scoring, all of them may be at a URL. Hidden files and folders are ignored.
+For scoring, all of them may be at a URL. What ``storage.ignored`` names does not count.
 """
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePath
-from typing import Collection, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple
+from typing import Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple
 
 from uadtool.data import manifest, storage
-from uadtool.data.images import image_size
+from uadtool.data.layout import MASK_NAMES, Row, images, is_class, read_class
+from uadtool.data.samples import SUFFIXES, Sample, label_of
 from uadtool.data.storage import Folder
 from uadtool.errors import MissingPackage, UadtoolError, reading
 from uadtool.files import file_digest
 from uadtool.terminal import log
 
-SUFFIXES = {
-    ".avif", ".bmp", ".dib", ".gif", ".j2k", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm", ".pfm", ".pgm", ".png",
-    ".pnm", ".ppm", ".tga", ".tif", ".tiff", ".webp",
-}
-GOOD_LABELS = {"good", "normal", "ok", "0", "0.0", "false"}  # pandas writes 0.0 when other labels are missing
-
-PLACES = ("train", "test", "ground_truth")
-"""The folders in a class folder."""
+MOST_NAMED = 5
+"""Folders that a warning names; of more it gives the number."""
 
 
-@dataclass(frozen=True)
-class Sample:
-    """An image and what the layout says about it.
+class Unused(NamedTuple):
+    """A folder with images that are not used; ``class_name`` is "" outside of the class folders."""
 
-    ``label`` is "good", "anomalous" or None (unknown). ``mask`` is the path of the ground truth, even of a missing file
-    if the layout requires it. ``problem`` is the reason why ``path`` cannot be read, if it is already known.
+    class_name: str
+    folder: str
+    images: int
+
+
+@dataclass
+class Dataset:
+    """The content of a data set.
+
+    ``rows`` are the samples and the split of each: "train", "test" or "" (both). A class may have none. ``unmasked``
+    are images of a defect without a mask, although other images of it have masks; ``unused_masks`` belong to no image.
     """
 
-    path: str
-    class_name: Optional[str] = None
-    label: Optional[str] = None
-    mask: Optional[str] = None
-    problem: Optional[str] = None
-
-
-class Layout(NamedTuple):
-    """The content of a data set. A class may have no rows; the split of a row is "train", "test" or "" (both)."""
-
     classes: Set[str]
-    rows: List[Tuple[Sample, str]]
+    rows: List[Row] = field(default_factory=list)
+    unused: List[Unused] = field(default_factory=list)
+    unmasked: List[str] = field(default_factory=list)
+    unused_masks: List[str] = field(default_factory=list)
 
 
 def training_samples(data: str, classes: Optional[Sequence[str]] = None) -> List[Sample]:
     """The good training images of a data set, sorted by class and path; each has a class.
 
-    The whole data set is checked, so that no long run starts on a broken one; ``classes`` limits it to these classes.
+    Only ``classes`` are read, or all if None. A class whose folder cannot be read is left out, with a warning, unless
+    it is one of ``classes``.
 
     Raises:
-        UadtoolError: no images exist; a class is unknown or has no training images; an image is empty or missing; a
-            mask is missing or differs in size from its image; an image is in train and in test.
+        UadtoolError: no images exist; a class is unknown or has no training images; an image is empty or missing; an
+            image is in train and in test.
+    """
+    dataset = read_dataset(data, classes)
+    names = set(classes or dataset.classes)
+    nameless = [sample.path for sample, _ in dataset.rows if not sample.class_name]
+    if nameless and not classes:
+        raise UadtoolError(f"{data} gives classes, but none for {nameless[0]}")
+    rows = [(sample, split) for sample, split in dataset.rows if sample.class_name in names and not sample.problem]
+    for sample, _ in rows:
+        for path in (sample.path, *sample.masks):
+            _require_local(path)
+    if any(sample.label == "anomalous" and not split for sample, split in rows):
+        log.warning("%s gives some images no split, so they are used for training and for testing; to compare models "
+                    "fairly, give each image the split train or test", data)
+    problems = [sample for sample, _ in dataset.rows if sample.class_name in names and sample.problem]
+    for sample in problems:
+        log.warning("%s; its images are left out", sample.problem)
+    training = list(dict.fromkeys(sample for sample, split in rows if split != "test" and sample.label == "good"))
+    missing = names - {sample.class_name for sample in training}
+    if not classes:
+        missing -= {sample.class_name for sample in problems}
+    for name in sorted(missing):
+        raise UadtoolError(_without_images(data, name, dataset))
+    if not training:
+        raise UadtoolError(problems[0].problem)
+    _warn_of_unused(data, dataset)
+    _check_apart(training, [sample for sample, split in rows if split == "test"])
+    return sorted(training, key=lambda sample: (sample.class_name, sample.path))
+
+
+def read_dataset(data: str, classes: Optional[Sequence[str]] = None) -> Dataset:
+    """Everything about a local data set, except the content of its images; of a folder only the given ``classes``.
+
+    Raises:
+        UadtoolError: ``data`` does not exist or is no data set, or a class is unknown.
     """
     data = storage.local(data)
     _require_local(data)
     if not storage.exists(data):
         raise UadtoolError(f"{data} does not exist")
-    layout = _read_layout(data, _folder(data))
-    if layout is None or not layout.classes:
+    dataset = _read(data, _folder(data), classes)
+    if dataset is None or not dataset.classes:
         raise UadtoolError(f"no images to train on in {data}; give a folder with CLASS/train/good/*, one such CLASS "
                            "folder, or a manifest (.csv, .jsonl)")
-    names = set(classes or layout.classes)
-    if names - layout.classes:
-        raise UadtoolError(f"{data} has no class {_names(names - layout.classes)}; it has {_names(layout.classes)}")
-    nameless = [sample.path for sample, _ in layout.rows if not sample.class_name]
-    if nameless and not classes:
-        raise UadtoolError(f"{data} gives classes, but none for {nameless[0]}")
-    rows = [(sample, split) for sample, split in layout.rows if sample.class_name in names]
-    for sample, _ in rows:
-        _require_local(sample.path)
-        _require_local(sample.mask or "")
-    if any(sample.label == "anomalous" and not split for sample, split in rows):
-        log.warning("%s gives some images no split, so they are used for training and for testing; to compare models "
-                    "fairly, give each image the split train or test", data)
-    training = list(dict.fromkeys(sample for sample, split in rows if split != "test" and sample.label == "good"))
-    for name in sorted(names - {sample.class_name for sample in training}):
-        others = sum(sample.class_name == name for sample, _ in rows)
-        problem = f"no good training images, only {others} other images" if others else "no images"
-        raise UadtoolError(f"class {name} of {data} has {problem}; put good images into its train/good (or label them "
-                           "good in the manifest), or choose other classes")
-    _check_masks(sample for sample, split in rows if split != "train")
-    _check_apart(training, [sample for sample, split in rows if split == "test"])
-    return sorted(training, key=lambda sample: (sample.class_name, sample.path))
+    if unknown := set(classes or ()) - dataset.classes:
+        raise UadtoolError(f"{data} has no class {_names(unknown)}; it has {_names(dataset.classes)}")
+    return dataset
 
 
 def scoring_samples(paths: Iterable[str], strict: bool = True) -> Iterator[Sample]:
     """Yield the images to score, path by path.
 
-    A data set yields its test split, with classes, labels and masks; any other folder yields all its images. Any other
-    path is an image, even if it does not exist: reading it reports the error. The same holds for URLs, except that a
-    URL that ends like an image is not asked whether it is a folder.
+    A data set yields its test split, with classes, labels and masks; any other folder yields all its images. A folder
+    in it that cannot be listed yields a sample with a ``problem``. Any other path is an image, even if it does not
+    exist: reading it reports the error. The same holds for URLs, except that a URL that ends like an image is not asked
+    whether it is a folder.
 
     Args:
         strict: raise errors; otherwise a path without images yields a sample with the error as ``problem``.
@@ -124,25 +135,37 @@ def scoring_samples(paths: Iterable[str], strict: bool = True) -> Iterator[Sampl
 def _samples_of(name: str) -> List[Sample]:
     """The images to score at a path or URL."""
     folder = _folder(name)
-    layout = _read_layout(name, folder)
-    if layout is not None:
-        samples = [sample for sample, split in layout.rows if split != "train"]
-        ignored = _outside(folder) if folder else 0
-        if ignored:
-            log.warning("%s is a data set; %d images outside of CLASS/train and CLASS/test are ignored", name, ignored)
+    dataset = _read(name, folder)
+    if dataset is not None:
+        samples = [sample for sample, split in dataset.rows if split != "train"]
+        _warn_of_unused(name, dataset)
+        _warn_of_unmasked(name, dataset)
+    elif folder:
+        found, problems = images(folder)
+        samples = [Sample(folder.path(image)) for image in found]
+        samples += [Sample(path, problem=problem) for path, problem in problems]
     else:
-        samples = [Sample(folder.path(image)) for image in _images(folder)] if folder else [Sample(name)]
+        samples = [Sample(name)]
     if not samples:
         raise UadtoolError(f"no images to score in {name}")
     return samples
 
 
-def _outside(folder: Folder) -> int:
-    """The number of images outside of ``PLACES``, which are large and therefore not listed."""
-    if _is_class(folder):
-        return len(_images(folder, PLACES))
-    children = folder.folders()
-    return len(_images(folder, children)) + sum(len(_images(folder / child, PLACES)) for child in children)
+def _warn_of_unused(name: str, dataset: Dataset) -> None:
+    if not dataset.unused:
+        return
+    named = [f"{folder} ({count})" for _, folder, count in dataset.unused[:MOST_NAMED]]
+    more = len(dataset.unused) - len(named)
+    log.warning("%s is a data set; %d images outside of CLASS/train/good and CLASS/test are ignored, in %s%s", name,
+                sum(folder.images for folder in dataset.unused), ", ".join(named),
+                f" and {more} other folders" if more else "")
+
+
+def _warn_of_unmasked(name: str, dataset: Dataset) -> None:
+    if dataset.unmasked:
+        forms = ", ".join(form.format("NAME") for form in MASK_NAMES)
+        log.warning("%s: %d images of defects have no mask and do not count in pixel metrics; the first is %s; a mask "
+                    "is an image of one of the names %s", name, len(dataset.unmasked), dataset.unmasked[0], forms)
 
 
 def _names(classes: Iterable[str]) -> str:
@@ -156,76 +179,64 @@ def _folder(name: str) -> Optional[Folder]:
     return storage.open_folder(name)
 
 
-def _read_layout(name: str, folder: Optional[Folder]) -> Optional[Layout]:
+def _read(name: str, folder: Optional[Folder], classes: Optional[Sequence[str]] = None) -> Optional[Dataset]:
     """The data set in ``folder``, or in the manifest ``name`` if that is not a folder; None if it is neither."""
     if folder is None:
         return _read_manifest(name) if storage.suffix(name) in manifest.SUFFIXES else None
-    if _is_class(folder):
-        folders = {folder.name: folder}
+    if is_class(folder):
+        folders, dataset = {folder.name: folder}, Dataset({folder.name})
     else:
         folders = {child: folder / child for child in folder.folders()}
-        if not any(map(_is_class, folders.values())):
+        if not any(map(is_class, folders.values())):
             return None
-    return Layout(set(folders), [row for name, folder in folders.items() for row in _read_class(folder, name)])
+        dataset = Dataset(set(folders))
+        if loose := len(images(folder, list(folders))[0]):
+            dataset.unused.append(Unused("", folder.path(), loose))
+    for class_name, place in folders.items():
+        if classes and class_name not in classes:
+            continue
+        content = read_class(place, class_name)
+        dataset.rows += content.rows
+        dataset.unused += [Unused(class_name, path, count) for path, count in sorted(content.unused.items())]
+        dataset.unmasked += content.unmasked
+        dataset.unused_masks += content.unused_masks
+    return dataset
 
 
-def _is_class(folder: Folder) -> bool:
-    return (folder / "train").exists() or (folder / "test").exists()
-
-
-def _read_class(folder: Folder, name: str) -> Iterator[Tuple[Sample, str]]:
-    training, test, truth = folder / "train" / "good", folder / "test", folder / "ground_truth"
-    for image in _images(training):
-        yield Sample(training.path(image), name, "good"), "train"
-    for image in _images(test):
-        defect = image.parts[0] if len(image.parts) > 1 else None
-        label = "good" if defect == "good" else "anomalous" if defect else None
-        yield Sample(test.path(image), name, label, _mask(truth, image) if label == "anomalous" else None), "test"
-
-
-def _mask(folder: Folder, image: PurePath) -> Optional[str]:
-    if not folder.has(PurePath(image.parts[0])):
-        return None
-    usual, short = image.with_name(f"{image.stem}_mask.png"), image.with_suffix(".png")
-    return folder.path(short if folder.has(short) and not folder.has(usual) else usual)
-
-
-def _images(folder: Folder, without: Collection[str] = ()) -> List[PurePath]:
-    return [file for file in folder.files(without) if file.suffix.lower() in SUFFIXES]
-
-
-def _read_manifest(name: str) -> Layout:
+def _read_manifest(name: str) -> Dataset:
     rows = manifest.read_manifest(name)
     only_class = PurePath(storage.without_query(name)).stem if not any(row["class"] for row in rows) else None
-    samples = []
-    for row in rows:
-        label = row["label"].lower()
-        samples.append((Sample(
-            path=storage.beside(name, row["path"]),
-            class_name=row["class"] or only_class,
-            label=("good" if label in GOOD_LABELS else "anomalous") if label else None,
-            mask=storage.beside(name, row["mask"]) if row["mask"] else None,
-        ), row["split"]))
-    return Layout({sample.class_name for sample, _ in samples if sample.class_name}, samples)
+    samples = [(Sample(
+        path=storage.beside(name, row["path"]),
+        class_name=row["class"] or only_class,
+        label=label_of(row["label"]),
+        masks=_masks(storage.beside(name, row["mask"])) if row["mask"] else (),
+    ), row["split"]) for row in rows]
+    return Dataset({sample.class_name for sample, _ in samples if sample.class_name}, samples)
+
+
+def _masks(name: str) -> Tuple[str, ...]:
+    """The mask of a manifest, or all masks in it if it is a folder."""
+    folder = _folder(name) if storage.suffix(name) not in SUFFIXES else None
+    return tuple(folder.path(mask) for mask in images(folder)[0]) if folder else (name,)
+
+
+def _without_images(data: str, name: str, dataset: Dataset) -> str:
+    """Why a class cannot be trained."""
+    samples = [sample for sample, _ in dataset.rows if sample.class_name == name]
+    if problem := next((sample.problem for sample in samples if sample.problem), None):
+        return problem
+    found = [f"{unused.images} in {unused.folder}" for unused in dataset.unused if unused.class_name == name]
+    found += [f"{len(samples)} to test on or with other labels"] if samples else []
+    problem = f"no good training images, only {', '.join(found)}" if found else "no images"
+    return (f"class {name} of {data} has {problem}; put good images into its train/good (or label them good in the "
+            "manifest), or choose other classes")
 
 
 def _require_local(name: str) -> None:
     if storage.is_url(name):
         raise UadtoolError(f"{name} is remote, but training rereads its images every epoch; copy them to this machine "
                            "first")
-
-
-def _check_masks(samples: Iterable[Sample]) -> None:
-    """Require that masks exist and have the size of their image."""
-    for sample in samples:
-        if not sample.mask:
-            continue
-        if not storage.exists(sample.mask):
-            raise UadtoolError(f"{sample.path} has no mask: {sample.mask} does not exist")
-        image, mask = image_size(sample.path), image_size(sample.mask)
-        if image != mask:
-            raise UadtoolError(f"{sample.mask} is {mask[1]} x {mask[0]} pixels, but its image {sample.path} is "
-                               f"{image[1]} x {image[0]}")
 
 
 def _check_apart(training: Iterable[Sample], test: Iterable[Sample]) -> None:

@@ -4,7 +4,7 @@ import io
 import warnings
 from contextlib import contextmanager
 from importlib.util import find_spec
-from typing import Iterator, Tuple
+from typing import Callable, Iterator, Optional, Sequence, Tuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,11 @@ FORMATS = ["PNG", "JPEG", "BMP", "DIB", "GIF", "PPM", "TIFF", "WEBP", "JPEG2000"
 """Supported image formats, whatever the file name. Pillow supports more, and runs Ghostscript for some."""
 if find_spec("PIL.AvifImagePlugin"):  # Pillow 11.3 and later
     FORMATS.append("AVIF")
+
+DEPTHS = (10, 12, 14, 16)
+"""Bits of a camera whose grey values are stored in integers of 16 bits."""
+STRIP = 1 << 24
+"""Pixels of a larger image that are converted at once: what follows its decoding needs little memory."""
 
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -40,28 +45,30 @@ class ImageError(UadtoolError):
     """An image file that cannot be read."""
 
 
-def read_image(path: str, size: Tuple[int, int]) -> NDArray[np.uint8]:
+def read_image(path: str, size: Tuple[int, int], depths: Sequence[int] = ()) -> NDArray[np.uint8]:
     """Decode an image as a person sees it and resize it to ``size`` (height, width), whatever its shape.
 
     The EXIF orientation is applied, transparent pixels lie on white, 16-bit and float grey keep their whole range, CMYK
     follows its colour profile, and an animation gives its first frame. Resizing is bilinear with antialiasing.
 
+    Args:
+        depths: numbers of bits, ascending. Grey of 16 bits is read by the first into which all its values fit, so that
+            the largest of so many bits becomes 255; by 16 if there is none.
+
     Returns:
         RGB, uint8 [H, W, 3], values 0 to 255.
 
     Raises:
-        ImageError: the file is missing, broken, not an image, not a regular file, or too large (Pillow's limit).
+        ImageError: the file is missing, broken, not an image, not a regular file, or too large (``limit_pixels``).
     """
     height, width = size
     with _opened(path) as image:
         # Shrinking a JPEG by 2, 4 or 8 while decoding is cheap. At least twice the final size remains.
         side = 2 * max(size)
         draft = image.draft(image.mode, (side, side))
-        pixels = _to_rgb(image)
         orientation = _orientation(image)
         stored_size = (height, width) if orientation >= 5 else (width, height)
-        if pixels.size != stored_size:
-            pixels = pixels.resize(stored_size, Image.Resampling.BILINEAR, box=draft[1] if draft else None)
+        pixels = _resized(image, _rgb_converter(image, depths), stored_size, draft[1] if draft else None)
         return np.array(_upright(pixels, orientation))
 
 
@@ -88,6 +95,30 @@ def read_mask(path: str, size: Tuple[int, int]) -> NDArray[np.bool_]:
             marked = (channels[..., :3].max(-1) > black) & (channels[..., 3] > 0)
         mask = _upright(Image.fromarray(marked), _orientation(image))
         return np.array(mask.resize(size[::-1], Image.Resampling.NEAREST))
+
+
+def read_overview(path: str, size: Tuple[int, int]) -> Tuple[Tuple[int, int], int, NDArray[np.uint8]]:
+    """What an image holds, with one decoding.
+
+    Returns:
+        Its (height, width) as a person sees it; the bits per channel: 8, or for 16-bit grey the first of ``DEPTHS``
+        into which all values fit; and ``read_image(path, size, DEPTHS)``, but not turned upright.
+
+    Raises:
+        ImageError: as ``read_image``.
+    """
+    with _opened(path) as image:
+        width, height = image.size
+        draft = image.draft(image.mode, (2 * max(size), 2 * max(size)))
+        to_rgb = _rgb_converter(image, DEPTHS)
+        bits = _white(image, DEPTHS).bit_length() if image.mode.startswith("I") else 8
+        pixels = np.array(_resized(image, to_rgb, size[::-1], draft[1] if draft else None))
+        return (width, height) if _orientation(image) >= 5 else (height, width), bits, pixels
+
+
+def limit_pixels(count: int) -> None:
+    """Refuse images of more pixels than ``count`` from now on, in the whole process: a small file may hold many."""
+    Image.MAX_IMAGE_PIXELS = (count + 1) // 2  # Pillow refuses twice as many
 
 
 def image_size(path: str) -> Tuple[int, int]:
@@ -124,6 +155,8 @@ def _opened(path: str) -> Iterator[Image.Image]:
 def _reason(error: Exception) -> str:
     if isinstance(error, UnidentifiedImageError):
         return "not an image, or unsupported format"
+    if isinstance(error, Image.DecompressionBombError):
+        return f"it has more than {2 * (Image.MAX_IMAGE_PIXELS or 0)} pixels; if it is no bomb, raise --max-pixels"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     text = " ".join(str(error).split()) or type(error).__name__
@@ -146,35 +179,88 @@ def _upright(image: Image.Image, orientation: int) -> Image.Image:
     return image.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else image
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+Box = Tuple[float, float, float, float]
+"""Left, top, right, bottom in pixels."""
+Converter = Callable[[Image.Image], Image.Image]
+
+
+def _resized(image: Image.Image, to_rgb: Converter, size: Tuple[int, int], box: Optional[Box]) -> Image.Image:
+    """``to_rgb(image).resize(size, box=box)``, strip by strip if the image is large, with the same result.
+
+    Args:
+        size: (width, height).
+        box: the part of the image to take, or None for all of it.
+    """
+    if image.width * image.height <= STRIP:
+        pixels = to_rgb(image)
+        return pixels if pixels.size == size else pixels.resize(size, Image.Resampling.BILINEAR, box=box)
+    left, top, right, bottom = box or (0, 0, *image.size)
+    narrow, row = Image.new("RGB", (size[0], image.height)), 0
+    for strip in _strips(image):
+        narrow.paste(to_rgb(strip).resize((size[0], strip.height), Image.Resampling.BILINEAR,
+                                          box=(left, 0, right, strip.height)), (0, row))
+        row += strip.height
+    return narrow.resize(size, Image.Resampling.BILINEAR, box=(0, top, size[0], bottom))
+
+
+def _strips(image: Image.Image) -> Iterator[Image.Image]:
+    """The image in parts of its whole width, from top to bottom; a small image is one part."""
+    rows = max(1, STRIP // image.width)
+    for row in range(0, image.height, rows):
+        whole = rows >= image.height
+        yield image if whole else image.crop((0, row, image.width, min(row + rows, image.height)))
+
+
+def _rgb_converter(image: Image.Image, depths: Sequence[int]) -> Converter:
+    """The function that converts the image, or a strip of it, to RGB."""
     if image.mode.startswith(("I", "F")):
-        return Image.fromarray(_grey(image)).convert("RGB")
+        top = _white(image, depths)
+        inverted = getattr(image, "tag_v2", {}).get(PHOTOMETRIC) == 0
+
+        def grey_to_rgb(strip: Image.Image) -> Image.Image:
+            grey = np.rint(np.asarray(strip) * np.float32(255 / top)).astype(np.uint8)
+            return Image.fromarray(255 - grey if inverted else grey).convert("RGB")
+
+        return grey_to_rgb
     if image.mode == "CMYK" and image.info.get("icc_profile"):
-        from PIL import ImageCms
-
-        profile, srgb = io.BytesIO(image.info["icc_profile"]), ImageCms.createProfile("sRGB")
-        try:
-            converted = ImageCms.profileToProfile(image, profile, srgb, outputMode="RGB")
-            assert converted is not None
-            return converted
-        except ImageCms.PyCMSError:
-            pass  # a broken profile, or not a CMYK profile
+        return _by_profile
     if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
-        rgba = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
-    return image.convert("RGB")
+        return _on_white
+    return lambda strip: strip.convert("RGB")
 
 
-def _grey(image: Image.Image) -> NDArray[np.uint8]:
-    """8-bit grey [H, W] from 12 or 16 bits or float; Pillow's own conversion clips at 255."""
-    values = np.asarray(image)
-    low, high = values.min(), values.max()
-    tags = getattr(image, "tag_v2", {})
-    top = 1 if image.mode == "F" else 4095 if tags.get(BITS_PER_SAMPLE) == (12,) else 65535
-    if not (low >= 0 and high <= top):  # also refuses NaN
-        raise ValueError(f"its values range from {low} to {high}, not within 0 to {top}; save it with 8 or 16 bits")
-    scaled = np.rint(values * np.float32(255 / top)).astype(np.uint8)
-    return 255 - scaled if tags.get(PHOTOMETRIC) == 0 else scaled
+def _by_profile(image: Image.Image) -> Image.Image:
+    from PIL import ImageCms
+
+    profile, srgb = io.BytesIO(image.info["icc_profile"]), ImageCms.createProfile("sRGB")
+    try:
+        converted = ImageCms.profileToProfile(image, profile, srgb, outputMode="RGB")
+    except ImageCms.PyCMSError:  # a broken profile, or not a CMYK profile
+        return image.convert("RGB")
+    assert converted is not None
+    return converted
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    rgba = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+
+
+def _white(image: Image.Image, depths: Sequence[int]) -> int:
+    """The value of an image in integers or float that becomes 255; see ``read_image``."""
+    if image.mode == "F":
+        tops = [1]
+    elif getattr(image, "tag_v2", {}).get(BITS_PER_SAMPLE) == (12,):
+        tops = [4095]
+    else:
+        tops = [2 ** bits - 1 for bits in (*depths, 16)]
+    strips = map(np.asarray, _strips(image))
+    lows, highs = zip(*((strip.min(), strip.max()) for strip in strips))
+    low, high = np.min(lows), np.max(highs)
+    if not (low >= 0 and high <= tops[-1]):  # also refuses NaN
+        raise ValueError(f"its values range from {low} to {high}, not within 0 to {tops[-1]}; save it with 8 or 16 "
+                         "bits")
+    return next(top for top in tops if high <= top)
 
 
 def upsample(anomaly_map: np.ndarray, size: Tuple[int, int]) -> np.ndarray:

@@ -3,34 +3,46 @@
 import itertools
 import random
 from collections import defaultdict
-from typing import Dict, Iterable, List, Optional, Sequence, Set, Tuple
+from typing import Callable, Dict, Iterable, List, Optional, Sequence, Set, Tuple, TypeVar
 
-from uadtool.data.dataset import Sample
+from uadtool.data.samples import Sample
+
+T = TypeVar("T")
 
 LEAST_HELD_OUT = 3
 """Images of a class: one or two do not show how far its good images differ."""
 
 
-def split_held_out(samples: Sequence[Sample], share: float, seed: int) -> Tuple[List[Sample], List[Sample]]:
-    """Hold out ``share`` (0 to 1) of each class at random; returns (the rest, held out), both in the given order.
+def split_held_out(samples: Sequence[Sample], share: float, seed: int, originals: Optional[Sequence[int]] = None
+                   ) -> Tuple[List[Sample], List[Sample]]:
+    """Hold out ``share`` (0 to 1) of the different images of each class at random: (to train on, held out).
 
     At least ``LEAST_HELD_OUT`` images of a class are held out, or half of a class that has fewer than twice as many.
-    The only image of a class is not held out.
+    Copies of a held-out image are in neither list. The only image of a class is in both, with its copies in the first.
+    Both lists are in the given order.
+
+    Args:
+        originals: for each sample the number of the first of its copies, as ``inspection.originals`` returns them;
+            None if all images differ.
     """
-    held_out: Set[Sample] = set()
-    for name, members in _by_class(samples).items():
+    originals = range(len(samples)) if originals is None else originals
+    different = [number for number, original in enumerate(originals) if number == original]
+    held_out: Set[int] = set()
+    only: Set[int] = set()
+    for name, members in _by_class(different, lambda number: samples[number]).items():
         least = min(LEAST_HELD_OUT, len(members) // 2)
         count = min(max(round(share * len(members)), least), len(members) - 1)
         # Each class has its own randomness, so the choice does not depend on the other classes.
         held_out.update(random.Random(f"{seed} {name}").sample(members, count))
-    return ([sample for sample in samples if sample not in held_out],
-            [sample for sample in samples if sample in held_out])
+        only.update(members if len(members) == 1 else ())
+    return ([sample for sample, original in zip(samples, originals) if original not in held_out],
+            [samples[number] for number in sorted(held_out | only)])
 
 
 def balanced(samples: Sequence[Sample], count: int, seed: int) -> List[Sample]:
     """Choose ``count`` samples at random, or all if there are fewer; the classes take turns, in random order."""
     rng = random.Random(seed)
-    groups = list(_by_class(samples).values())
+    groups = list(_by_class(samples, lambda sample: sample).values())
     rng.shuffle(groups)
     for group in groups:
         rng.shuffle(group)
@@ -38,8 +50,8 @@ def balanced(samples: Sequence[Sample], count: int, seed: int) -> List[Sample]:
     return [sample for turn in turns for sample in turn if sample][:count]
 
 
-def _by_class(samples: Iterable[Sample]) -> Dict[Optional[str], List[Sample]]:
-    groups: Dict[Optional[str], List[Sample]] = defaultdict(list)
-    for sample in samples:
-        groups[sample.class_name].append(sample)
+def _by_class(items: Iterable[T], sample_of: Callable[[T], Sample]) -> Dict[Optional[str], List[T]]:
+    groups: Dict[Optional[str], List[T]] = defaultdict(list)
+    for item in items:
+        groups[sample_of(item).class_name].append(item)
     return groups

@@ -18,6 +18,12 @@ from urllib.parse import unquote, urlsplit
 
 from uadtool.errors import MissingPackage, UadtoolError, reading, require
 
+LEFTOVERS = {
+    "@eadir", "@recycle", "@tmp", "#recycle", "#snapshot", "$recycle.bin", "recycler", "system volume information",
+    "lost+found", "__macosx", "thumbs.db", "desktop.ini",
+}
+"""Names of what NAS devices and systems leave in folders, in lower case: thumbnails, deleted files, snapshots."""
+
 _URL = re.compile(r"[a-z][a-z0-9+.-]+://")  # not C:\
 
 
@@ -71,9 +77,18 @@ def open_file(name: str) -> BinaryIO:
     return Path(name).open("rb")
 
 
+def ignored(name: str) -> bool:
+    """Whether a file or folder of this name is none of the user's: it is hidden, or a system left it there."""
+    return name.startswith(".") or name.lower() in LEFTOVERS
+
+
+Problem = Tuple[str, str]
+"""The path of a folder, and the reason why it cannot be listed."""
+
+
 @dataclass(frozen=True)
 class LocalFolder:
-    """A folder on this machine, without its hidden files and folders. Files are given by their path in it.
+    """A folder on this machine, without what is ``ignored``. Files are given by their path in it.
 
     Links to folders are followed, but each folder is listed once.
     """
@@ -92,16 +107,25 @@ class LocalFolder:
         return os.path.isdir(self.place)  # noqa: PTH112 Path.is_dir raises for a name that is too long
 
     def folders(self) -> List[str]:
-        """The names of the folders in this folder, sorted."""
+        """The names of the folders in this folder, sorted.
+
+        Raises:
+            UadtoolError: the folder cannot be listed.
+        """
         with reading(self.place):
             names = [child.name for child in self.place.iterdir()]
-        return sorted(name for name in names if not name.startswith(".") and (self / name).exists())
+        return sorted(name for name in names if not ignored(name) and (self / name).exists())
 
-    def files(self, without: Collection[str] = ()) -> List[PurePath]:
-        """All files below this folder, sorted, except those in its folders ``without``; none if it does not exist."""
+    def files(self, without: Collection[str] = ()) -> Tuple[List[PurePath], List[Problem]]:
+        """All files below this folder, sorted, except those in its folders ``without``; none if it does not exist.
+
+        The second list has the folders that cannot be listed.
+        """
+        problems: List[Problem] = []
+
         def cannot_list(error: OSError) -> None:
             if not isinstance(error, FileNotFoundError):
-                raise UadtoolError(f"cannot read {error.filename}: {error.strerror}") from error
+                problems.append((str(error.filename), f"cannot read {error.filename}: {error.strerror}"))
 
         paths: List[PurePath] = []
         seen: Set[Tuple[int, int]] = set()
@@ -117,18 +141,14 @@ class LocalFolder:
                 seen.add((status.st_dev, status.st_ino))
                 inside = Path(here).relative_to(self.place)
                 folders[:] = sorted(name for name in folders
-                                    if not name.startswith(".") and (inside.parts or name not in without))
-                paths += [inside / name for name in files if not name.startswith(".")]
-        except RecursionError as error:  # from os.walk, before Python 3.12
-            raise UadtoolError(f"cannot read {self.place}: its folders are nested too deeply") from error
-        return sorted(paths)
+                                    if not ignored(name) and (inside.parts or name not in without))
+                paths += [inside / name for name in files if not ignored(name)]
+        except RecursionError:  # from os.walk, before Python 3.12
+            problems.append((str(self.place), f"cannot read {self.place}: its folders are nested too deeply"))
+        return sorted(paths), problems
 
-    def has(self, file: PurePath) -> bool:
-        """Whether a file or folder exists."""
-        return exists(self.path(file))
-
-    def path(self, file: PurePath) -> str:
-        """The path of a file."""
+    def path(self, file: Union[PurePath, str] = "") -> str:
+        """The path of a file, or of this folder."""
         return str(self.place / file)
 
 
@@ -155,21 +175,13 @@ class ListedFolder(NamedTuple):
     def folders(self) -> List[str]:
         return sorted(name for name, inside in self.tree.items() if inside)
 
-    def files(self, without: Collection[str] = ()) -> List[PurePath]:
+    def files(self, without: Collection[str] = ()) -> Tuple[List[PurePath], List[Problem]]:
         below = [PurePosixPath(name) / file for name in self.folders() if name not in without
-                 for file in (self / name).files()]
-        return sorted([*below, *(PurePosixPath(name) for name, inside in self.tree.items() if inside is None)])
+                 for file in (self / name).files()[0]]
+        return sorted([*below, *(PurePosixPath(name) for name, inside in self.tree.items() if inside is None)]), []
 
-    def has(self, file: PurePath) -> bool:
-        place: Optional[Tree] = self.tree
-        for part in file.parts:
-            if not place or part not in place:
-                return False
-            place = place[part]
-        return True
-
-    def path(self, file: PurePath) -> str:
-        return f"{self.url}{file.as_posix()}"
+    def path(self, file: Union[PurePath, str] = "") -> str:
+        return f"{self.url}{PurePath(file).as_posix()}" if str(file) else self.url[:-1]
 
 
 Folder = Union[LocalFolder, ListedFolder]
@@ -195,7 +207,7 @@ def open_folder(name: str) -> Optional[Folder]:
         tree: Tree = {}
         for file in files:
             *folders, last = parts = file[len(root):].split("/")
-            if not file.startswith(root) or any(part.startswith(".") for part in parts):
+            if not file.startswith(root) or any(map(ignored, parts)):
                 continue
             place = tree
             for part in folders:

@@ -10,7 +10,8 @@ import time
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional, Tuple
 
-from uadtool.data.dataset import SUFFIXES
+from uadtool.data.samples import SUFFIXES
+from uadtool.data.storage import ignored
 from uadtool.errors import UadtoolError, require
 
 SCAN_DELAY = 0.5
@@ -92,7 +93,7 @@ class Watch:
         for path in iter(self._next, None):
             assert path is not None
             inside = Path(path).relative_to(self._folder)
-            if inside.suffix.lower() not in SUFFIXES or any(part.startswith(".") for part in inside.parts):
+            if inside.suffix.lower() not in SUFFIXES or any(map(ignored, inside.parts)):
                 continue
             state = _state(path)
             if state is None or state == known.get(path):

@@ -13,6 +13,7 @@ from uadtool.lab.quantization.calibration import calibrate as observed_ranges
 from uadtool.lab.quantization.plan import QuantizationPlan
 from uadtool.lab.quantization.ranges import RangesFile
 from uadtool.lab.quantization.sources import calibration_batches
+from uadtool.lab.training.data import calibration_images
 from uadtool.metadata import Metadata
 from uadtool.progress import Progress
 
@@ -44,9 +45,9 @@ def calibrate(detector: Detector, metadata: Metadata, digest: str, data: Optiona
     Raises:
         UadtoolError: as ``training_samples`` and ``calibration_batches``.
     """
-    good = training_samples(data, options.classes or metadata.classes) if data else []
+    good = calibration_images(metadata, training_samples(data, options.classes or metadata.classes)) if data else []
     unread, source = calibration_batches(options.sources, good, options.count, options.seed, detector,
-                                         metadata.image_size)
+                                         metadata.reading)
     with Progress("calibrate", source["count"]) as progress:
         def batches() -> Iterator[Tensor]:
             for images in unread:

@@ -24,7 +24,7 @@ def export(model: nn.Module, metadata: Metadata, digest: str,
     Raises:
         UadtoolError: no images exist, TensorRT would refuse the graph, or its scores differ from the model's.
     """
-    pixels = parity_images(images, metadata.image_size)
+    pixels = parity_images(images, metadata.reading)
     step = {"command": "export", "tool_version": __version__, "model_digest": digest}
     metadata = metadata.replace(provenance=[*metadata.provenance, step])
     proto = to_onnx(model, metadata)

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from uadtool import __version__
-from uadtool.data.dataset import Sample, training_samples
+from uadtool.data.dataset import training_samples
+from uadtool.data.samples import Sample
 from uadtool.data.splits import balanced
 from uadtool.errors import UadtoolError
 from uadtool.files import list_digest
@@ -73,7 +74,7 @@ class _Images:
     def __init__(self, data: str, metadata: Metadata, seed: int) -> None:
         self.samples = training_samples(data, metadata.classes)
         self.training, held_out = split_again(metadata, self.samples)
-        self.size, self.seed = metadata.image_size, seed
+        self.reading, self.seed = metadata.reading, seed
         good = self._read(held_out, SENSITIVITY_IMAGES)
         anomalous = synthetic_anomalies(good.numpy(), good.numpy(), np.random.default_rng(seed))
         self.held_out = [good, torch.from_numpy(anomalous)]
@@ -83,7 +84,7 @@ class _Images:
         return self._read(self.training, CORRECTION_IMAGES)
 
     def _read(self, samples: Sequence[Sample], count: int) -> Tensor:
-        return read_images(balanced(list(samples), count, self.seed), self.size, available_cores())
+        return read_images(balanced(list(samples), count, self.seed), self.reading, available_cores())
 
 
 def apply_recipe(detector: Detector, metadata: Metadata, digest: str, ranges: Optional[RangesFile], data: Optional[str],
@@ -138,7 +139,7 @@ def _to_int8(plan: QuantizationPlan, metadata: Metadata, ranges: RangesFile, ima
         assert images is not None
         config = {**step, "target": recipe.target, "ranges": ranges_digest(ranges.ranges),
                   "images": list_digest(sample.path for sample in images.samples)}
-        tuned, learned = fine_tune(plan, ranges.ranges, target, float_layers, images.training, metadata.image_size,
+        tuned, learned = fine_tune(plan, ranges.ranges, target, float_layers, images.training, metadata.reading,
                                    images.held_out, correction, recipe.qat_steps, recipe.seed, checkpoint, config,
                                    resume)
         model = quantize(tuned, learned, target, float_layers)

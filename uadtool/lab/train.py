@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from uadtool import __version__
-from uadtool.data.dataset import Sample
-from uadtool.data.splits import LEAST_HELD_OUT, balanced
+from uadtool.data.inspection import Inspection, inspect
+from uadtool.data.samples import Sample
+from uadtool.data.splits import LEAST_HELD_OUT, balanced, split_held_out
 from uadtool.errors import UadtoolError
 from uadtool.files import file_digest, list_digest
+from uadtool.host import available_cores
 from uadtool.lab.detectors.backbones import DEFAULT_TEACHER
 from uadtool.lab.detectors.complexity import count_macs, count_parameters
 from uadtool.lab.detectors.contract import Detector
@@ -25,10 +27,10 @@ from uadtool.lab.quantization.ranges import Ranges, ranges_digest
 from uadtool.lab.quantization.targets import TARGETS
 from uadtool.lab.quantization.teacher import quantized_teacher
 from uadtool.lab.training import distributed
-from uadtool.lab.training.data import Teacher, TeacherFeatures, names_digest, read_images, split_training
+from uadtool.lab.training.data import Teacher, TeacherFeatures, names_digest, pack_originals, read_images
 from uadtool.lab.training.loop import BATCH_SIZE, Outcome, Run, steps_per_epoch
 from uadtool.lab.training.precision import autocast, autocast_dtype, choose_device
-from uadtool.metadata import Metadata
+from uadtool.metadata import PREPROCESSING, Metadata, Reading
 from uadtool.scoring.thresholds import bounded_scores, threshold_at
 from uadtool.terminal import log
 
@@ -39,7 +41,8 @@ class TrainingOptions:
 
     ``steps``, batches of 16, replace ``epochs`` when given. ``held_out`` is the share of good images of each class that
     is held out: it chooses the checkpoint and sets the score statistics and the threshold, which held-out images exceed
-    at ``false_positive_rate``. ``image_size`` is (height, width). With ``teacher_ranges`` the student learns the
+    at ``false_positive_rate``. ``image_size`` is (height, width). ``grey_bits`` are those of the values in 16-bit grey
+    files; None takes for each class the fewest that fit. With ``teacher_ranges`` the student learns the
     features of the teacher in int8, as ``target`` rounds it.
     """
 
@@ -47,6 +50,7 @@ class TrainingOptions:
     teacher: str = DEFAULT_TEACHER
     teacher_weights: Optional[str] = None
     image_size: tuple[int, int] = (256, 256)
+    grey_bits: Optional[int] = None
     method_options: Mapping[str, str] = field(default_factory=dict)
     epochs: int = 40
     steps: Optional[int] = None
@@ -75,6 +79,8 @@ class _Job:
     classes: list[str]
     method_options: dict[str, Any]
     weights_source: str
+    inspection: Inspection
+    reading: Reading
     run: Run
 
 
@@ -113,7 +119,9 @@ def _prepare(samples: Sequence[Sample], options: TrainingOptions, checkpoint: Pa
     Metadata(options.method, options.teacher, classes, options.image_size, map_size=options.image_size, threshold=0.0,
              false_positive_rate=options.false_positive_rate, parameters=0, macs=0,
              options=all_options).to_json()  # raises if no command could read the model
-    training_samples, held_out_samples = split_training(samples, options.held_out, options.seed)
+    inspection = distributed.on_first(lambda: _inspect(samples, options.grey_bits))
+    reading = Reading(options.image_size, tuple(sorted(set(inspection.grey_bits.values()))))
+    training_samples, held_out_samples = split_held_out(samples, options.held_out, options.seed, inspection.originals)
     counts = Counter(sample.class_name for sample in held_out_samples)
     if small_classes := [name for name in classes if counts[name] < LEAST_HELD_OUT]:
         log.warning("too few good images to learn what is normal: %s; such a class may score as anomalous throughout, "
@@ -139,24 +147,35 @@ def _prepare(samples: Sequence[Sample], options: TrainingOptions, checkpoint: Pa
     detector.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     pretrained.to(device).eval().requires_grad_(False)
 
-    teacher = _teacher(detector, options, training_samples, device, dtype)
+    teacher = _teacher(detector, options, training_samples, reading, device, dtype)
     cores = distributed.own_cores()
-    training, held_out = (TeacherFeatures(images, options.image_size, teacher, cores, len(samples))
+    training, held_out = (TeacherFeatures(images, reading, teacher, cores, len(samples))
                           for images in (training_samples, held_out_samples))
     steps = options.steps or options.epochs * steps_per_epoch(len(training))
     run = Run(training, held_out, steps, options.seed, device, dtype, checkpoint, config, resume)
-    return _Job(detector, classes, all_options, weights_source, run)
+    return _Job(detector, classes, all_options, weights_source, inspection, reading, run)
 
 
-def _teacher(detector: Detector, options: TrainingOptions, samples: Sequence[Sample], device: torch.device,
-             dtype: torch.dtype) -> Teacher:
+def _inspect(samples: Sequence[Sample], bits: Optional[int]) -> Inspection:
+    """Look at the images before any long work, and say what is odd."""
+    inspection = inspect(samples, available_cores())
+    if bits:
+        inspection = inspection._replace(grey_bits=dict.fromkeys(inspection.grey_bits, bits))
+    for finding in inspection.findings:
+        log.warning("%s", finding)
+    for name, found in inspection.grey_bits.items():
+        log.info("16-bit grey images of %s are read with %d bits", name, found)
+    return inspection
+
+
+def _teacher(detector: Detector, options: TrainingOptions, samples: Sequence[Sample], reading: Reading,
+             device: torch.device, dtype: torch.dtype) -> Teacher:
     """The float teacher, or the quantized teacher with biases corrected on images of the samples."""
     network, prepare = detector.pretrained(), detector.prepare
     if detector.float_teacher or options.teacher_ranges:
         dtype = torch.float32
     if options.teacher_ranges:
-        images = read_images(balanced(list(samples), CORRECTION_IMAGES, options.seed), options.image_size,
-                             distributed.own_cores())
+        images = read_images(balanced(list(samples), CORRECTION_IMAGES, options.seed), reading, distributed.own_cores())
         network = quantized_teacher(detector, options.teacher_ranges, TARGETS[options.target], images.to(device))
         prepare = torch.nn.Identity()  # the quantized teacher takes uint8 images
 
@@ -175,12 +194,15 @@ def _finish(job: _Job, outcome: Outcome, samples: Sequence[Sample], options: Tra
     detector.fold_batch_norm()
     fit_prototypes(detector, job.classes, run.training)
     scores = fit_statistics_from_files(detector, detector.raw_maps_and_class, job.classes, run.held_out.samples,
-                                       options.image_size, run.device)
+                                       job.reading, run.device)
     detector.to(device="cpu", memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     training, held_out = (Counter(sample.class_name for sample in images.samples)
                           for images in (run.training, run.held_out))
+    copies = Counter(samples[number].class_name for number, original in enumerate(job.inspection.originals)
+                     if number != original)
     report = {
-        "classes": {name: {"training": training[name], "held_out": held_out[name]} for name in job.classes},
+        "classes": {name: {"training": training[name], "held_out": held_out[name], "copies": copies[name]}
+                    for name in job.classes},
         "steps": run.steps, "epochs": round(run.steps / steps_per_epoch(len(run.training)), 2),
         "best_step": outcome.best_step, "held_out_loss": outcome.held_out_loss,
         "seconds": round(time.monotonic() - began, 1), "device": run.device.type,
@@ -193,11 +215,14 @@ def _finish(job: _Job, outcome: Outcome, samples: Sequence[Sample], options: Tra
         "steps": run.steps, "seed": options.seed, "held_out": options.held_out, "dtype": report["dtype"],
         "processes": report["processes"], "teacher_int8": options.target if options.teacher_ranges else None,
     }
+    if (packed := pack_originals(job.inspection.originals)) is not None:
+        step["originals"] = packed
     metadata = Metadata(
         method=options.method, teacher=options.teacher, classes=job.classes, image_size=options.image_size,
         map_size=detector.map_size, threshold=threshold_at(scores, options.false_positive_rate),
         false_positive_rate=options.false_positive_rate, good_scores=bounded_scores(scores),
         parameters=count_parameters(detector), macs=count_macs(detector, options.image_size),
         options=job.method_options, tool_version=__version__, provenance=[step],
+        preprocessing={**PREPROCESSING, "grey_bits": job.inspection.grey_bits},
     )
     return TrainingResult(detector, metadata, report)

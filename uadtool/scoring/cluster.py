@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Callable, Deque, Dict, Iterable, Iterator, List, NamedTuple, Tuple, Union
 
 from uadtool import __version__
-from uadtool.data.dataset import Sample
+from uadtool.data.samples import Sample
 from uadtool.data.storage import is_url
 from uadtool.errors import UadtoolError, require
 from uadtool.host import ending_signals
@@ -155,7 +155,7 @@ def _anywhere(sample: Sample) -> Sample:
     def absolute(name: str) -> str:
         return name if is_url(name) else str(Path(name).absolute())
 
-    return replace(sample, path=absolute(sample.path), mask=absolute(sample.mask) if sample.mask else None)
+    return replace(sample, path=absolute(sample.path), masks=tuple(map(absolute, sample.masks)))
 
 
 def _predict(model: _Model, content: List[Any], samples: List[Sample], batch_size: int) -> Union[Results, UadtoolError]:

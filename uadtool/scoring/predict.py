@@ -4,23 +4,27 @@ import os
 import threading
 import time
 from itertools import islice
-from typing import Iterable, Iterator, List, NamedTuple, Optional, Tuple, Union
+from typing import Iterable, Iterator, List, NamedTuple, Sequence, Tuple, Union
 
 import numpy as np
 
-from uadtool.data.dataset import Sample, scoring_samples
+from uadtool.data.dataset import scoring_samples
 from uadtool.data.images import read_image, read_mask
 from uadtool.data.read_ahead import read_ahead
+from uadtool.data.samples import Sample
 from uadtool.errors import UadtoolError
 from uadtool.metadata import Metadata
 from uadtool.runtimes.contract import Runtime
 from uadtool.scoring.metrics import rounded
 
+Mask = Union[np.ndarray, UadtoolError, None]
+
 
 class Prediction(NamedTuple):
     """The result for one image; see ``uadtool.runtimes.contract.Output`` for the units.
 
-    ``anomaly_map`` is float32 [h, w]; ``mask`` is the ground truth, bool [H, W], if it is known. ``milliseconds`` is
+    ``anomaly_map`` is float32 [h, w]; ``mask`` is the ground truth, bool [H, W], if it is known, or the error of a mask
+    that cannot be read. ``milliseconds`` is
     the inference time of the batch, which may share the cores with other streams, divided by the images in it.
     """
 
@@ -28,7 +32,7 @@ class Prediction(NamedTuple):
     raw_score: float
     nearest_class: str
     anomaly_map: np.ndarray
-    mask: Optional[np.ndarray]
+    mask: Mask
     milliseconds: float
 
 
@@ -62,16 +66,16 @@ def predict_samples(runtime: Runtime, samples: Iterable[Sample], batch_size: int
     As many threads as cores, but at least two, each decode a batch and run it. At most ``runtime.streams`` batches run
     at once.
     """
-    size = runtime.metadata.image_size
     running = threading.Semaphore(runtime.streams)
 
-    def read(sample: Sample) -> Union[Tuple[np.ndarray, Optional[np.ndarray]], UadtoolError]:
+    def read(sample: Sample) -> Union[Tuple[np.ndarray, Mask], UadtoolError]:
         if sample.problem:
             return UadtoolError(sample.problem)
         try:
-            return read_image(sample.path, size), read_mask(sample.mask, size) if sample.mask else None
+            image = read_image(sample.path, *runtime.metadata.reading)
         except UadtoolError as error:
             return error
+        return image, _read_masks(sample.masks, runtime.metadata.image_size)
 
     def run(batch: List[Sample]) -> List[Union[Prediction, UadtoolError]]:
         contents = [read(sample) for sample in batch]
@@ -95,9 +99,17 @@ def predict_samples(runtime: Runtime, samples: Iterable[Sample], batch_size: int
 
 
 def _prediction(metadata: Metadata, sample: Sample, score: np.float32, raw_score: np.float32, anomaly_map: np.ndarray,
-                nearest: np.int32, mask: Optional[np.ndarray], milliseconds: float) -> Union[Prediction, UadtoolError]:
+                nearest: np.int32, mask: Mask, milliseconds: float) -> Union[Prediction, UadtoolError]:
     if not (np.isfinite([score, raw_score]).all() and np.isfinite(anomaly_map).all()):
         return UadtoolError(f"{sample.path}: the model gave a score that is not a finite number")
     if not 0 <= nearest < len(metadata.classes):
         return UadtoolError(f"{sample.path}: the model gave class {nearest} of {len(metadata.classes)}")
     return Prediction(rounded(score), rounded(raw_score), metadata.classes[nearest], anomaly_map, mask, milliseconds)
+
+
+def _read_masks(paths: Sequence[str], size: Tuple[int, int]) -> Mask:
+    """The union of the masks of an image, if there are any."""
+    try:
+        return np.logical_or.reduce([read_mask(path, size) for path in paths]) if paths else None
+    except UadtoolError as error:
+        return error

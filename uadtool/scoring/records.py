@@ -6,8 +6,8 @@ from typing import Any, Callable, Dict, Generator, Iterable, Optional, Sequence,
 import numpy as np
 
 from uadtool import host
-from uadtool.data.dataset import Sample
 from uadtool.data.images import ImageError, upsample
+from uadtool.data.samples import Sample
 from uadtool.errors import UadtoolError
 from uadtool.runtimes.contract import Runtime, describe
 from uadtool.scoring.cluster import Cluster
@@ -88,6 +88,11 @@ def evaluate(evaluation: Evaluation, sample: Sample, prediction: Prediction, siz
     """
     name, anomalous = sample.class_name or "", sample.label == "anomalous"
     evaluation.add(name, anomalous, prediction.score, prediction.raw_score)
-    mask = prediction.mask if anomalous or prediction.mask is not None else np.zeros(size, bool)
+    mask = prediction.mask
+    if isinstance(mask, UadtoolError):
+        log.warning("%s; %s does not count in pixel metrics", mask, sample.path)
+        return
+    if mask is None and not anomalous:
+        mask = np.zeros(size, bool)
     if mask is not None:
         evaluation.add_pixels(name, upsample(prediction.anomaly_map, size), mask)

@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from uadtool.cli.calibrate import calibrate as command
-from uadtool.data.dataset import Sample, scoring_samples, training_samples
+from uadtool.data.dataset import scoring_samples, training_samples
 from uadtool.data.images import ImageError, read_image
+from uadtool.data.samples import Sample
 from uadtool.data.splits import balanced
 from uadtool.errors import UadtoolError
 from uadtool.files import file_digest, list_digest

@@ -17,8 +17,9 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
-from uadtool.data.dataset import Sample, training_samples
+from uadtool.data.dataset import training_samples
 from uadtool.data.images import ImageError
+from uadtool.data.samples import Sample
 from uadtool.data.splits import split_held_out
 from uadtool.errors import UadtoolError
 from uadtool.files import file_digest

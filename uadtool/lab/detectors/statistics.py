@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from uadtool.data.dataset import Sample
+from uadtool.data.samples import Sample
 from uadtool.files import list_digest
 from uadtool.lab.detectors.contract import PATCH, Detector, standardize
 from uadtool.lab.training import distributed
 from uadtool.lab.training.data import TeacherFeatures, image_batches, split_again
-from uadtool.metadata import Metadata
+from uadtool.metadata import Metadata, Reading
 from uadtool.progress import Progress
 from uadtool.scoring.thresholds import bounded_scores, threshold_at
 
@@ -114,12 +114,11 @@ def fit_statistics(detector: Detector, raw_maps: RawMaps, classes: Sequence[str]
 
 
 def fit_statistics_from_files(detector: Detector, raw_maps: RawMaps, classes: Sequence[str],
-                              held_out: Sequence[Sample], image_size: tuple[int, int],
-                              device: torch.device) -> list[float]:
+                              held_out: Sequence[Sample], reading: Reading, device: torch.device) -> list[float]:
     """``fit_statistics``, reading the images from files and showing progress."""
     with Progress("score statistics", len(held_out)) as progress:
         def batches() -> Iterator[tuple[Sequence[Sample], Tensor]]:
-            for samples, images in image_batches(held_out, image_size, distributed.own_cores()):
+            for samples, images in image_batches(held_out, reading, distributed.own_cores()):
                 yield samples, images.to(device)
                 progress.update(len(samples))
 
@@ -140,7 +139,7 @@ def refit_statistics(detector: Detector, raw_maps: RawMaps, metadata: Metadata, 
         ImageError: an image cannot be read.
     """
     _, held_out = split_again(metadata, samples)
-    scores = fit_statistics_from_files(detector, raw_maps, metadata.classes, held_out, metadata.image_size,
+    scores = fit_statistics_from_files(detector, raw_maps, metadata.classes, held_out, metadata.reading,
                                        torch.device("cpu"))
     *earlier_steps, last_step = metadata.provenance
     statistics = {"images": list_digest(sample.path for sample in samples), "count": len(samples)}

@@ -17,7 +17,7 @@ from uadtool.errors import UadtoolError
 from uadtool.host import adds_int8_exactly
 from uadtool.lab.detectors.contract import OutputTensors
 from uadtool.lab.onnx_export.deployed import open_proto
-from uadtool.metadata import Metadata
+from uadtool.metadata import Metadata, Reading
 
 IMAGES = 16
 TOLERANCE = {"fp32": 0.01, "fp16": 0.05, "int8": 0.5, "mixed": 0.5}
@@ -30,14 +30,14 @@ CLASS_AGREEMENT = {"fp32": 1.0, "fp16": 1.0, "int8": 0.75, "mixed": 0.75}
 often are, may go to either; its score is then in the units of another class and cannot be compared."""
 
 
-def parity_images(path: Optional[str], image_size: tuple[int, int]) -> NDArray[np.uint8]:
+def parity_images(path: Optional[str], reading: Reading) -> NDArray[np.uint8]:
     """Up to 16 images of a folder or data set, its classes in turn; synthetic images if None: [N, H, W, 3]."""
     if path is None:
         coarse = np.random.default_rng(0).integers(112, 144, (IMAGES, 8, 8, 3), dtype=np.uint8)
-        return np.stack([np.asarray(Image.fromarray(image).resize(image_size[::-1], Image.Resampling.BICUBIC))
+        return np.stack([np.asarray(Image.fromarray(image).resize(reading.size[::-1], Image.Resampling.BICUBIC))
                          for image in coarse])
     samples = balanced(list(scoring_samples([path])), IMAGES, seed=0)
-    return np.stack([read_image(sample.path, image_size) for sample in samples])
+    return np.stack([read_image(sample.path, *reading) for sample in samples])
 
 
 def check_parity(model: nn.Module, proto: ModelProto, metadata: Metadata, images: NDArray[np.uint8]) -> dict[str, Any]:

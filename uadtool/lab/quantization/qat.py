@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from uadtool.data.dataset import Sample
+from uadtool.data.samples import Sample
 from uadtool.host import available_cores
 from uadtool.lab.detectors.contract import Detector, OutputTensors
 from uadtool.lab.quantization.bias_correction import BiasCorrection
@@ -30,13 +30,14 @@ from uadtool.lab.quantization.targets import Target
 from uadtool.lab.training.data import read_images
 from uadtool.lab.training.loop import batch_indices, optimize
 from uadtool.lab.training.synthetic import synthetic_anomalies
+from uadtool.metadata import Reading
 
 LEARNING_RATE, SCALE_LEARNING_RATE = 3e-4, 3e-3
 """For weights and biases, and for logarithms of scales. At one rate for both, scales hardly move in 100 steps."""
 
 
 def fine_tune(plan: QuantizationPlan, ranges: Ranges, target: Target, float_layers: Sequence[str],
-              samples: Sequence[Sample], image_size: tuple[int, int], held_out: Sequence[Tensor],
+              samples: Sequence[Sample], reading: Reading, held_out: Sequence[Tensor],
               correction: Optional[BiasCorrection], steps: int, seed: int, checkpoint: Path, config: dict[str, Any],
               resume: bool) -> tuple[QuantizationPlan, Ranges]:
     """Train the student with its quantizers, starting from the result of post-training quantization.
@@ -77,7 +78,7 @@ def fine_tune(plan: QuantizationPlan, ranges: Ranges, target: Target, float_laye
 
     def training_loss(step: int) -> Tensor:
         batch = [samples[index] for index in batch_indices(len(samples), step, seed)]
-        images = with_anomalies(read_images(batch, image_size, available_cores()), np.random.default_rng((seed, step)))
+        images = with_anomalies(read_images(batch, reading, available_cores()), np.random.default_rng((seed, step)))
         with torch.no_grad():
             float_map = OutputTensors(*plan.traced(images)).anomaly_map
         return F.smooth_l1_loss(OutputTensors(*model(images)).anomaly_map, float_map)

@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from uadtool.data.dataset import Sample, scoring_samples
+from uadtool.data.dataset import scoring_samples
+from uadtool.data.samples import Sample
 from uadtool.data.splits import balanced
 from uadtool.errors import UadtoolError
 from uadtool.files import list_digest
@@ -22,10 +23,11 @@ from uadtool.host import available_cores
 from uadtool.lab.detectors.contract import Detector
 from uadtool.lab.training.data import CHUNK, image_batches
 from uadtool.lab.training.synthetic import synthetic_anomalies
+from uadtool.metadata import Reading
 
 
 def calibration_batches(sources: Sequence[str], good: Sequence[Sample], count: int, seed: int, detector: Detector,
-                        image_size: tuple[int, int]) -> tuple[Iterator[Tensor], dict[str, Any]]:
+                        reading: Reading) -> tuple[Iterator[Tensor], dict[str, Any]]:
     """Choose ``count`` calibration images, divided evenly among the sources; the first sources take the remainder.
 
     Args:
@@ -47,12 +49,12 @@ def calibration_batches(sources: Sequence[str], good: Sequence[Sample], count: i
         share = len(range(place, count, len(sources)))
         if source == "random-normal":
             records.append({"kind": source, "count": share})
-            batches.append(_random_normal(detector, share, image_size, seed))
+            batches.append(_random_normal(detector, share, reading.size, seed))
             continue
         kind, _, path = source.partition(":")
         samples = balanced(_images(path) if kind == "images" else good, share, seed)
         records.append({"kind": source, "count": len(samples), "images": list_digest(s.path for s in samples)})
-        images = (batch for _, batch in image_batches(samples, image_size, available_cores()))
+        images = (batch for _, batch in image_batches(samples, reading, available_cores()))
         batches.append(_with_anomalies(images, seed) if kind == "synthetic-anomalies" else images)
     record = {"kind": "+".join(sources), "count": sum(part["count"] for part in records), "seed": seed,
               "parts": records}

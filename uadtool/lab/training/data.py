@@ -1,19 +1,23 @@
 """Images and the teacher's features for training, computed once when they fit into memory."""
+import base64
+import json
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from uadtool.data.dataset import Sample
 from uadtool.data.images import read_image
+from uadtool.data.inspection import refuse_unreadable
 from uadtool.data.read_ahead import read_ahead
+from uadtool.data.samples import Sample
 from uadtool.data.splits import split_held_out
 from uadtool.errors import UadtoolError
 from uadtool.files import list_digest
 from uadtool.lab.training import distributed
 from uadtool.lab.training.precision import usable_memory
-from uadtool.metadata import Metadata
+from uadtool.metadata import Metadata, Reading
 from uadtool.progress import Progress
 from uadtool.terminal import log
 
@@ -26,25 +30,16 @@ CHUNK = 32
 """Images that are read and passed through a network at once."""
 
 
-def read_images(samples: Sequence[Sample], image_size: tuple[int, int], threads: int) -> Tensor:
+def read_images(samples: Sequence[Sample], reading: Reading, threads: int) -> Tensor:
     """Decode the images of the samples: uint8 [N, H, W, 3].
 
     Raises:
-        ImageError: an image cannot be read.
+        UadtoolError: images cannot be read.
     """
-    images = []
-    for _, image in read_ahead(lambda sample: read_image(sample.path, image_size), samples, threads, 2 * threads):
-        if isinstance(image, Exception):
-            raise image
-        images.append(torch.from_numpy(image))
-    return torch.stack(images)
-
-
-def split_training(samples: Sequence[Sample], share: float, seed: int) -> tuple[list[Sample], list[Sample]]:
-    """``split_held_out``, except that the only image of a class is used on both sides: (training, held out)."""
-    training, held_out = split_held_out(samples, share, seed)
-    classes = {sample.class_name for sample in held_out}
-    return training, held_out + [sample for sample in training if sample.class_name not in classes]
+    found = [image for _, image in
+             read_ahead(lambda sample: read_image(sample.path, *reading), samples, threads, 2 * threads)]
+    refuse_unreadable([image for image in found if isinstance(image, UadtoolError)], len(samples))
+    return torch.stack([torch.from_numpy(image) for image in found])
 
 
 def names_digest(samples: Sequence[Sample]) -> str:
@@ -53,7 +48,7 @@ def names_digest(samples: Sequence[Sample]) -> str:
 
 
 def split_again(metadata: Metadata, samples: Sequence[Sample]) -> tuple[list[Sample], list[Sample]]:
-    """``split_training`` as in the run that trained this model.
+    """The split of the run that trained this model: (trained on, held out).
 
     Raises:
         UadtoolError: the metadata do not record the split, or the samples are not those of the run.
@@ -62,14 +57,54 @@ def split_again(metadata: Metadata, samples: Sequence[Sample]) -> tuple[list[Sam
     share, seed = origin.get("held_out"), origin.get("seed")
     if not isinstance(share, float) or not 0 < share < 1 or not isinstance(seed, int):
         raise UadtoolError("the model does not record which images were held out when it was trained; train it again")
-    names = names_digest(samples)
-    if origin.get("names", names) != names:
+    if "names" in origin and not trained_on(metadata, samples):
         raise UadtoolError("these are not the good images that the model was trained on: some were added, removed or "
                            "renamed; give the original images, or train again")
-    return split_training(samples, share, seed)
+    return split_held_out(samples, share, seed, _originals(metadata, len(samples)))
 
 
-def image_batches(samples: Sequence[Sample], image_size: tuple[int, int],
+def calibration_images(metadata: Metadata, samples: Sequence[Sample]) -> list[Sample]:
+    """The images of the samples to calibrate this model on: none that was held out, and none twice.
+
+    Of another data set than the one that the model was trained on, these are all.
+    """
+    if not trained_on(metadata, samples):
+        return list(samples)
+    training = set(split_again(metadata, samples)[0])
+    return [sample for number, (sample, original) in enumerate(zip(samples, _originals(metadata, len(samples))))
+            if number == original and sample in training]
+
+
+def trained_on(metadata: Metadata, samples: Sequence[Sample]) -> bool:
+    """Whether the model was trained on these images, by their names."""
+    return bool(metadata.provenance) and metadata.provenance[0].get("names") == names_digest(samples)
+
+
+def pack_originals(originals: Sequence[int]) -> str | None:
+    """The ``originals`` of ``split_held_out`` as text for the provenance; None if all images differ."""
+    offsets = [number - original for number, original in enumerate(originals)]
+    if not any(offsets):
+        return None
+    return base64.b64encode(zlib.compress(json.dumps(offsets, separators=(",", ":")).encode(), 9)).decode()
+
+
+def _originals(metadata: Metadata, count: int) -> Sequence[int]:
+    """The ``originals`` that the training of this model recorded, for ``count`` images."""
+    text = metadata.provenance[0].get("originals")
+    if text is None:
+        return range(count)
+    try:
+        offsets = json.loads(zlib.decompressobj().decompress(base64.b64decode(text, validate=True), 12 * count))
+        originals = [number - offset for number, offset in enumerate(offsets)]
+        if len(originals) != count or not all(0 <= first <= number and originals[first] == first
+                                              for number, first in enumerate(originals)):
+            raise ValueError("it does not fit the images")
+    except (ValueError, TypeError, RecursionError, zlib.error) as error:
+        raise UadtoolError(f"the model's record of copied images cannot be read: {error}; train it again") from error
+    return originals
+
+
+def image_batches(samples: Sequence[Sample], reading: Reading,
                   threads: int) -> Iterator[tuple[Sequence[Sample], Tensor]]:
     """The samples in batches of at most 32, with their images: uint8 [N, H, W, 3].
 
@@ -78,7 +113,7 @@ def image_batches(samples: Sequence[Sample], image_size: tuple[int, int],
     """
     for indices in chunks(len(samples)):
         batch = samples[indices.start:indices.stop]
-        yield batch, read_images(batch, image_size, threads)
+        yield batch, read_images(batch, reading, threads)
 
 
 def chunks(total: int) -> list[range]:
@@ -96,9 +131,9 @@ class TeacherFeatures:
         all_images: number of images of all instances that share the memory.
     """
 
-    def __init__(self, samples: Sequence[Sample], image_size: tuple[int, int], teacher: Teacher, threads: int,
+    def __init__(self, samples: Sequence[Sample], reading: Reading, teacher: Teacher, threads: int,
                  all_images: int) -> None:
-        self.samples, self.image_size, self.teacher, self.threads = samples, image_size, teacher, threads
+        self.samples, self.reading, self.teacher, self.threads = samples, reading, teacher, threads
         self._cache: tuple[Tensor, list[Tensor]] | None = None
         images, features = self._compute([0])
         bytes_per_image = sum(tensor.nbytes for tensor in (images, *features))
@@ -125,7 +160,7 @@ class TeacherFeatures:
             yield self.batch(indices)
 
     def _compute(self, indices: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
-        images = read_images([self.samples[i] for i in indices], self.image_size, self.threads)
+        images = read_images([self.samples[i] for i in indices], self.reading, self.threads)
         return images, [feature_map.cpu() for feature_map in self.teacher(images)]
 
     def _compute_all(self, image: Tensor, image_features: list[Tensor]) -> tuple[Tensor, list[Tensor]]:

@@ -1,0 +1,34 @@
+"""A sample: an image, with its class, label and masks as far as they are known."""
+
+from dataclasses import dataclass
+from typing import Optional, Tuple
+
+SUFFIXES = {
+    ".avif", ".bmp", ".dib", ".gif", ".j2k", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm", ".pfm", ".pgm", ".png",
+    ".pnm", ".ppm", ".tga", ".tif", ".tiff", ".webp",
+}
+"""Suffixes of image files, in lower case."""
+GOOD_LABELS = {"good", "normal", "ok", "0", "0.0", "false"}  # pandas writes 0.0 when other labels are missing
+
+
+@dataclass(frozen=True)
+class Sample:
+    """An image and what the data set says about it.
+
+    ``label`` is "good", "anomalous" or None (unknown). ``masks`` are the paths of its ground truth, to be united; a
+    defect without masks has an unknown place. ``problem`` is the reason why ``path`` cannot be read, if it is already
+    known; ``path`` may then be a folder.
+    """
+
+    path: str
+    class_name: Optional[str] = None
+    label: Optional[str] = None
+    masks: Tuple[str, ...] = ()
+    problem: Optional[str] = None
+
+
+def label_of(name: str) -> Optional[str]:
+    """The label that a folder or a manifest names: "good" in any case and by its synonyms; None for ""."""
+    if not name:
+        return None
+    return "good" if name.lower() in GOOD_LABELS else "anomalous"
