@@ -23,7 +23,7 @@ from uadtool.lab.quantization.plan import QuantizationPlan
 from uadtool.lab.quantization.ptq import quantize
 from uadtool.lab.quantization.ranges import Ranges
 from uadtool.lab.quantization.targets import TARGETS
-from uadtool.metadata import Metadata, Quantization
+from uadtool.metadata import Metadata, Quantization, Reading
 
 SIZE = (64, 64)
 DETECTORS = ("tf_efficientnet_lite0", "resnet18", "stfpm-shared", "rd", "us", "dinomaly", "dinomaly-vit", "duet")
@@ -55,7 +55,7 @@ def _plan(name: str) -> Tuple[QuantizationPlan, Ranges, torch.Tensor]:
         if isinstance(module, torch.nn.BatchNorm2d) and module.affine:  # otherwise all biases are 0
             module.running_mean.uniform_(-0.5, 0.5)
     detector.fold_batch_norm().score_std.fill_(0.1)
-    images, plan = torch.from_numpy(parity_images(None, SIZE)), QuantizationPlan(detector)
+    images, plan = torch.from_numpy(parity_images(None, Reading(SIZE))), QuantizationPlan(detector)
     return plan, calibrate(plan, [images]), images
 
 

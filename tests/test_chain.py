@@ -151,7 +151,7 @@ def test_quantize_with_data_keeps_the_score_level_of_each_class(uadtool, trained
     assert not torch.equal(model.get_buffer("score_mean"), before.get_buffer("score_mean"))
     assert metadata.provenance[-1]["statistics"]["count"] == len(training_samples(str(textures)))
     held_out = split_held_out(training_samples(str(textures)), 0.2, seed=0)[1]
-    images = read_images(held_out, metadata.image_size, 1).numpy()
+    images = read_images(held_out, metadata.reading, 1).numpy()
     score = open_proto(to_onnx(model, metadata)).run(images).score
     expected = open_proto(to_onnx(*load_model(trained.path))).run(images).score
     for name in metadata.classes:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from uadtool.data.dataset import scoring_samples, training_samples
-from uadtool.data.images import read_mask
+from uadtool.data.images import read_masks
 from uadtool.data.samples import Sample
 from uadtool.data.splits import balanced
 from uadtool.host import available_cores
@@ -132,7 +132,7 @@ class Study:
         good = self._read(balanced(self.held_out, 16, self.seed))
         anomalous = synthetic_anomalies(good.numpy(), good.numpy(), np.random.default_rng(self.seed))
         with TemporaryDirectory() as folder:
-            tuned, learned = fine_tune(plan, ranges, target, float_layers, self.training, self.metadata.image_size,
+            tuned, learned = fine_tune(plan, ranges, target, float_layers, self.training, self.metadata.reading,
                                        [good, torch.from_numpy(anomalous)], correction, QAT_STEPS, self.seed,
                                        Path(folder, "checkpoint"), {}, False)
         return quantize(tuned, learned, target, float_layers)
@@ -149,7 +149,7 @@ class Study:
             sources = {"good+synthetic": ["good", "synthetic-anomalies"], "natural": [f"images:{self.natural}"],
                        "test": [f"images:{self.data}"]}.get(cell.source, [cell.source])
             batches, _ = calibration_batches(sources, self.samples, CALIBRATION_IMAGES, self.seed, detector,
-                                             self.metadata.image_size)
+                                             self.metadata.reading)
             self.ranges[key] = calibrate(self._plan(cell, detector), batches, cell.method)
         return self.ranges[key]
 
@@ -178,14 +178,14 @@ class Study:
             yield samples[start:start + 32], self.images[name][start:start + 32]
 
     def _read(self, samples: list[Sample]) -> Tensor:
-        return read_images(samples, self.metadata.image_size, available_cores())
+        return read_images(samples, self.metadata.reading, available_cores())
 
     def _mask(self, sample: Sample) -> NDArray[np.bool_] | None:
         """At the size of the input; None if a defect has no mask."""
         size = self.metadata.image_size
         if sample.label == "good":
             return np.zeros(size, bool)
-        return read_mask(sample.mask, size) if sample.mask else None
+        return read_masks(sample.masks, size) if sample.masks else None
 
 
 def _mean(values: Iterator[float | None]) -> float:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from uadtool.data.dataset import scoring_samples, training_samples
-from uadtool.data.images import read_mask
+from uadtool.data.images import read_masks
 from uadtool.data.samples import Sample
 from uadtool.host import available_cores, keep_freed_memory
 from uadtool.lab.detectors.statistics import fit_statistics
@@ -45,8 +45,8 @@ def main(data: str, model: str) -> None:
     labels = np.array([sample.label != "good" for sample in test])
     owners = np.array([sample.class_name for sample in test])
     size = metadata.image_size
-    masks = [np.zeros(size, bool) if sample.label == "good" else read_mask(sample.mask, size) if sample.mask else None
-             for sample in test]
+    masks = [np.zeros(size, bool) if sample.label == "good" else
+             read_masks(sample.masks, size) if sample.masks else None for sample in test]
 
     def row(chosen: Sequence[int]) -> list[str]:
         detector.expected_maps, detector.map_spreads = (

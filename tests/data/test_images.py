@@ -9,7 +9,7 @@ import threading
 import time
 import zlib
 from pathlib import Path
-from typing import Callable, Iterator, List, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Sequence, Tuple
 
 import corpus
 import numpy as np
@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 from PIL import Image, ImageCms
 
-from uadtool.data.images import ImageError, image_size, read_image, read_mask
+from uadtool.data import images
+from uadtool.data.images import DEPTHS, ImageError, image_size, read_image, read_mask, read_masks, read_overview
 from uadtool.data.read_ahead import read_ahead
 from uadtool.errors import UadtoolError
 
@@ -143,6 +144,81 @@ def test_12_bit_grey(tmp_path: Path) -> None:
     np.testing.assert_array_equal(read_image(str(tmp_path / "a.tif"), (1, 2))[0, :, 0], [255, 128])
 
 
+@given(values=npst.arrays(np.uint16, (2, 3)), depths=st.lists(st.sampled_from(DEPTHS), unique=True).map(sorted))
+@settings(max_examples=100)
+def test_grey_is_read_by_the_first_depth_that_fits(
+    values: np.ndarray, depths: List[int], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    values = values >> np.uint16(values[0, 0] % 8)
+    path = tmp_path_factory.getbasetemp() / "deep.png"
+    path.write_bytes(png(3, 2, 16, 0, values.astype(">u2").tobytes()))
+    bits = next((bits for bits in depths if values.max() < 2 ** bits), 16)
+    expected = np.rint(values / np.float32(2 ** bits - 1) * 255)
+    assert np.abs(read_image(str(path), (2, 3), depths)[..., 0] - expected).max() <= 1e-3
+    assert read_overview(str(path), (2, 3))[:2] == ((2, 3), next(b for b in DEPTHS if values.max() < 2 ** b))
+
+
+def cmyk_profile() -> bytes:
+    """An ICC profile (v2, lut8) of a printer whose cyan ink is black and whose other inks are invisible."""
+    def tag(kind: bytes, content: bytes) -> bytes:
+        return kind + b"\0\0\0\0" + content
+
+    identity = struct.pack(">9i", 65536, 0, 0, 0, 65536, 0, 0, 0, 65536)
+    linear = bytes(range(256))
+    grid = b"".join(bytes([lightness, 128, 128]) for lightness in (255, 0) for _ in range(8))  # two points per ink
+    lut = tag(b"mft1", bytes([4, 3, 2, 0]) + identity + 4 * linear + grid + 3 * linear)
+    d50 = struct.pack(">3i", 63190, 65536, 54061)
+    tags = [(b"A2B0", lut), (b"wtpt", tag(b"XYZ ", d50))]
+    offset, table, body = 128 + 4 + 12 * len(tags), struct.pack(">I", len(tags)), b""
+    for name, content in tags:
+        table += struct.pack(">4sII", name, offset + len(body), len(content))
+        body += content
+    header = struct.pack(">I4sI4s4s4s", offset + len(body), b"lcms", 0x02100000, b"prtr", b"CMYK", b"Lab ")
+    header += struct.pack(">6H4s28x", 2020, 1, 1, 0, 0, 0, b"acsp") + d50
+    return header.ljust(128, b"\0") + table + body
+
+
+LARGE = Image.fromarray(np.random.default_rng(1).integers(0, 256, (61, 47, 3), np.uint8))
+"""Taller than the strips of the next test, and no multiple of them."""
+
+
+@pytest.mark.parametrize(("name", "image", "options"), [
+    ("a.png", LARGE, {}), ("a.png", LARGE.convert("L"), {}), ("a.png", LARGE.convert("1"), {}),
+    ("a.png", LARGE.convert("P"), {}), ("a.png", LARGE.convert("RGBA").rotate(30), {}),
+    ("a.png", LARGE.convert("P"), {"transparency": 7}), ("a.tif", LARGE.convert("CMYK"), {}),
+    ("a.tif", LARGE.convert("CMYK"), {"icc_profile": cmyk_profile()}),
+    ("a.tif", Image.fromarray(np.asarray(LARGE.convert("L"), np.float32) / 255), {}),
+    ("a.png", Image.fromarray(np.asarray(LARGE.convert("L"), np.uint16) * 16), {}),
+    ("a.jpg", LARGE.resize((470, 610)), {}), ("a.bmp", LARGE, {}),
+])
+@pytest.mark.parametrize("size", [(61, 47), (16, 16), (20, 47), (61, 9), (80, 90)])
+def test_large_images_are_read_in_strips_with_the_same_result(
+    name: str, image: Image.Image, options: Dict[str, Any], size: Tuple[int, int], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = save(tmp_path / name, image, **options)
+    whole = read_image(path, size, (10, 12))
+    monkeypatch.setattr(images, "STRIP", 400)
+    assert np.array_equal(read_image(path, size, (10, 12)), whole)
+
+
+@pytest.mark.slow
+def test_a_line_scan_image_needs_little_more_memory_than_its_pixels(tmp_path: Path) -> None:
+    save(tmp_path / "a.png", Image.new("L", (9500, 20_000), 7))
+    script = """
+        import sys
+        from uadtool.data.images import limit_pixels, read_image
+        from uadtool.host import peak_memory
+        limit_pixels(200_000_000)
+        before = peak_memory()
+        assert (read_image(sys.argv[1], (64, 64)) == 7).all()
+        print((peak_memory() - before) // 1_000_000)
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script), str(tmp_path / "a.png")],
+                          capture_output=True, text=True, check=True)
+    assert 180 < int(done.stdout) < 190 * 1.6
+
+
 def test_16_bit_rgb(tmp_path: Path) -> None:
     values = RGB.astype(np.uint16) * 257
     (tmp_path / "a.png").write_bytes(png(4, 3, 16, 2, values.astype(">u2").tobytes()))
@@ -168,26 +244,6 @@ def test_cmyk(suffix: str, tmp_path: Path) -> None:
         found = read_image(save(tmp_path / f"a.{suffix}", Image.new("CMYK", (8, 8), ink)), (8, 8))
         expected = np.array(Image.new("RGB", (8, 8), name))
         np.testing.assert_allclose(found.astype(int), expected, atol=2, err_msg=name)
-
-
-def cmyk_profile() -> bytes:
-    """An ICC profile (v2, lut8) of a printer whose cyan ink is black and whose other inks are invisible."""
-    def tag(kind: bytes, content: bytes) -> bytes:
-        return kind + b"\0\0\0\0" + content
-
-    identity = struct.pack(">9i", 65536, 0, 0, 0, 65536, 0, 0, 0, 65536)
-    linear = bytes(range(256))
-    grid = b"".join(bytes([lightness, 128, 128]) for lightness in (255, 0) for _ in range(8))  # two points per ink
-    lut = tag(b"mft1", bytes([4, 3, 2, 0]) + identity + 4 * linear + grid + 3 * linear)
-    d50 = struct.pack(">3i", 63190, 65536, 54061)
-    tags = [(b"A2B0", lut), (b"wtpt", tag(b"XYZ ", d50))]
-    offset, table, body = 128 + 4 + 12 * len(tags), struct.pack(">I", len(tags)), b""
-    for name, content in tags:
-        table += struct.pack(">4sII", name, offset + len(body), len(content))
-        body += content
-    header = struct.pack(">I4sI4s4s4s", offset + len(body), b"lcms", 0x02100000, b"prtr", b"CMYK", b"Lab ")
-    header += struct.pack(">6H4s28x", 2020, 1, 1, 0, 0, 0, b"acsp") + d50
-    return header.ljust(128, b"\0") + table + body
 
 
 @pytest.mark.parametrize("ink", [0, 128, 255])
@@ -329,6 +385,14 @@ def test_mask_is_resized_to_the_nearest(size: Tuple[int, int], tmp_path: Path) -
     columns = ((np.arange(size[1]) + 0.5) * 4 / size[1]).astype(int)
     assert found.dtype == bool
     np.testing.assert_array_equal(found, marked[rows][:, columns])
+
+
+def test_several_masks_are_united(tmp_path: Path) -> None:
+    first, second = (save(tmp_path / f"{row}.png", Image.fromarray(np.arange(3)[:, None] == np.full(4, row)))
+                     for row in (0, 2))
+    assert read_masks([first, second], (3, 4)).tolist() == [4 * [True], 4 * [False], 4 * [True]]
+    with pytest.raises(ImageError):
+        read_masks([first, str(tmp_path / "none.png")], (3, 4))
 
 
 def test_mask_values(tmp_path: Path) -> None:

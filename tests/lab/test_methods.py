@@ -26,6 +26,7 @@ from uadtool.lab.quantization.targets import TARGETS
 from uadtool.lab.train import TrainingOptions, train
 from uadtool.lab.training import loop
 from uadtool.lab.training.data import read_images
+from uadtool.metadata import Reading
 
 SIZE = (64, 96)
 
@@ -194,7 +195,7 @@ def test_training_is_recorded(row, model):
 def test_images(textures):
     """Images of the textures, and whether they are anomalous."""
     samples = list(scoring_samples([str(textures)]))
-    return read_images(samples, (64, 64), 1), [sample.label != "good" for sample in samples]
+    return read_images(samples, Reading((64, 64)), 1), [sample.label != "good" for sample in samples]
 
 
 def torch_auroc(path, test_images):

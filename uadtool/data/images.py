@@ -121,6 +121,12 @@ def limit_pixels(count: int) -> None:
     Image.MAX_IMAGE_PIXELS = (count + 1) // 2  # Pillow refuses twice as many
 
 
+def read_masks(paths: Sequence[str], size: Tuple[int, int]) -> NDArray[np.bool_]:
+    """The union of one or more masks; see ``read_mask``."""
+    masks: NDArray[np.bool_] = np.logical_or.reduce([read_mask(path, size) for path in paths])
+    return masks
+
+
 def image_size(path: str) -> Tuple[int, int]:
     """(height, width) of an image as a person sees it, only from its header if the format allows.
 

@@ -65,10 +65,27 @@ def _look(sample: Sample) -> Look:
     size, bits, pixels = read_overview(sample.path, OVERVIEW)
     block = OVERVIEW[0] // THUMBNAIL
     blocks = pixels.reshape(THUMBNAIL, block, THUMBNAIL, block, 3)
-    levels = pixels.max((0, 1)).astype(int) - pixels.min((0, 1))
     digest = hashlib.sha256(repr(size).encode() + pixels.tobytes()).digest()[:16]
     return Look(sample, size, bits, digest, blocks.mean((1, 3)).round().astype(np.uint8).reshape(-1),
-                tuple(levels.tolist()))
+                levels(pixels))
+
+
+def levels(pixels: np.ndarray) -> Tuple[int, int, int]:
+    """Grey levels between the darkest and the lightest pixel of each channel of an image, uint8 [H, W, 3]."""
+    red, green, blue = (int(np.ptp(pixels[..., channel])) for channel in range(3))
+    return red, green, blue
+
+
+def is_faint(pixels: np.ndarray) -> bool:
+    """Whether an image, uint8 [H, W, 3], shows nearly nothing. Large images are sampled."""
+    step = math.ceil(min(pixels.shape[:2]) / OVERVIEW[0])
+    return max(levels(pixels[::step, ::step])) < LOW
+
+
+def warn_of_faint(faint: int, count: int) -> None:
+    """Warn if images of ``count`` were faint."""
+    if faint:
+        log.warning("%d of %d images are blank or faint: they use less than %d of 256 levels", faint, count, LOW)
 
 
 class Inspection(NamedTuple):

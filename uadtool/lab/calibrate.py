@@ -4,10 +4,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Optional
 
+import torch
 from torch import Tensor
 
 from uadtool import __version__
 from uadtool.data.dataset import training_samples
+from uadtool.data.inspection import is_faint, warn_of_faint
 from uadtool.lab.detectors.contract import Detector
 from uadtool.lab.quantization.calibration import calibrate as observed_ranges
 from uadtool.lab.quantization.plan import QuantizationPlan
@@ -50,9 +52,12 @@ def calibrate(detector: Detector, metadata: Metadata, digest: str, data: Optiona
                                          metadata.reading)
     with Progress("calibrate", source["count"]) as progress:
         def batches() -> Iterator[Tensor]:
+            faint = 0
             for images in unread:
                 yield images
+                faint += sum(map(is_faint, images.numpy())) if images.dtype == torch.uint8 else 0
                 progress.update(len(images))
+            warn_of_faint(faint, progress.count)
 
         ranges = observed_ranges(QuantizationPlan(detector), batches(), options.method, options.percentile)
     percentile = f"-{options.percentile:.10g}" if options.method == "percentile" else ""

@@ -4,12 +4,13 @@ import os
 import threading
 import time
 from itertools import islice
-from typing import Iterable, Iterator, List, NamedTuple, Sequence, Tuple, Union
+from typing import Iterable, Iterator, List, NamedTuple, Tuple, Union
 
 import numpy as np
 
 from uadtool.data.dataset import scoring_samples
-from uadtool.data.images import read_image, read_mask
+from uadtool.data.images import read_image, read_masks
+from uadtool.data.inspection import is_faint
 from uadtool.data.read_ahead import read_ahead
 from uadtool.data.samples import Sample
 from uadtool.errors import UadtoolError
@@ -26,6 +27,7 @@ class Prediction(NamedTuple):
     ``anomaly_map`` is float32 [h, w]; ``mask`` is the ground truth, bool [H, W], if it is known, or the error of a mask
     that cannot be read. ``milliseconds`` is
     the inference time of the batch, which may share the cores with other streams, divided by the images in it.
+    ``faint`` is whether the image shows nearly nothing.
     """
 
     score: float
@@ -34,6 +36,7 @@ class Prediction(NamedTuple):
     anomaly_map: np.ndarray
     mask: Mask
     milliseconds: float
+    faint: bool = False
 
 
 Predictions = Iterator[Tuple[Sample, Union[Prediction, UadtoolError]]]
@@ -75,7 +78,10 @@ def predict_samples(runtime: Runtime, samples: Iterable[Sample], batch_size: int
             image = read_image(sample.path, *runtime.metadata.reading)
         except UadtoolError as error:
             return error
-        return image, _read_masks(sample.masks, runtime.metadata.image_size)
+        try:
+            return image, read_masks(sample.masks, runtime.metadata.image_size) if sample.masks else None
+        except UadtoolError as error:
+            return image, error
 
     def run(batch: List[Sample]) -> List[Union[Prediction, UadtoolError]]:
         contents = [read(sample) for sample in batch]
@@ -87,7 +93,7 @@ def predict_samples(runtime: Runtime, samples: Iterable[Sample], batch_size: int
                 outputs = zip(*runtime.run(stacked))
                 milliseconds = rounded(1000 * (time.perf_counter() - began) / len(images))
         return [content if isinstance(content, UadtoolError)
-                else _prediction(runtime.metadata, sample, *next(outputs), content[1], milliseconds)
+                else _prediction(runtime.metadata, sample, *next(outputs), content, milliseconds)
                 for sample, content in zip(batch, contents)]
 
     source, workers = iter(samples), max(2, runtime.threads)
@@ -99,17 +105,11 @@ def predict_samples(runtime: Runtime, samples: Iterable[Sample], batch_size: int
 
 
 def _prediction(metadata: Metadata, sample: Sample, score: np.float32, raw_score: np.float32, anomaly_map: np.ndarray,
-                nearest: np.int32, mask: Mask, milliseconds: float) -> Union[Prediction, UadtoolError]:
+                nearest: np.int32, content: Tuple[np.ndarray, Mask], milliseconds: float
+                ) -> Union[Prediction, UadtoolError]:
     if not (np.isfinite([score, raw_score]).all() and np.isfinite(anomaly_map).all()):
         return UadtoolError(f"{sample.path}: the model gave a score that is not a finite number")
     if not 0 <= nearest < len(metadata.classes):
         return UadtoolError(f"{sample.path}: the model gave class {nearest} of {len(metadata.classes)}")
-    return Prediction(rounded(score), rounded(raw_score), metadata.classes[nearest], anomaly_map, mask, milliseconds)
-
-
-def _read_masks(paths: Sequence[str], size: Tuple[int, int]) -> Mask:
-    """The union of the masks of an image, if there are any."""
-    try:
-        return np.logical_or.reduce([read_mask(path, size) for path in paths]) if paths else None
-    except UadtoolError as error:
-        return error
+    return Prediction(rounded(score), rounded(raw_score), metadata.classes[nearest], anomaly_map, content[1],
+                      milliseconds, is_faint(content[0]))

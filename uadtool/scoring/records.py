@@ -7,6 +7,7 @@ import numpy as np
 
 from uadtool import host
 from uadtool.data.images import ImageError, upsample
+from uadtool.data.inspection import warn_of_faint
 from uadtool.data.samples import Sample
 from uadtool.errors import UadtoolError
 from uadtool.runtimes.contract import Runtime, describe
@@ -49,7 +50,7 @@ def score(runtime: Runtime, samples: Iterable[Sample], threshold: Optional[float
     yield run
     predict = cluster.predict if cluster else predict_samples
     began = time.perf_counter()
-    images = errors = anomalous = 0
+    images = errors = anomalous = faint = 0
     evaluation = Evaluation(threshold)
     for sample, prediction in predict(runtime, samples, batch_size):
         images += 1
@@ -59,6 +60,7 @@ def score(runtime: Runtime, samples: Iterable[Sample], threshold: Optional[float
             continue
         record = _image_record(sample, prediction, threshold)
         anomalous += record["anomalous"]
+        faint += prediction.faint
         for output in outputs:
             try:
                 record.update(output(record, prediction.anomaly_map, threshold))
@@ -68,9 +70,11 @@ def score(runtime: Runtime, samples: Iterable[Sample], threshold: Optional[float
         if sample.label:
             evaluate(evaluation, sample, prediction, runtime.metadata.image_size)
     seconds = time.perf_counter() - began
+    warn_of_faint(faint, images)
     metrics = evaluation.figures()
     yield {"type": "summary", "images": images, "errors": errors, "anomalous": anomalous, "seconds": rounded(seconds),
            "images_per_second": rounded((images - errors) / seconds),
+           **({"faint": faint} if faint else {}),
            **({"metrics": metrics, "pixels": evaluation.pixels()} if metrics else {})}
 
 

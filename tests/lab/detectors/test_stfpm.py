@@ -21,6 +21,7 @@ from uadtool.lab.quantization.plan import QuantizationPlan
 from uadtool.lab.quantization.ptq import quantize
 from uadtool.lab.quantization.targets import TARGETS
 from uadtool.lab.train import TrainingOptions, train
+from uadtool.metadata import Reading
 
 SIZE = (64, 96)
 TEACHERS = ["tf_efficientnet_lite0", "resnet18"]
@@ -89,7 +90,7 @@ def test_scope_student_leaves_the_shared_stages_in_float():
     plan = QuantizationPlan(detector)
     outside = plan.layers_outside("student")
     assert outside == [f"teacher.{name}" for name in convolutions(detector.teacher)]
-    images = torch.from_numpy(parity_images(None, SIZE))
+    images = torch.from_numpy(parity_images(None, Reading(SIZE)))
     model = quantize(plan, calibrate(plan, [images]), TARGETS["tensorrt"], outside)
     quantized = {name for name, module in model.named_modules() if isinstance(module, QuantizedConv2d)}
     assert quantized == {f"student.{name}" for name in convolutions(detector.student)}

@@ -24,7 +24,7 @@ from uadtool.lab.models import load_model
 from uadtool.lab.onnx_export.parity import check_parity, parity_images
 from uadtool.lab.onnx_export.writer import _scale, add_weight_quantizers, lower_opset, save_onnx, slice_shapes, to_onnx
 from uadtool.lab.quantization.modules import QuantizedConv2d
-from uadtool.metadata import KEY, Metadata
+from uadtool.metadata import KEY, Metadata, Reading
 from uadtool.runtimes.opening import open_model
 
 SIZE = (64, 64)
@@ -83,7 +83,7 @@ def test_nothing_of_this_machine_is_inside(exported, proto, textures):
 
 
 def test_batches_change_nothing(exported, textures):
-    images = parity_images(str(textures), SIZE)[:3]
+    images = parity_images(str(textures), Reading(SIZE))[:3]
     runtime = open_model(str(exported.path), 1)
     together = runtime.run(images)
     for index in range(3):
@@ -194,7 +194,7 @@ def test_a_teacher_that_splits_channels_is_exported():
     proto = to_onnx(detector, metadata)
     onnx.checker.check_model(proto, full_check=True)
     assert operators(proto)["Split"] > 0
-    assert check_parity(detector, proto, metadata, parity_images(None, SIZE))["score_difference"] < 1e-3
+    assert check_parity(detector, proto, metadata, parity_images(None, Reading(SIZE)))["score_difference"] < 1e-3
 
 
 def test_exports_report_their_parity(fp32, int8, textures):
@@ -262,7 +262,7 @@ def test_few_images_may_lie_between_two_classes(int8, quantized, textures, diffe
             return (torch.where(first, score + 100, score), raw_score, anomaly_map,
                     torch.where(first, 1 - nearest, nearest))
 
-    images = parity_images(str(textures), SIZE)
+    images = parity_images(str(textures), Reading(SIZE))
     if accepted:
         assert check_parity(Undecided(), onnx.load(int8.path), metadata, images)["score_difference"] <= 0.25
     else:
@@ -277,7 +277,7 @@ def test_few_images_may_lie_between_two_classes(int8, quantized, textures, diffe
 ])
 def test_the_default_images_show_differences(int8, quantized, spoil):
     model, metadata = load_model(quantized.path)
-    images = parity_images(None, SIZE)
+    images = parity_images(None, Reading(SIZE))
     assert check_parity(model, onnx.load(int8.path), metadata, images)["score_difference"] <= 0.25
     with torch.no_grad():
         spoil(model)
@@ -289,14 +289,14 @@ def test_the_default_images_show_differences(int8, quantized, spoil):
 
 
 def test_synthetic_images_are_the_same_every_time():
-    images = parity_images(None, (64, 96))
+    images = parity_images(None, Reading((64, 96)))
     assert (images.shape, images.dtype) == ((16, 64, 96, 3), np.uint8)
-    assert np.array_equal(images, parity_images(None, (64, 96)))
+    assert np.array_equal(images, parity_images(None, Reading((64, 96))))
     assert len({image.tobytes() for image in images}) == 16
 
 
 def test_images_of_all_classes_take_turns(textures):
-    images = parity_images(str(textures), SIZE)
+    images = parity_images(str(textures), Reading(SIZE))
     of_class = {image.tobytes(): name for name in ("dots", "stripes")
                 for image in (read_image(str(path), SIZE) for path in (textures / name / "test").rglob("*.png"))}
     assert Counter(of_class[image.tobytes()] for image in images) == {"dots": 8, "stripes": 8}
@@ -304,4 +304,4 @@ def test_images_of_all_classes_take_turns(textures):
 
 def test_a_folder_without_images(tmp_path):
     with pytest.raises(UadtoolError, match="no images to score in"):
-        parity_images(str(tmp_path), SIZE)
+        parity_images(str(tmp_path), Reading(SIZE))

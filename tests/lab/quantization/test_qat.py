@@ -21,6 +21,7 @@ from uadtool.lab.quantization.qat import LearnedQuantizer, fine_tune, trainable,
 from uadtool.lab.quantization.sensitivity import anomaly_maps, map_distance
 from uadtool.lab.quantization.targets import TARGETS
 from uadtool.lab.training.data import read_images
+from uadtool.metadata import Reading
 
 SIZE = (64, 64)
 TARGET = TARGETS["onnxruntime"]
@@ -33,7 +34,7 @@ def samples(textures):
 
 @pytest.fixture(scope="module")
 def images(samples):
-    return read_images(samples[:8], SIZE, 1)
+    return read_images(samples[:8], Reading(SIZE), 1)
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +76,7 @@ def ranges(plan, images):
 def run(plan, ranges, samples, correction, held_out, tmp_path):
     """Fine-tune for a few steps."""
     def run(steps=8, target=TARGET, float_layers=(), resume=False, held_out=held_out):
-        return fine_tune(plan, ranges, target, float_layers, samples, SIZE, held_out, correction, steps, 0,
+        return fine_tune(plan, ranges, target, float_layers, samples, Reading(SIZE), held_out, correction, steps, 0,
                          tmp_path / "checkpoint", {"steps": steps, "ranges": ranges}, resume)
 
     return run

@@ -19,7 +19,7 @@ from uadtool.files import file_digest, list_digest
 from uadtool.lab.detectors.stfpm import STFPM
 from uadtool.lab.models import save_model
 from uadtool.lab.quantization.sources import calibration_batches
-from uadtool.metadata import Metadata
+from uadtool.metadata import Metadata, Reading
 
 SIZE = (32, 48)
 METADATA = Metadata(
@@ -38,7 +38,7 @@ def good(textures):
 def choose(good):
     """The images as one tensor, and the record."""
     def choose(*sources, count=8, seed=0, good=good):
-        batches, record = calibration_batches(sources, good, count, seed, DETECTOR, SIZE)
+        batches, record = calibration_batches(sources, good, count, seed, DETECTOR, Reading(SIZE))
         return torch.cat([batch.float() for batch in batches]), record
 
     return choose
@@ -73,7 +73,7 @@ def test_synthetic_anomalies_are_the_good_images_changed(choose):
 @pytest.mark.parametrize("detector", [DETECTOR, STFPM("tf_efficientnet_lite0", SIZE, 2)],
                          ids=["means of channels", "one mean"])
 def test_the_networks_see_standard_normal_values(detector):
-    batches, record = calibration_batches(["random-normal"], [], 40, 0, detector, SIZE)
+    batches, record = calibration_batches(["random-normal"], [], 40, 0, detector, Reading(SIZE))
     batches = list(batches)
     assert [(batch.dtype, *batch.shape) for batch in batches] == [(torch.float32, 32, *SIZE, 3),
                                                                   (torch.float32, 8, *SIZE, 3)]
@@ -116,7 +116,7 @@ def test_a_mixture_has_the_parts_of_its_sources(choose):
 @given(st.integers(1, 200), st.sets(st.sampled_from(["random-normal", "good", "synthetic-anomalies"]), min_size=1))
 def test_the_count_is_divided_evenly(count, sources):
     samples = [Sample(str(number), "a", "good") for number in range(200)]
-    _, record = calibration_batches(sorted(sources), samples, count, 0, DETECTOR, SIZE)
+    _, record = calibration_batches(sorted(sources), samples, count, 0, DETECTOR, Reading(SIZE))
     shares = [part["count"] for part in record["parts"]]
     assert sum(shares) == record["count"] == count
     assert sorted(shares, reverse=True) == shares
@@ -133,7 +133,7 @@ def test_the_seed_decides_everything(choose, source):
 def test_images_are_read_when_they_are_needed(choose, good, tmp_path):
     """At most 32 at a time: the others are not opened."""
     missing = [Sample(str(tmp_path / f"{number}.png"), "dots", "good") for number in range(40)]
-    batches, record = calibration_batches(["random-normal", "good"], missing, 80, 0, DETECTOR, SIZE)
+    batches, record = calibration_batches(["random-normal", "good"], missing, 80, 0, DETECTOR, Reading(SIZE))
     assert record["count"] == 80
     assert [len(next(batches)) for _ in range(2)] == [32, 8]
     with pytest.raises(ImageError, match=r"cannot read .*png: No such file"):

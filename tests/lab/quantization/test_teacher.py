@@ -5,7 +5,7 @@ import timm
 import torch
 
 from uadtool.data.dataset import training_samples
-from uadtool.data.splits import balanced
+from uadtool.data.splits import balanced, split_held_out
 from uadtool.errors import UadtoolError
 from uadtool.lab.detectors.contract import pooled_descriptor
 from uadtool.lab.detectors.stfpm import STFPM
@@ -18,7 +18,8 @@ from uadtool.lab.quantization.targets import TARGETS
 from uadtool.lab.quantization.teacher import quantized_teacher
 from uadtool.lab.quantize import Recipe, apply_recipe
 from uadtool.lab.train import TrainingOptions, train
-from uadtool.lab.training.data import read_images, split_training
+from uadtool.lab.training.data import read_images
+from uadtool.metadata import Reading
 
 TEACHER = "mobilenetv2_035"
 SIZE = (64, 64)
@@ -31,8 +32,8 @@ def samples(textures):
 
 @pytest.fixture(scope="module")
 def images(samples):
-    rest, _ = split_training(samples, 0.2, 0)
-    return read_images(balanced(rest, CORRECTION_IMAGES, 0), SIZE, 1)
+    rest, _ = split_held_out(samples, 0.2, 0)
+    return read_images(balanced(rest, CORRECTION_IMAGES, 0), Reading(SIZE), 1)
 
 
 @pytest.fixture(scope="module")

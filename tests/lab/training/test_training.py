@@ -35,6 +35,7 @@ from uadtool.lab.training import data, loop
 from uadtool.lab.training.data import TeacherFeatures
 from uadtool.lab.training.loop import batch_indices, steps_per_epoch
 from uadtool.lab.training.precision import choose_device, large_depthwise_float
+from uadtool.metadata import Reading
 from uadtool.scoring.thresholds import bounded_scores, threshold_at
 
 TEACHER = "mobilenetv2_035"
@@ -115,7 +116,7 @@ def test_statistics_and_threshold_are_those_of_the_deployed_detector(run, sample
     save_model(result.detector, result.metadata, tmp_path / "model.safetensors")
     detector, metadata = load_model(tmp_path / "model.safetensors")
     _, held_out = split_held_out(samples, 0.5, 0)
-    images = data.read_images(held_out, (64, 64), 1)
+    images = data.read_images(held_out, Reading((64, 64)), 1)
     owners = [metadata.classes.index(sample.class_name) for sample in held_out]
     with torch.inference_mode():
         raw, nearest = detector.raw_maps_and_class(images)
@@ -163,7 +164,7 @@ def test_prototypes_are_the_mean_descriptors_of_the_training_images(run, samples
     detector = run(samples).detector
     rest, _ = split_held_out(samples, 0.2, 0)
     for prototype, name in zip(detector.prototypes, ("dots", "stripes")):
-        images = data.read_images([sample for sample in rest if sample.class_name == name], (64, 64), 1)
+        images = data.read_images([sample for sample in rest if sample.class_name == name], Reading((64, 64)), 1)
         with torch.inference_mode():
             descriptors = pooled_descriptor(detector.teacher(detector.normalize(images)))
         torch.testing.assert_close(prototype, descriptors.mean(0), rtol=1e-3, atol=1e-3)
@@ -189,7 +190,7 @@ def test_a_channel_that_is_dead_on_training_images_does_not_drown_the_others(sam
     descriptors[:, 3] = 0
     descriptors[20:, 0] += 10
     detector = Described(descriptors)
-    fit_prototypes(detector, ["dots", "stripes"], TeacherFeatures(samples, (64, 64), lambda images: [], 1, 40))
+    fit_prototypes(detector, ["dots", "stripes"], TeacherFeatures(samples, Reading((64, 64)), lambda images: [], 1, 40))
     awake = torch.cat([descriptors[:, :3], torch.full((40, 1), 0.2)], dim=1)
     assert torch.equal(detector.nearest_class(awake), torch.tensor([0] * 20 + [1] * 20))
 
@@ -199,7 +200,7 @@ def test_the_weights_of_the_lowest_held_out_loss_are_kept(run, samples, monkeypa
     monkeypatch.setattr(loop, "_schedule", lambda step, steps: 0.1 if step < 6 else -1)  # uphill
     result = run(samples, steps=8)
     assert 0 < result.report["best_step"] <= 6
-    images = result.detector.normalize(data.read_images(split_held_out(samples, 0.2, 0)[1], (64, 64), 1))
+    images = result.detector.normalize(data.read_images(split_held_out(samples, 0.2, 0)[1], Reading((64, 64)), 1))
     with torch.inference_mode():
         loss = distillation_loss(result.detector.teacher(images), result.detector.student(images))
     assert loss.item() == pytest.approx(result.report["held_out_loss"], rel=1e-3)
@@ -229,7 +230,7 @@ def test_held_out_images_choose_the_checkpoint_only(run, textures, tmp_path, mon
 
 def test_the_networks_do_not_depend_on_the_classes(run, samples, monkeypatch):
     paths = {sample.path for sample in split_held_out(samples, 0.2, 0)[1]}
-    monkeypatch.setattr(training, "split_training", lambda samples, *_: (
+    monkeypatch.setattr(training, "split_held_out", lambda samples, *_: (
         [s for s in samples if s.path not in paths], [s for s in samples if s.path in paths]))
     other = {"dots": "stripes", "stripes": "dots"}
     renamed = [Sample(sample.path, other[sample.class_name], sample.label) for sample in samples]
@@ -246,7 +247,7 @@ def test_few_images_are_enough(run, samples, counts, caplog):
     for name, count in counts.items():
         found = result.report["classes"][name]
         held_out = {1: 1, 5: 2, 6: 3}[count]
-        assert found == {"training": max(1, count - held_out), "held_out": held_out}
+        assert found == {"training": max(1, count - held_out), "held_out": held_out, "copies": 0}
     few = ", ".join(sorted(name for name, count in counts.items() if count < 6))
     assert f"too few good images to learn what is normal: {few};" in caplog.text
     assert all(tensor.isfinite().all() for tensor in result.detector.state_dict().values())
@@ -447,10 +448,10 @@ def test_images_that_do_not_fit_into_memory_give_the_same_batches(samples, monke
     def teacher(images):
         return network(images.permute(0, 3, 1, 2).float() / 255)
 
-    cached = TeacherFeatures(samples, (64, 64), teacher, 1, len(samples))
+    cached = TeacherFeatures(samples, Reading((64, 64)), teacher, 1, len(samples))
     monkeypatch.setattr(data, "MEMORY_SHARE", 0)
     monkeypatch.setattr(data, "read_images", counted := Counted(data.read_images))
-    streamed = TeacherFeatures(samples, (64, 64), teacher, 1, len(samples))
+    streamed = TeacherFeatures(samples, Reading((64, 64)), teacher, 1, len(samples))
     assert len(cached) == len(streamed) == 40
     batches = [*zip(cached.batches(), streamed.batches()), (cached.batch([39, 0, 7]), streamed.batch([39, 0, 7]))]
     assert [len(one[0]) for one, _ in batches] == [32, 8, 3]

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from uadtool.data.dataset import training_samples
 from uadtool.lab.training import data, distributed
 from uadtool.lab.training.loop import Run
+from uadtool.metadata import Reading
 
 
 def main(folder: str, output: str) -> None:
@@ -30,7 +31,7 @@ def main(folder: str, output: str) -> None:
         return images.permute(0, 3, 1, 2) / 255
 
     # 14 images to train on, which 4 processes cannot share evenly, and 8 held out
-    training, held_out = (data.TeacherFeatures(part, (64, 64), lambda images: [teacher(pixels(images))], 1,
+    training, held_out = (data.TeacherFeatures(part, Reading((64, 64)), lambda images: [teacher(pixels(images))], 1,
                                                len(samples))
                           for part in (samples[:14], samples[-8:]))
     drawn = []
