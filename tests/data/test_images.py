@@ -219,6 +219,25 @@ def test_a_line_scan_image_needs_little_more_memory_than_its_pixels(tmp_path: Pa
     assert 180 < int(done.stdout) < 190 * 1.6
 
 
+def antialiased(values: np.ndarray, size: int) -> np.ndarray:
+    """The first axis resized as the documentation says: rows of weights, and a result that is rounded to 8 bits."""
+    scale = len(values) / size
+    centres = (np.arange(size) + 0.5) * scale
+    distance = np.abs(np.arange(len(values)) + 0.5 - centres[:, None]) / max(scale, 1)
+    weights = np.maximum(0, 1 - distance)
+    weights /= weights.sum(1, keepdims=True)
+    return np.floor(np.tensordot(weights, values, 1) + 0.5)
+
+
+@pytest.mark.parametrize("size", [(16, 16), (31, 47), (122, 20), (122, 94)])
+def test_the_documented_resizing(size: Tuple[int, int], tmp_path: Path) -> None:
+    pixels = np.asarray(LARGE, np.float64)
+    expected = antialiased(antialiased(pixels.transpose(1, 0, 2), size[1]).transpose(1, 0, 2), size[0])
+    difference = np.abs(read_image(save(tmp_path / "a.png", LARGE), size) - expected)
+    assert difference.max() <= 1
+    assert difference.mean() < 0.01
+
+
 def test_16_bit_rgb(tmp_path: Path) -> None:
     values = RGB.astype(np.uint16) * 257
     (tmp_path / "a.png").write_bytes(png(4, 3, 16, 2, values.astype(">u2").tobytes()))

@@ -191,7 +191,9 @@ Converter = Callable[[Image.Image], Image.Image]
 
 
 def _resized(image: Image.Image, to_rgb: Converter, size: Tuple[int, int], box: Optional[Box]) -> Image.Image:
-    """``to_rgb(image).resize(size, box=box)``, strip by strip if the image is large, with the same result.
+    """``to_rgb(image).resize(size, box=box)``, strip by strip if the image is large.
+
+    The result is the same, or at most one level off where the image becomes wider: Pillow then starts with columns.
 
     Args:
         size: (width, height).

@@ -103,7 +103,7 @@ def test_the_file_records_how_it_was_made(run, samples):
     assert (metadata.classes, metadata.image_size, metadata.map_size) == (["dots", "stripes"], (64, 64), (16, 16))
     assert (metadata.precision, metadata.target) == ("fp32", None)
     assert metadata.options == {"fusion": "product", "dcam": False, "shared_stages": 0}
-    assert result.report["classes"] == {name: {"training": 10, "held_out": 10} for name in metadata.classes}
+    assert result.report["classes"] == {name: {"training": 10, "held_out": 10, "copies": 0} for name in metadata.classes}
     (step,) = metadata.provenance
     assert (step["command"], step["steps"], step["seed"], step["held_out"]) == ("train", 3, 3, 0.5)
     assert step["teacher_weights"] == "teacher.pth"
