@@ -17,6 +17,8 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
+from uadtool import host
+from uadtool.cli.main import cli
 from uadtool.data.dataset import Sample, training_samples
 from uadtool.data.images import ImageError
 from uadtool.data.splits import split_held_out
@@ -30,7 +32,7 @@ from uadtool.lab.detectors.stfpm import distillation_loss
 from uadtool.lab.detectors.weights import load_teacher_weights
 from uadtool.lab.models import load_model, save_model
 from uadtool.lab.train import TrainingOptions, train
-from uadtool.lab.training import data, loop
+from uadtool.lab.training import data, loop, precision
 from uadtool.lab.training.data import TeacherFeatures
 from uadtool.lab.training.loop import batch_indices, steps_per_epoch
 from uadtool.lab.training.precision import choose_device, large_depthwise_float
@@ -467,6 +469,25 @@ class Counted:
     def __call__(self, *arguments):
         self.calls += 1
         return self.function(*arguments)
+
+
+@pytest.mark.parametrize("words", [
+    ["train", "broken", "-o", "m"], ["calibrate", "broken", "broken", "-o", "r"],
+    ["quantize", "broken", "--precision", "fp16", "-o", "q"], ["export", "broken", "-o", "m.onnx"],
+])
+def test_torch_takes_only_the_cores_of_the_quota(monkeypatch, tmp_path, words):
+    monkeypatch.chdir(tmp_path)
+    Path("broken").touch()
+    monkeypatch.setattr(host, "keep_freed_memory", lambda: None)  # would stay
+    monkeypatch.setattr(precision, "available_cores", lambda: 3)
+    before = torch.get_num_threads()
+    torch.set_num_threads(5)
+    try:
+        with pytest.raises(UadtoolError):
+            cli.main(words, standalone_mode=False)
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_slow_layers_are_float_within_the_block_only():

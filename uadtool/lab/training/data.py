@@ -11,8 +11,8 @@ from uadtool.data.read_ahead import read_ahead
 from uadtool.data.splits import split_held_out
 from uadtool.errors import UadtoolError
 from uadtool.files import list_digest
+from uadtool.host import usable_memory
 from uadtool.lab.training import distributed
-from uadtool.lab.training.precision import usable_memory
 from uadtool.metadata import Metadata
 from uadtool.progress import Progress
 from uadtool.terminal import log
