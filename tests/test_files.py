@@ -1,12 +1,14 @@
 import errno
+import fcntl
 import hashlib
 import io
 import json
 import os
+import shutil
 import stat
 import subprocess
 import sys
-import tempfile
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -14,7 +16,10 @@ from hypothesis import strategies as st
 
 from uadtool.errors import UadtoolError
 from uadtool.files import (
+    COPIED,
+    UNSUPPORTED,
     atomic_write,
+    check_folder,
     check_writable,
     file_digest,
     list_digest,
@@ -77,12 +82,22 @@ def test_where_nothing_can_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     (tmp_path / "folder").mkdir()
     for path in (tmp_path / "missing" / "x", tmp_path / "file" / "x", tmp_path / "folder"):
-        with pytest.raises(UadtoolError, match=f"^cannot write {path}: "):
-            write_json({}, path)
+        for write in (check_writable, lambda path: write_json({}, path)):
+            with pytest.raises(UadtoolError, match=f"^cannot write {path}: "):
+                write(path)
     for path in (tmp_path / "missing" / "x", tmp_path / "file" / "x"):
         with pytest.raises(UadtoolError, match=f"^cannot write {path}: the folder {path.parent} does not exist$"):
             check_writable(path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/proc")
+def test_a_folder_that_seems_writable():
+    folder = Path("/proc/self/fd")
+    assert os.access(folder, os.W_OK)
+    for check, path in ((check_writable, folder / "x"), (check_folder, folder)):
+        with pytest.raises(UadtoolError, match=f"^cannot write {path}: No such file or directory$"):
+            check(path)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
@@ -91,6 +106,127 @@ def test_a_read_only_folder(tmp_path):
     for write in (check_writable, lambda path: write_json({}, path)):
         with pytest.raises(UadtoolError, match="cannot write"):
             write(tmp_path / "file")
+
+
+# Volumes that lack something
+
+
+VOLUME = """
+import errno, os, sys
+from pathlib import Path
+from uadtool.errors import UadtoolError
+from uadtool.files import atomic_write, check_folder, check_writable
+
+folder = Path(sys.argv[1])
+refused = {event: getattr(errno, name) for event, _, name in (word.partition("=") for word in sys.argv[2:])}
+locked = set()
+
+
+def inode(file):
+    status = os.stat(file)
+    return status.st_dev, status.st_ino
+
+
+def hook(event, arguments):
+    if event == "fcntl.flock" and "smb" in refused:
+        (locked.discard if arguments[1] & 8 else locked.add)(inode(arguments[0]))  # LOCK_UN
+    elif event == "open" and locked and os.path.isfile(arguments[0]) and inode(arguments[0]) in locked:
+        raise OSError(refused["smb"], os.strerror(refused["smb"]))
+    elif event in refused and (event == "fcntl.flock" or str(arguments[0]).startswith(str(folder))):
+        raise OSError(refused[event], os.strerror(refused[event]))
+
+
+sys.addaudithook(hook)
+file = folder / "file"
+for content in ("new", "newer", "newest"):
+    check_folder(folder)
+    check_writable(file)
+    with atomic_write(file) as temporary:
+        temporary.write_text(content)
+    assert file.read_text() == content
+    assert os.listdir(folder) == ["file"]
+"""
+"""Stands in for a volume where audit events, such as chmod=EPERM, fail. On smb, whoever opens a locked file again is
+refused, even by another handle of the same process.
+"""
+
+
+def on_volume(folder, *refused):
+    done = subprocess.run([sys.executable, "-c", VOLUME, str(folder), *refused], capture_output=True, text=True)
+    return done.stderr.splitlines()[-1] if done.stderr else ""
+
+
+@pytest.mark.parametrize("refused", [
+    ["os.chmod=EPERM"],
+    ["fcntl.flock=ENOLCK"],
+    ["os.chmod=ENOTSUP", "fcntl.flock=ENOSYS", "os.rename=ENOSYS"],
+    ["smb=EACCES"],
+    *[[f"os.rename={errno.errorcode[number]}"] for number in sorted(COPIED)],
+])
+def test_volumes_that_lack_something_are_written(tmp_path, refused):
+    assert on_volume(tmp_path, *refused) == ""
+
+
+@pytest.mark.parametrize("refused", ["os.rename=EIO", "os.rename=EROFS", "open=ENOSPC", "os.remove=EPERM"])
+def test_volumes_that_cannot_be_written_are_found_out_before(tmp_path, refused):
+    reason = os.strerror(getattr(errno, refused.partition("=")[2]))
+    assert on_volume(tmp_path, refused) == f"uadtool.errors.UadtoolError: cannot write {tmp_path}: {reason}"
+
+
+def test_an_enforced_lock_protects_nothing(tmp_path):
+    """Files of running processes have no lock there, so leftovers stay."""
+    leftover = tmp_path / ".file.abc.uadtool-part"
+    leftover.write_text("")
+    assert on_volume(tmp_path, "smb=EACCES").startswith("AssertionError")  # two files in the folder
+    assert leftover.exists()
+
+
+@pytest.mark.parametrize("durable", [False, True])
+@pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC, errno.EDQUOT, *UNSUPPORTED])
+def test_failures_of_fsync_count_unless_it_is_not_supported(tmp_path, monkeypatch, number, durable):
+    def fsync(_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    (tmp_path / "file").write_text("old")
+
+    def write():
+        with atomic_write(tmp_path / "file", durable) as temporary:
+            temporary.write_text("new")
+
+    if number in UNSUPPORTED or not durable:
+        write()
+    else:
+        for fail in (lambda: check_writable(tmp_path / "file"), write):
+            with pytest.raises(UadtoolError, match=f"^cannot write {tmp_path}/file: {os.strerror(number)}$"):
+                fail()
+    assert (tmp_path / "file").read_text() == ("new" if number in UNSUPPORTED or not durable else "old")
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+MOUNTED = """
+mount --bind "$1/outside" "$1/file" || exit 77
+"$2" -c 'import sys; from uadtool.files import check_writable, write_json
+check_writable(sys.argv[1]); write_json({"new": 1}, sys.argv[1])' "$1/file"
+"""
+
+
+def test_a_file_that_is_a_mount_point_is_overwritten(tmp_path):
+    """As containers have it: it cannot be replaced."""
+    if not shutil.which("unshare"):
+        pytest.skip("unshare")
+    (tmp_path / "outside").write_text("a longer old content, of which nothing stays")
+    (tmp_path / "file").touch()
+    done = subprocess.run(["unshare", "-rm", "sh", "-c", MOUNTED, "sh", str(tmp_path), sys.executable],
+                          capture_output=True, text=True)
+    if done.returncode == 77 or "unshare" in done.stderr:
+        pytest.skip("mounts are not allowed")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert json.loads((tmp_path / "outside").read_text()) == {"new": 1}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "outside"]
+
+
+# Links, inputs and leftovers
 
 
 @pytest.mark.parametrize("target", ["here.json", "elsewhere/there.json"])
@@ -139,27 +275,38 @@ def test_files_of_other_programs_stay(tmp_path):
 
 
 def test_a_file_that_is_taken_for_a_leftover_is_made_again(tmp_path, monkeypatch):
-    real, removed = tempfile.mkstemp, []
+    real, removed = fcntl.flock, []
 
-    def removing(**options):
-        handle, name = real(**options)
-        if len(removed) < 3:  # between its creation and its lock
+    def flock(handle, operation):
+        if len(removed) < 3 and not operation & fcntl.LOCK_NB:  # between the creation of a file and its lock
+            removed.extend(tmp_path.iterdir())
             remove_leftovers(tmp_path)
-            removed.append(name)
-        return handle, name
+        real(handle, operation)
 
-    monkeypatch.setattr(tempfile, "mkstemp", removing)
+    monkeypatch.setattr(fcntl, "flock", flock)
     write_json({"new": 1}, tmp_path / "file")
     assert json.loads((tmp_path / "file").read_text()) == {"new": 1}
-    assert len(removed) == 3
+    assert len(set(removed)) == 3
     assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_checking_leaves_no_trace(tmp_path, monkeypatch):
     check_writable(tmp_path / "file")
+    check_folder(tmp_path)
     monkeypatch.chdir(tmp_path)
     check_writable("file")
     assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").write_text("old")
+    check_writable("file")
+    assert (tmp_path / "file").read_text() == "old"
+
+
+def test_the_longest_name_that_a_file_can_have(tmp_path):
+    room = os.pathconf(tmp_path, "PC_NAME_MAX") - len("..12345678.uadtool-part")
+    check_writable(tmp_path / ("x" * room))
+    write_json({}, tmp_path / ("x" * room))
+    with pytest.raises(UadtoolError, match=r"File name too long$"):
+        check_writable(tmp_path / ("x" * (room + 1)))
 
 
 @given(data=st.binary(max_size=100), repeat=st.sampled_from([1, 30_000]))

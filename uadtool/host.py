@@ -5,7 +5,7 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import Any, Dict, List
+from typing import Any, Dict, Iterator, List
 
 from uadtool import __version__
 
@@ -16,12 +16,45 @@ BOARD = Path("/proc/device-tree/model")
 """The name of a board, if the firmware gives it: "NVIDIA Jetson Xavier NX Developer Kit"."""
 
 
+CGROUPS = Path("/sys/fs/cgroup")
+"""Where the control groups of a container are mounted; those of version 1 lie in a folder for each controller."""
+
+OWN_CGROUPS = Path("/proc/self/cgroup")
+"""The groups of this process, a line each: number, controllers (none: version 2), path."""
+
+
 def available_cores() -> int:
-    """The number of cores that this process may use."""
+    """The number of cores that this process may use, at least 1: those of its affinity mask, or less in a container."""
     try:
-        return len(os.sched_getaffinity(0))
+        cores = len(os.sched_getaffinity(0))
     except AttributeError:  # macOS, Windows
-        return os.cpu_count() or 1
+        cores = os.cpu_count() or 1
+    quotas = [*_limits("cpu", "cpu.max"), *_limits("cpu", "cpu.cfs_quota_us", "cpu.cfs_period_us")]  # microseconds
+    # Rounded down: once the threads have used up the quota, all of them stop for the rest of the period, usually 0.1 s,
+    # which is longer than most images take. A single thread never stops, and what remains serves the image readers.
+    return max(1, min([cores, *(quota // period for quota, period in quotas if quota > 0)]))  # -1: none
+
+
+def usable_memory() -> int:
+    """Bytes of main memory that this process may use: the machine's, or less in a container."""
+    limits = [*_limits("memory", "memory.max"), *_limits("memory", "memory.limit_in_bytes")]
+    return min([os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), *(limit for limit, in limits)])
+
+
+def _limits(controller: str, *files: str) -> Iterator[List[int]]:
+    """The numbers in these files, for each control group that has them: this process's own, and those around it."""
+    paths = {"": "/", controller: "/"}
+    with contextlib.suppress(OSError, ValueError):  # other systems, some sandboxes
+        for line in OWN_CGROUPS.read_text(encoding="utf-8", errors="surrogateescape").splitlines():
+            _, controllers, path = line.split(":", 2)
+            paths.update(dict.fromkeys(controllers.split(","), path))
+    for mount, path in ((CGROUPS, paths[""]), (CGROUPS / controller, paths[controller])):
+        group = mount / path.lstrip("/")  # in a container, perhaps its path on the host: then only ``mount`` exists
+        for folder in (group, *group.parents):
+            with contextlib.suppress(OSError, ValueError):  # the other version, or no limit ("max")
+                yield [int(word) for file in files for word in (folder / file).read_text(encoding="utf-8").split()]
+            if folder == mount:
+                break
 
 
 def adds_int8_exactly() -> bool:

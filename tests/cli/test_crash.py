@@ -23,6 +23,9 @@ from uadtool.files import check_writable
 TEACHER = "mobilenetv2_035"
 CHAIN = ("train", "calibrate", "quantize", "export")
 
+CHECK = 9
+"""Number of changes by which a command finds out, before it starts, that it can write its output."""
+
 
 class Line(NamedTuple):
     """A command of the chain without its output; the name and the final content of the output; the seconds it takes."""
@@ -140,7 +143,7 @@ def test_killed_before_every_change(crash, name):
     codes = list(itertools.takewhile(bool, (crash(name, at=change).code for change in itertools.count(1))))
     print(f"{name}: killed before each of {len(codes)} changes")
     assert set(codes) == {-signal.SIGKILL}
-    assert len(codes) >= (24 if name == "train" else 5)
+    assert len(codes) >= CHECK + (24 if name == "train" else 5)
 
 
 @pytest.mark.slow
@@ -161,7 +164,7 @@ def test_a_training_that_is_killed_again_and_again_ends_as_if_it_was_not(command
     line, output = lines["train"], tmp_path / "m.safetensors"
     kills = 0
     while True:
-        ended = commands.run(*line.words, "-o", output, "--resume", at=(tmp_path, 12))  # one more checkpoint
+        ended = commands.run(*line.words, "-o", output, "--resume", at=(tmp_path, CHECK + 12))  # one more checkpoint
         if ended.code == 0:
             break
         assert ended.code == -signal.SIGKILL
@@ -221,7 +224,7 @@ def test_scoring_that_is_killed_at_random_moments(score_killed):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_training_that_is_stopped_leaves_a_checkpoint(commands, lines, tmp_path, number):
     line, output = lines["train"], tmp_path / "m.safetensors"
-    ended = commands.run(*line.words, "-o", output, at=(tmp_path, 8), number=number)  # in the second step
+    ended = commands.run(*line.words, "-o", output, at=(tmp_path, CHECK + 8), number=number)  # in the second step
     assert (ended.code, ended.stdout) == (128 + number, "")
     assert f"interrupted at step 2; --resume continues from {output}.checkpoint" in ended.stderr
     assert list(tmp_path.iterdir()) == [Path(f"{output}.checkpoint")]
@@ -233,7 +236,7 @@ def test_a_training_that_is_stopped_leaves_a_checkpoint(commands, lines, tmp_pat
 @pytest.mark.slow
 def test_a_run_that_ignores_a_checkpoint_says_so(commands, lines, tmp_path):
     line, output = lines["train"], tmp_path / "m.safetensors"
-    assert commands.run(*line.words, "-o", output, at=(tmp_path, 8)).code == -signal.SIGKILL
+    assert commands.run(*line.words, "-o", output, at=(tmp_path, CHECK + 8)).code == -signal.SIGKILL
     ended = commands.run(*line.words, "-o", output)
     assert f"starting anew; with --resume the run would continue from {output}.checkpoint" in ended.stderr
     assert output.read_bytes() == line.content
@@ -243,7 +246,7 @@ def test_a_run_that_ignores_a_checkpoint_says_so(commands, lines, tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.parametrize("name", ["calibrate", "quantize"])
 def test_other_commands_that_are_stopped_leave_nothing(crash, name, number):
-    assert crash(name, at=2, number=number).code == 128 + number
+    assert crash(name, at=CHECK + 2, number=number).code == 128 + number
 
 
 # Out of space

@@ -123,9 +123,11 @@ def test_names_are_those_of_files(tmp_path_factory, paths):
         assert "/" not in name
 
 
-def test_a_folder_that_cannot_be_made(photo):
+def test_a_folder_that_cannot_be_made_or_written_to(photo):
     with pytest.raises(UadtoolError, match="cannot create the folder"):
         Heatmaps(str(photo / "pictures"))
+    with pytest.raises(UadtoolError, match=r"^cannot write /proc/self: "):
+        Heatmaps("/proc/self")
 
 
 def test_a_mask_has_the_size_of_the_image_and_is_white_where_the_map_is_above_the_threshold(photo, tmp_path):

@@ -62,8 +62,10 @@ def calibrate(ctx: click.Context, model: str, data: Optional[str], output: str, 
     from uadtool.lab.calibrate import CalibrationOptions
     from uadtool.lab.calibrate import calibrate as run
     from uadtool.lab.models import load_float_model
+    from uadtool.lab.training.precision import use_available_cores
 
     keep_freed_memory()
+    use_available_cores()
     if output != "-":
         images = [source[len("images:"):] for source in sources if source.startswith("images:")]
         check_writable(output, [model, data, *images])

@@ -71,7 +71,9 @@ def _write_onnx(model: str, output: str, images: Optional[str]) -> None:
     from uadtool.lab.export import export as run
     from uadtool.lab.models import load_model
     from uadtool.lab.onnx_export.writer import save_onnx
+    from uadtool.lab.training.precision import use_available_cores
 
+    use_available_cores()
     with unchanged(model) as digest:
         detector, metadata = load_model(model)
     proto, parity = run(detector, metadata, digest, images)

@@ -72,8 +72,10 @@ def quantize(ctx: click.Context, model: str, data: Optional[str], ranges_file: O
     from uadtool.lab.models import load_float_model, save_model
     from uadtool.lab.quantization.ranges import RangesFile
     from uadtool.lab.quantize import Recipe, apply_recipe
+    from uadtool.lab.training.precision import use_available_cores
 
     keep_freed_memory()
+    use_available_cores()
     check_writable(output, [model, data, ranges_file])
     ranges = RangesFile.read(ranges_file) if ranges_file else None
     with unchanged(model) as digest:

@@ -103,8 +103,10 @@ def train(ctx: click.Context, data: str, output: Optional[str], method: str, met
     from uadtool.lab.train import TrainingOptions
     from uadtool.lab.train import train as run
     from uadtool.lab.training.distributed import on_first, process_group
+    from uadtool.lab.training.precision import use_available_cores
 
     keep_freed_memory()
+    use_available_cores()
     with process_group(device):
         on_first(lambda: check_writable(output, [data, teacher_weights, teacher_ranges]))
         ranges = RangesFile.read(teacher_ranges).ranges if teacher_ranges else None

@@ -10,7 +10,7 @@ from PIL import Image
 from uadtool.data.images import ImageError, image_size, upsample
 from uadtool.data.storage import is_url, open_file, without_query
 from uadtool.errors import UadtoolError
-from uadtool.files import atomic_write, remove_leftovers
+from uadtool.files import atomic_write, check_folder
 from uadtool.terminal import printable
 
 
@@ -20,7 +20,7 @@ class OutputFolder:
     It must not hold images that are scored, since the files could overwrite them.
 
     Raises:
-        UadtoolError: the folder cannot be created.
+        UadtoolError: the folder cannot be created or written to.
     """
 
     def __init__(self, directory: str) -> None:
@@ -31,7 +31,7 @@ class OutputFolder:
         except OSError as error:
             raise UadtoolError(f"cannot create the folder {directory}: {error.strerror}") from error
         self._resolved = self._directory.resolve()
-        remove_leftovers(self._directory)
+        check_folder(self._directory)
 
     def path(self, image: str, suffix: str) -> Path:
         """A file for an image, named after the end of its path. Every call returns another file.

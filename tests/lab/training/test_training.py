@@ -17,6 +17,8 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
+from uadtool import host
+from uadtool.cli.main import cli
 from uadtool.data.dataset import training_samples
 from uadtool.data.images import ImageError
 from uadtool.data.samples import Sample
@@ -31,7 +33,7 @@ from uadtool.lab.detectors.stfpm import distillation_loss
 from uadtool.lab.detectors.weights import load_teacher_weights
 from uadtool.lab.models import load_model, save_model
 from uadtool.lab.train import TrainingOptions, train
-from uadtool.lab.training import data, loop
+from uadtool.lab.training import data, loop, precision
 from uadtool.lab.training.data import TeacherFeatures
 from uadtool.lab.training.loop import batch_indices, steps_per_epoch
 from uadtool.lab.training.precision import choose_device, large_depthwise_float
@@ -103,7 +105,8 @@ def test_the_file_records_how_it_was_made(run, samples):
     assert (metadata.classes, metadata.image_size, metadata.map_size) == (["dots", "stripes"], (64, 64), (16, 16))
     assert (metadata.precision, metadata.target) == ("fp32", None)
     assert metadata.options == {"fusion": "product", "dcam": False, "shared_stages": 0}
-    assert result.report["classes"] == {name: {"training": 10, "held_out": 10, "copies": 0} for name in metadata.classes}
+    counts = {"training": 10, "held_out": 10, "copies": 0}
+    assert result.report["classes"] == dict.fromkeys(metadata.classes, counts)
     (step,) = metadata.provenance
     assert (step["command"], step["steps"], step["seed"], step["held_out"]) == ("train", 3, 3, 0.5)
     assert step["teacher_weights"] == "teacher.pth"
@@ -469,6 +472,25 @@ class Counted:
     def __call__(self, *arguments):
         self.calls += 1
         return self.function(*arguments)
+
+
+@pytest.mark.parametrize("words", [
+    ["train", "broken", "-o", "m"], ["calibrate", "broken", "broken", "-o", "r"],
+    ["quantize", "broken", "--precision", "fp16", "-o", "q"], ["export", "broken", "-o", "m.onnx"],
+])
+def test_torch_takes_only_the_cores_of_the_quota(monkeypatch, tmp_path, words):
+    monkeypatch.chdir(tmp_path)
+    Path("broken").touch()
+    monkeypatch.setattr(host, "keep_freed_memory", lambda: None)  # would stay
+    monkeypatch.setattr(precision, "available_cores", lambda: 3)
+    before = torch.get_num_threads()
+    torch.set_num_threads(5)
+    try:
+        with pytest.raises(UadtoolError):
+            cli.main(words, standalone_mode=False)
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_slow_layers_are_float_within_the_block_only():

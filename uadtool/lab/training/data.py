@@ -15,8 +15,8 @@ from uadtool.data.samples import Sample
 from uadtool.data.splits import split_held_out
 from uadtool.errors import UadtoolError
 from uadtool.files import list_digest
+from uadtool.host import usable_memory
 from uadtool.lab.training import distributed
-from uadtool.lab.training.precision import usable_memory
 from uadtool.metadata import Metadata, Reading
 from uadtool.progress import Progress
 from uadtool.terminal import log

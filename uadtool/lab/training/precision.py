@@ -1,7 +1,5 @@
-"""The device and the number format that torch computes in, chosen by measured speed, and the usable memory."""
+"""The device, the cores and the number format that torch computes in."""
 
-import contextlib
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,9 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from uadtool.errors import UadtoolError
-
-CGROUP_LIMITS = [Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")]
-"""Files with a container's memory limit in bytes, of cgroups 2 and 1."""
+from uadtool.host import available_cores
 
 
 def choose_device(name: str) -> torch.device:
@@ -25,6 +21,11 @@ def choose_device(name: str) -> torch.device:
     if name == "cuda" and not available:
         raise UadtoolError("no CUDA device is available; take --device cpu (or auto)")
     return torch.device("cuda" if available and name != "cpu" else "cpu")
+
+
+def use_available_cores() -> None:
+    """Let torch take at most the cores that this process may use: torch does not know the quota of a container."""
+    torch.set_num_threads(min(torch.get_num_threads(), available_cores()))
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype:
@@ -69,12 +70,3 @@ def _without_autocast(forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor],
             return forward(values.float()).to(values.dtype)
 
     return call
-
-
-def usable_memory() -> int:
-    """Bytes of main memory that this process may use: the machine's, or less in a container."""
-    limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
-    for file in CGROUP_LIMITS:
-        with contextlib.suppress(OSError, ValueError):  # the other version of cgroups, or no limit
-            limits.append(int(file.read_text()))
-    return min(limits)
