@@ -10,8 +10,12 @@ Supported are
   the manifest's folder. If no row has a class, the manifest's name is the class. Rows without a split are in both;
 - for scoring, also any folder of images, and single images.
 
+Names of classes are in NFC: a keyboard writes a letter and its accent as one character, but a Mac names a folder in
+two (NFD). Paths stay as they are.
+
 For scoring, all of them may be at a URL. Hidden files and folders are ignored.
 """
+import unicodedata
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path, PurePath
@@ -73,7 +77,7 @@ def training_samples(data: str, classes: Optional[Sequence[str]] = None) -> List
     if layout is None or not layout.classes:
         raise UadtoolError(f"no images to train on in {data}; give a folder with CLASS/train/good/*, one such CLASS "
                            "folder, or a manifest (.csv, .jsonl)")
-    names = set(classes or layout.classes)
+    names = set(map(_class_name, classes or layout.classes))
     if names - layout.classes:
         raise UadtoolError(f"{data} has no class {_names(names - layout.classes)}; it has {_names(layout.classes)}")
     nameless = [sample.path for sample, _ in layout.rows if not sample.class_name]
@@ -146,7 +150,8 @@ def _outside(folder: Folder) -> int:
 
 
 def _names(classes: Iterable[str]) -> str:
-    return ", ".join(sorted(classes))
+    """The classes as ``--classes`` takes them."""
+    return ", ".join(f'"{name}"' if "," in name else name for name in sorted(classes))
 
 
 def _folder(name: str) -> Optional[Folder]:
@@ -166,7 +171,12 @@ def _read_layout(name: str, folder: Optional[Folder]) -> Optional[Layout]:
         folders = {child: folder / child for child in folder.folders()}
         if not any(map(_is_class, folders.values())):
             return None
-    return Layout(set(folders), [row for name, folder in folders.items() for row in _read_class(folder, name)])
+    return Layout(set(map(_class_name, folders)),
+                  [row for name, folder in folders.items() for row in _read_class(folder, _class_name(name))])
+
+
+def _class_name(name: str) -> str:
+    return unicodedata.normalize("NFC", name)
 
 
 def _is_class(folder: Folder) -> bool:
@@ -196,7 +206,8 @@ def _images(folder: Folder, without: Collection[str] = ()) -> List[PurePath]:
 
 def _read_manifest(name: str) -> Layout:
     rows = manifest.read_manifest(name)
-    only_class = PurePath(storage.without_query(name)).stem if not any(row["class"] for row in rows) else None
+    no_class = not any(row["class"] for row in rows)
+    only_class = _class_name(PurePath(storage.without_query(name)).stem) if no_class else None
     samples = []
     for row in rows:
         label = row["label"].lower()
