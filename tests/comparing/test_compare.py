@@ -516,6 +516,11 @@ def test_junit_can_be_read_whatever_the_names(metric, failures):
     assert len(suite[0]) == bool(failures)
 
 
+def test_junit_tells_apart_names_that_xml_cannot_hold():
+    suite, = ElementTree.fromstring(as_junit([Verdict(Gate(metric, ">=", 1.0), []) for metric in ("\udce4", "\udcf6")]))
+    assert [case.get("name") for case in suite] == [r"\udce4>=1", r"\udcf6>=1"]
+
+
 def test_command_exits_with_0_when_gates_are_met(files):
     found = run("fp32.jsonl", "int8.jsonl", "bench.json", "--gate", "image_auroc>=-0.9", "--gate", "throughput >= 1.6x")
     assert (found.returncode, found.stderr) == (0, "")

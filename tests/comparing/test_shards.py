@@ -136,6 +136,13 @@ def test_images_of_one_name_below_two_folders_are_the_same_images(tmp_path, capl
     assert "merged 2 files of m.onnx: " in caplog.text
 
 
+def test_a_copy_of_images_whose_names_a_mac_stored_is_the_same_images(tmp_path):
+    images = examples(0, 4)
+    runs = [under(folder, run_of(range(4), images)) for folder in (
+        "mac/Geha\u0308use/test/good", "copy/Gehäuse/test/good")]
+    assert len(compare(written(tmp_path, *runs))["models"]) == 2
+
+
 def test_images_scored_again_from_within_their_folder_stay_two_columns(tmp_path):
     images = examples(1, 20)
     whole = under("parts/a/test/good", run_of(range(20), images))

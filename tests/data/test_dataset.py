@@ -321,6 +321,31 @@ def test_names_that_are_not_utf8(tmp_path: Path) -> None:
     assert [os.fsencode(s.path)[-6:] for s in scoring_samples([str(tmp_path)])] == [b"\xff1.png", b"\xff2.png"]
 
 
+@pytest.mark.parametrize("folder", ["Gehäuse", "Geha\u0308use"])
+@pytest.mark.parametrize("typed", ["Gehäuse", "Geha\u0308use"])
+def test_a_folder_of_a_mac_is_the_class_that_is_typed(folder: str, typed: str, tmp_path: Path) -> None:
+    images = [draw(tmp_path / folder / split / "good" / "0.png") for split in ("train", "test")]
+    assert training_samples(str(tmp_path), [typed]) == [Sample(str(images[0]), "Gehäuse", "good")]
+    assert training_samples(str(tmp_path / folder)) == [Sample(str(images[0]), "Gehäuse", "good")]
+    assert list(scoring_samples([str(tmp_path)])) == [Sample(str(images[1]), "Gehäuse", "good")]
+
+
+def test_one_class_in_two_folders(tmp_path: Path) -> None:
+    for folder in ("Gehäuse", "Geha\u0308use"):
+        draw(tmp_path / folder / "train" / "good" / "0.png")
+    assert [sample.class_name for sample in training_samples(str(tmp_path))] == ["Gehäuse", "Gehäuse"]
+
+
+def test_the_name_of_a_manifest_is_a_class_in_nfc(tmp_path: Path) -> None:
+    data = write_manifest(tmp_path / "Geha\u0308use.csv", [{"path": "a.png", "label": "good"}])
+    assert [sample.class_name for sample in training_samples(data)] == ["Gehäuse"]
+
+
+def test_classes_are_listed_as_they_are_typed(mvtec: Path) -> None:
+    draw(mvtec / "a, b" / "train" / "good" / "0.png")
+    assert fails(str(mvtec), ["screw"]).endswith('no class screw; it has "a, b", bolt, nut')
+
+
 ROWS = [
     {"path": "a.png", "class": "bolt", "label": "good"},
     {"path": "b.png", "class": "nut", "label": "normal"},
@@ -416,7 +441,6 @@ def test_labels(label: object, expected: Optional[str], tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("name", "text", "problem"), [
-    ("a.csv", "path;label\na.png;good\n", "line 2, has no path; its fields are path;label"),
     ("a.csv", "path,label\na,b.png,good\n", "line 2, has more fields"),
     ("a.csv", "path,split\na.png,train\nb.png,val\n", "line 3, has the split 'val'"),
     ("a.csv", "path\n" + 200_000 * "a", "line 2, is not CSV"),
@@ -506,6 +530,14 @@ def test_balanced(samples: Sequence[Sample], wanted: int, seed: int) -> None:
     most = max(count(chosen).values(), default=0)
     for name, number in count(samples).items():
         assert count(chosen).get(name, 0) >= min(number, most - 1)
+
+
+def test_names_of_classes_have_always_been_the_same_seeds() -> None:
+    samples = [Sample(str(i), "Gehäuse") for i in range(40)]
+    held_out = random.Random("7 Gehäuse").sample(samples, 8)
+    assert split_held_out(samples, 0.2, 7)[1] == sorted(held_out, key=samples.index)
+    samples = [Sample(str(i), os.fsdecode(b"geh\xe4use")) for i in range(40)]
+    assert len(split_held_out(samples, 0.2, 7)[1]) == 8
 
 
 def test_the_choice_depends_on_the_seed() -> None:

@@ -78,7 +78,9 @@ def _manifest(name: str) -> Callable[[Path], Parse]:
 
 def _csv_seeds(folder: Path) -> Iterable[bytes]:
     return [b"path,class,label,mask,split\na.png,bottle,good,,train\nb.png,bottle,scratch,m/b.png,test\n",
-            b'path, label\n"a,b.png", 0\n\xff.png,1\n', b"\xef\xbb\xbfpath\r\na.png\r\n"]
+            b'path, label\n"a,b.png", 0\n\xff.png,1\n', b"\xef\xbb\xbfpath\r\na.png\r\n",
+            b"sep=;\r\nPath;Class;Split\r\na\\b.png;bottle;Train\r\n;;\r\n",
+            "path\tlabel\na.png\tgood\n".encode("utf-16")]
 
 
 def _jsonl_seeds(folder: Path) -> Iterable[bytes]:

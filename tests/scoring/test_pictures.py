@@ -21,6 +21,10 @@ def record(path, **changes):
     return {"path": str(path), "score": 4.5, "anomalous": True, "nearest_class": "screw", **changes}
 
 
+def test_accents_of_names_from_a_mac_are_drawn():
+    assert drawing.latin("Geha\u0308use/\u4e2d\n\udce4") == r"Gehäuse/?\n\udce4"
+
+
 @pytest.fixture
 def photo(tmp_path):
     pixels = np.random.default_rng(0).integers(60, 190, (480, 480, 3), np.uint8)

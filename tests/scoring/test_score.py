@@ -221,10 +221,13 @@ def test_csv(uadtool, detector, mvtec, photos):
         assert row["class"] == line.get("class", "")
 
 
-def test_csv_of_names_that_are_not_utf8(detector, mvtec, tmp_path):
-    path = os.fsencode(tmp_path) + b"/latin-\xe9.png"
+@pytest.mark.parametrize("env", [{}, {"PYTHONIOENCODING": "ascii"}, {"PYTHONIOENCODING": "latin-1"}, {"LC_ALL": "C"}])
+@pytest.mark.parametrize("name", [b"latin-\xe9.png", "\u4e2d\xe9.png".encode()])
+def test_csv_of_names_in_any_encoding(detector, mvtec, tmp_path, name, env):
+    path = os.fsencode(tmp_path) + b"/" + name
     Path(os.fsdecode(path)).write_bytes((mvtec / "red/test/good/000.png").read_bytes())
-    done = subprocess.run([*COMMAND, str(detector), path, "--format", "csv"], capture_output=True, timeout=60)
+    done = subprocess.run([*COMMAND, str(detector), path, "--format", "csv"], capture_output=True, timeout=60,
+                          env={**os.environ, **env})
     assert (done.returncode, done.stderr) == (0, b"")
     assert done.stdout.splitlines()[1].startswith(path)
 

@@ -85,7 +85,7 @@ def compare(files: Tuple[str, ...], style: Optional[str], changed: bool, conditi
         from uadtool.comparing.table import as_csv, as_table
 
         text = as_csv(record) if style == "csv" else as_table(record, markdown=style == "markdown")
-    content = text.encode("utf-8", "replace")  # file names may hold bytes that are not UTF-8
+    content = text.encode("utf-8", "backslashreplace")  # names may hold bytes that are not UTF-8; none becomes another
     if output:
         with atomic_write(output) as temporary:
             temporary.write_bytes(content)

@@ -31,9 +31,15 @@ def json_writer(stdout: TextIO) -> Writer:
 
 
 def csv_writer(stdout: TextIO) -> Writer:
-    """Write a header now, and each ``image`` record as a line; other records are ignored."""
+    """Write a header now, and each ``image`` record as a line; other records are ignored.
+
+    A terminal shows escapes for what is not in its encoding. Any other output is UTF-8, with the bytes of file names.
+    """
     if isinstance(stdout, io.TextIOWrapper):
-        stdout.reconfigure(errors="surrogateescape")  # file names are bytes
+        if stdout.isatty():
+            stdout.reconfigure(errors="backslashreplace")
+        else:
+            stdout.reconfigure(encoding="utf-8", errors="surrogateescape")
 
     def write_row(values: Iterable[Any]) -> None:
         line, for_eyes = io.StringIO(newline=""), stdout.isatty()

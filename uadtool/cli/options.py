@@ -11,6 +11,7 @@
 """
 
 import logging
+import re
 from typing import Any, Callable, List, Optional, Tuple, TypeVar
 
 import click
@@ -19,6 +20,9 @@ from click.core import ParameterSource
 from uadtool.terminal import log
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+_NAME = r'\s*("(?:[^"]|"")+"|[^",\s](?:[^,]*[^,\s])?)\s*'
+"""A name in a list, as in CSV."""
 
 
 def _set_level(level: int) -> Callable[[click.Context, click.Parameter, bool], None]:
@@ -69,7 +73,12 @@ def given(ctx: click.Context, name: str) -> bool:
 
 
 def _split(ctx: click.Context, param: click.Parameter, value: Optional[str]) -> Optional[List[str]]:
-    return None if value is None else value.split(",")
+    if value is None:
+        return None
+    if not re.fullmatch(f"{_NAME}(?:,{_NAME})*", value):
+        raise click.BadParameter(f"{value!r} is not a list such as A,B; put a name with a comma in double quotes")
+    names = re.findall(rf"{_NAME}(?:,|\Z)", value)
+    return [name[1:-1].replace('""', '"') if name.startswith('"') else name for name in names]
 
 
 classes = click.option("--classes", metavar="A,B,...", callback=_split, help="Use only these classes of DATA.")

@@ -2,6 +2,7 @@
 
 import operator
 import re
+import unicodedata
 from dataclasses import dataclass
 from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence
 
@@ -52,13 +53,14 @@ class Gate:
         Raises:
             UadtoolError: the record lacks the metric, a value of it, or a second model.
         """
-        rows = {row["metric"]: row for row in record["rows"]}
-        if self.metric not in rows:
+        rows = {_composed(row["metric"]): row for row in record["rows"]}
+        metric = _composed(self.metric)
+        if metric not in rows:
             raise UadtoolError(f"gate {self}: the files hold no {self.metric}; they hold {', '.join(rows)}")
         labels = [model["label"] for model in record["models"]]
         if self.change and len(labels) == 1:
             raise UadtoolError(f"gate {self} is relative to the first model; add the files of a second model")
-        values = rows[self.metric]["values"]
+        values = rows[metric]["values"]
         for label, value in list(zip(labels, values))[1 if self.change else 0:]:
             measured = change(self.change, value, values[0]) if self.change else value
             if measured is None:
@@ -71,6 +73,11 @@ class Gate:
         if self.change == "difference":
             return f"{number:+.12g}"
         return f"{number:.12g}{'x' if self.change else ''}"
+
+
+def _composed(metric: str) -> str:
+    """The metric in NFC, since the name of a class may be typed with accents in characters of their own."""
+    return unicodedata.normalize("NFC", metric)
 
 
 class Verdict(NamedTuple):

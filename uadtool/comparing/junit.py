@@ -5,6 +5,7 @@ from typing import Sequence
 from xml.etree import ElementTree
 
 from uadtool.comparing.gates import Verdict
+from uadtool.terminal import printable
 
 _NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 """Characters that XML 1.0 cannot hold, not even escaped."""
@@ -30,4 +31,4 @@ def as_junit(verdicts: Sequence[Verdict]) -> bytes:
 
 
 def _clean(text: str) -> str:
-    return _NOT_XML.sub("\ufffd", text)
+    return _NOT_XML.sub(lambda found: printable(found[0]), text)

@@ -1,4 +1,5 @@
 """Merges runs of ``score`` with one model over different images."""
+import unicodedata
 from collections import defaultdict
 from dataclasses import replace
 from pathlib import PurePath
@@ -88,8 +89,11 @@ def _complete(results: Iterable[Result]) -> Set[_Place]:
 
 
 def _tail(path: str) -> Tuple[str, ...]:
-    """The end of a path that identifies an image in any copy of its data set: CLASS/test/DEFECT/FILE."""
-    return PurePath(path).parts[-4:]
+    """The end of a path that identifies an image in any copy of its data set: CLASS/test/DEFECT/FILE.
+
+    It is in NFC, since copying a data set from a Mac may change how its names are stored.
+    """
+    return PurePath(unicodedata.normalize("NFC", path)).parts[-4:]
 
 
 def _ends(path: str) -> List[Tuple[str, ...]]:

@@ -7,7 +7,7 @@ from typing import Any, Dict, Iterable, List, Optional, Sequence, Set, Tuple
 
 import numpy as np
 
-from uadtool.data.dataset import Dataset, read_dataset, training_samples
+from uadtool.data.dataset import Dataset, class_name, read_dataset, training_samples
 from uadtool.data.images import image_size
 from uadtool.data.inspection import BLANK, LOW, Look, findings, grey_bits, look_at, near_pairs, originals
 from uadtool.data.samples import SUFFIXES, Sample
@@ -32,7 +32,8 @@ def check(data: str, classes: Optional[Sequence[str]], held_out: float, false_po
         UadtoolError: ``data`` is no data set, or a class is unknown.
     """
     dataset = read_dataset(data, classes)
-    rows = [(sample, split) for sample, split in dataset.rows if not classes or sample.class_name in classes]
+    names = set(map(class_name, classes or dataset.classes))
+    rows = [(sample, split) for sample, split in dataset.rows if sample.class_name in names]
     splits: Dict[Sample, str] = {sample: split for sample, split in rows if not sample.problem}
     unreadable = [{"path": sample.path, "error": sample.problem} for sample, _ in rows if sample.problem]
     looks: Dict[Sample, Look] = {}
@@ -55,8 +56,7 @@ def check(data: str, classes: Optional[Sequence[str]], held_out: float, false_po
     readable = [look.sample for look in good_looks]
     _, held = split_held_out(readable, held_out, 0, firsts)
     report = {
-        "classes": {name: _class(name, splits, looks, held) for name in sorted(dataset.classes)
-                    if not classes or name in classes},
+        "classes": {name: _class(name, splits, looks, held) for name in sorted(names)},
         "copies": _groups(readable, firsts),
         "leaks": _leaks(splits, looks),
         "blank": [look.sample.path for look in looks.values() if max(look.levels) <= BLANK],

@@ -8,8 +8,12 @@ Supported are
   is the class. Rows without a split are in both. A mask that is a folder stands for all masks in it;
 - for scoring, also any folder of images, and single images.
 
+Names of classes are in NFC: a keyboard writes a letter and its accent as one character, but a Mac names a folder in
+two (NFD). Paths stay as they are.
+
 For scoring, all of them may be at a URL. What ``storage.ignored`` names does not count.
 """
+import unicodedata
 from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
@@ -61,7 +65,7 @@ def training_samples(data: str, classes: Optional[Sequence[str]] = None) -> List
             image is in train and in test.
     """
     dataset = read_dataset(data, classes)
-    names = set(classes or dataset.classes)
+    names = set(map(class_name, classes or dataset.classes))
     nameless = [sample.path for sample, _ in dataset.rows if not sample.class_name]
     if nameless and not classes:
         raise UadtoolError(f"{data} gives classes, but none for {nameless[0]}")
@@ -102,7 +106,7 @@ def read_dataset(data: str, classes: Optional[Sequence[str]] = None) -> Dataset:
     if dataset is None or not dataset.classes:
         raise UadtoolError(f"no images to train on in {data}; give a folder with CLASS/train/good/*, one such CLASS "
                            "folder, or a manifest (.csv, .jsonl)")
-    if unknown := set(classes or ()) - dataset.classes:
+    if unknown := set(map(class_name, classes or ())) - dataset.classes:
         raise UadtoolError(f"{data} has no class {_names(unknown)}; it has {_names(dataset.classes)}")
     return dataset
 
@@ -169,7 +173,8 @@ def _warn_of_unmasked(name: str, dataset: Dataset) -> None:
 
 
 def _names(classes: Iterable[str]) -> str:
-    return ", ".join(sorted(classes))
+    """The classes as ``--classes`` takes them."""
+    return ", ".join(f'"{name}"' if "," in name else name for name in sorted(classes))
 
 
 def _folder(name: str) -> Optional[Folder]:
@@ -184,28 +189,35 @@ def _read(name: str, folder: Optional[Folder], classes: Optional[Sequence[str]] 
     if folder is None:
         return _read_manifest(name) if storage.suffix(name) in manifest.SUFFIXES else None
     if is_class(folder):
-        folders, dataset = {folder.name: folder}, Dataset({folder.name})
+        folders, dataset = {folder.name: folder}, Dataset({class_name(folder.name)})
     else:
         folders = {child: folder / child for child in folder.folders()}
         if not any(map(is_class, folders.values())):
             return None
-        dataset = Dataset(set(folders))
+        dataset = Dataset(set(map(class_name, folders)))
         if loose := len(images(folder, list(folders))[0]):
             dataset.unused.append(Unused("", folder.path(), loose))
-    for class_name, place in folders.items():
-        if classes and class_name not in classes:
+    chosen = set(map(class_name, classes or folders))
+    for name, place in ((class_name(child), place) for child, place in folders.items()):
+        if name not in chosen:
             continue
-        content = read_class(place, class_name)
+        content = read_class(place, name)
         dataset.rows += content.rows
-        dataset.unused += [Unused(class_name, path, count) for path, count in sorted(content.unused.items())]
+        dataset.unused += [Unused(name, path, count) for path, count in sorted(content.unused.items())]
         dataset.unmasked += content.unmasked
         dataset.unused_masks += content.unused_masks
     return dataset
 
 
+def class_name(name: str) -> str:
+    """The name of a class, from that of a folder or as it was typed."""
+    return unicodedata.normalize("NFC", name)
+
+
 def _read_manifest(name: str) -> Dataset:
     rows = manifest.read_manifest(name)
-    only_class = PurePath(storage.without_query(name)).stem if not any(row["class"] for row in rows) else None
+    no_class = not any(row["class"] for row in rows)
+    only_class = class_name(PurePath(storage.without_query(name)).stem) if no_class else None
     samples = [(Sample(
         path=storage.beside(name, row["path"]),
         class_name=row["class"] or only_class,

@@ -32,8 +32,10 @@ def split_held_out(samples: Sequence[Sample], share: float, seed: int, originals
     for name, members in _by_class(different, lambda number: samples[number]).items():
         least = min(LEAST_HELD_OUT, len(members) // 2)
         count = min(max(round(share * len(members)), least), len(members) - 1)
-        # Each class has its own randomness, so the choice does not depend on the other classes.
-        held_out.update(random.Random(f"{seed} {name}").sample(members, count))
+        # Each class has its own randomness, so the choice does not depend on the other classes. As text, the seed would
+        # be encoded the same way, but names that are not UTF-8 would be refused.
+        own = random.Random(f"{seed} {name}".encode("utf-8", "surrogateescape"))
+        held_out.update(own.sample(members, count))
         only.update(members if len(members) == 1 else ())
     return ([sample for sample, original in zip(samples, originals) if original not in held_out],
             [samples[number] for number in sorted(held_out | only)])

@@ -115,6 +115,7 @@ def _prepare(samples: Sequence[Sample], options: TrainingOptions, checkpoint: Pa
     if distributed.any_process(dtype == torch.float32):
         dtype = torch.float32
     classes = sorted({str(sample.class_name) for sample in samples})
+    _warn_of_similar(classes)
     all_options = method_options(options.method, options.method_options)
     Metadata(options.method, options.teacher, classes, options.image_size, map_size=options.image_size, threshold=0.0,
              false_positive_rate=options.false_positive_rate, parameters=0, macs=0,
@@ -166,6 +167,16 @@ def _inspect(samples: Sequence[Sample], bits: Optional[int]) -> Inspection:
     for name, found in inspection.grey_bits.items():
         log.info("16-bit grey images of %s are read with %d bits", name, found)
     return inspection
+
+
+def _warn_of_similar(classes: Sequence[str]) -> None:
+    """Warn of classes that differ only in case: a file system without case would take their folders for one."""
+    groups: dict[str, list[str]] = {}
+    for name in classes:
+        groups.setdefault(name.casefold(), []).append(name)
+    similar = [" and ".join(names) for names in groups.values() if len(names) > 1]
+    if similar:
+        log.warning("classes whose names differ only in case are trained as separate classes: %s", ", ".join(similar))
 
 
 def _teacher(detector: Detector, options: TrainingOptions, samples: Sequence[Sample], reading: Reading,

@@ -1,5 +1,6 @@
 """Tools to draw pictures: an image under its anomaly map, the colours of the scale, and text."""
 
+import unicodedata
 from functools import lru_cache
 from typing import Any, Tuple
 
@@ -35,8 +36,8 @@ def draw_text(draw: ImageDraw.ImageDraw, position: Tuple[float, float], text: st
 
 
 def latin(text: str) -> str:
-    """The text in the characters of the font, which lacks all others and line breaks."""
-    return printable(text).encode("latin-1", "replace").decode("latin-1")
+    """The text in the characters of the font, which lacks all others, line breaks, and accents on their own."""
+    return printable(unicodedata.normalize("NFC", text)).encode("latin-1", "replace").decode("latin-1")
 
 
 @lru_cache(maxsize=1)

@@ -258,6 +258,12 @@ def test_few_images_are_enough(run, samples, counts, caplog):
     json.loads(result.metadata.to_json())
 
 
+def test_classes_that_differ_only_in_case_cost_a_warning(run, samples, caplog):
+    renamed = [replace(sample, class_name={"dots": "Bolt", "stripes": "BOLT"}[sample.class_name]) for sample in samples]
+    assert run(renamed, steps=1).metadata.classes == ["BOLT", "Bolt"]
+    assert "differ only in case are trained as separate classes: BOLT and Bolt" in caplog.text
+
+
 def test_identical_images_leave_finite_scores(run, samples, tmp_path):
     paths = [str(shutil.copy(samples[0].path, tmp_path / f"{index}.png")) for index in range(10)]
     result = run([Sample(path, name, "good") for name, part in (("a", paths[:5]), ("b", paths[5:])) for path in part])
