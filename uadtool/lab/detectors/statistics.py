@@ -21,6 +21,8 @@ PSEUDO_COUNT = 4
 """Weight, in images, of the average over classes or positions against the few images of one class or position."""
 LEAST_SPREAD = 0.01
 """Lower limit of the spread of scores and, relative to the mean, of maps and of channels of descriptors."""
+ROUNDING = 0.001
+"""Identical images have a spread of scores below this: rounding."""
 LEAST_UNIT = 0.1
 """Lower limit of the unit of a map, in spreads. Without it a map that is nearly constant would drown the others."""
 
@@ -41,12 +43,15 @@ def class_statistics(scores: Sequence[Sequence[float]]) -> list[ScoreStatistics]
     """Mean and standard deviation of each class's scores, from few images each.
 
     Five held-out images hardly determine a spread. Therefore the mean variance of all classes counts as if it had been
-    seen in ``PSEUDO_COUNT`` more images (a scaled inverse chi-squared prior).
+    seen in ``PSEUDO_COUNT`` more images (a scaled inverse chi-squared prior). Single or identical images determine no
+    spread, and the variance counts as 1.
     """
     means = [float(np.mean(values)) for values in scores]
     squares = [float(np.sum(np.square(np.subtract(values, mean)))) for values, mean in zip(scores, means)]
     degrees = [len(values) - 1 for values in scores]
-    prior = sum(squares) / sum(degrees) if sum(degrees) else 1.0
+    prior = sum(squares) / max(1, sum(degrees))
+    if prior < ROUNDING**2:  # it differs among runtimes, so it must not count as a spread
+        prior = 1.0
     return [ScoreStatistics(mean, max(LEAST_SPREAD, ((square + PSEUDO_COUNT * prior) / (n + PSEUDO_COUNT)) ** 0.5))
             for mean, square, n in zip(means, squares, degrees)]
 
