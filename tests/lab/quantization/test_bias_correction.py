@@ -49,3 +49,20 @@ def test_bias_correction_keeps_the_mean_of_every_channel_of_a_linear_layer():
             plan.traced, quantize(plan, ranges), quantize(plan, ranges, correction=BiasCorrection(plan, tokens))))
     plain, corrected = ((means - expected).abs().sum() for means in found)
     assert corrected < 0.05 * plain
+
+
+def test_correcting_one_layer_runs_only_the_layers_before_it(plan):
+    """``--sensitivity`` corrects each layer by itself."""
+    pixels, called = images(2), []
+    first, chosen, *_ = plan.layers
+    float_layers = [name for name in plan.layers if name != chosen]
+    correction = BiasCorrection(plan, pixels)
+    quantized = quantize(plan, calibrate(plan, [pixels]), TARGET, float_layers)
+    before = quantized.get_submodule(chosen).bias.clone()
+    hooks = [quantized.get_submodule(name).register_forward_hook(lambda *_, name=name: called.append(name))
+             for name in float_layers]
+    correction.apply(quantized)
+    for hook in hooks:  # the plan shares the float layers
+        hook.remove()
+    assert called == [first]
+    assert not torch.equal(quantized.get_submodule(chosen).bias, before)

@@ -384,7 +384,8 @@ def test_statistics_of_a_class(scores):
         assert std > 0
         if len(values) > 1:  # drawn towards the usual spread, which lies between the extremes
             own = np.std(values, ddof=1)
-            assert min(*spreads, own) - 1e-9 <= std <= max(*spreads, own, 0.01) + 1e-9
+            highest = max(*spreads, own)
+            assert min(*spreads, own) - 1e-9 <= std <= (highest if highest > 0.1 else 1) + 1e-9
     lone = [std for (_, std), values in zip(statistics, scores) if len(values) == 1]
     assert np.allclose(lone, lone[:1] * len(lone))  # a single image has no spread, so its class gets the usual one
 
@@ -394,8 +395,16 @@ def test_statistics_scale_with_the_scores(scores, factor):
     scaled = class_statistics([[factor * value for value in values] for values in scores])
     for one, other in zip(class_statistics(scores), scaled):
         assert other.mean == pytest.approx(factor * one.mean)
-        if one.std > 0.1 < other.std and any(len(values) > 1 for values in scores):
+        if one.std > 0.1 < other.std and any(min(1, factor) * np.std(values) > 0.1 for values in scores):
             assert other.std == pytest.approx(factor * one.std, rel=1e-6)
+
+
+def test_identical_images_determine_no_spread():
+    """Neither does a single one. Copies score the same but for rounding, which must not be taken for their spread."""
+    for scores in ([[1.0]], [[1.0, 1.0, 1.001]], [[1.0, 1.0], [3.0]]):
+        assert all(0.5 < statistics.std <= 1 for statistics in class_statistics(scores))
+    alone, among_others = (class_statistics(scores)[0].std for scores in ([[1.0] * 3], [[1.0] * 3, [1.0, 1.2, 1.4]]))
+    assert among_others < 0.3 < alone
 
 
 def test_a_map_that_is_constant_on_good_images_does_not_drown_the_others():

@@ -1,7 +1,7 @@
 """The statistics of good images that make maps and scores comparable across classes."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Optional
 
 import numpy as np
 import torch
@@ -21,6 +21,8 @@ PSEUDO_COUNT = 4
 """Weight, in images, of the average over classes or positions against the few images of one class or position."""
 LEAST_SPREAD = 0.01
 """Lower limit of the spread of scores and, relative to the mean, of maps and of channels of descriptors."""
+ROUNDING = 0.001
+"""Identical images have a spread of scores below this: rounding."""
 LEAST_UNIT = 0.1
 """Lower limit of the unit of a map, in spreads. Without it a map that is nearly constant would drown the others."""
 
@@ -41,12 +43,15 @@ def class_statistics(scores: Sequence[Sequence[float]]) -> list[ScoreStatistics]
     """Mean and standard deviation of each class's scores, from few images each.
 
     Five held-out images hardly determine a spread. Therefore the mean variance of all classes counts as if it had been
-    seen in ``PSEUDO_COUNT`` more images (a scaled inverse chi-squared prior).
+    seen in ``PSEUDO_COUNT`` more images (a scaled inverse chi-squared prior). Single or identical images determine no
+    spread, and the variance counts as 1.
     """
     means = [float(np.mean(values)) for values in scores]
     squares = [float(np.sum(np.square(np.subtract(values, mean)))) for values, mean in zip(scores, means)]
     degrees = [len(values) - 1 for values in scores]
-    prior = sum(squares) / sum(degrees) if sum(degrees) else 1.0
+    prior = sum(squares) / max(1, sum(degrees))
+    if prior < ROUNDING**2:  # it differs among runtimes, so it must not count as a spread
+        prior = 1.0
     return [ScoreStatistics(mean, max(LEAST_SPREAD, ((square + PSEUDO_COUNT * prior) / (n + PSEUDO_COUNT)) ** 0.5))
             for mean, square, n in zip(means, squares, degrees)]
 
@@ -74,7 +79,8 @@ def fit_statistics(detector: Detector, raw_maps: RawMaps, classes: Sequence[str]
     """Set the map and score statistics of a detector, in place; returns the scores of the held-out images.
 
     Training images understate the spread, so held-out images are used. Each is scored leave-one-out, because its own
-    contribution to the statistics would lower its score, and thus the threshold.
+    contribution to the statistics would lower its score, and thus the threshold. The highest score counts as at least
+    1, one standard deviation.
 
     Args:
         detector: a detector with prototypes.
@@ -87,8 +93,7 @@ def fit_statistics(detector: Detector, raw_maps: RawMaps, classes: Sequence[str]
         owners += [classes.index(str(sample.class_name)) for sample in samples]
         batches.append(raw_maps(images))
     maps, nearest = (torch.cat(tensors) for tensors in zip(*batches))
-    patches = [F.avg_pool2d(values, PATCH, ceil_mode=True) for values in (maps, maps.square())]
-    moments = torch.stack(patches, dim=1).double()
+    moments = _moments(maps)
     members = [[number for number, owner in enumerate(owners) if owner == index] for index in range(len(classes))]
     sums = [moments[numbers].sum(0) for numbers in members]
     for index, numbers in enumerate(members):
@@ -97,7 +102,7 @@ def fit_statistics(detector: Detector, raw_maps: RawMaps, classes: Sequence[str]
     for number, (owner, nearest_class) in enumerate(zip(owners, nearest.tolist())):
         count = len(members[owner])
         if owner == nearest_class and count > 1:
-            expected, spread = _map_statistics(sums[owner] - moments[number], count - 1)
+            expected, spread = _map_statistics(sums[owner], count, moments[number])
             standardized[number] = standardize(maps[number, None], expected[None], spread[None])[0]
     units = _units(standardized)
     detector.map_spreads.mul_(units)
@@ -109,8 +114,11 @@ def fit_statistics(detector: Detector, raw_maps: RawMaps, classes: Sequence[str]
     mean, std = (scores.new_tensor(values) for values in zip(*statistics))
     detector.score_mean.copy_(mean)
     detector.score_std.copy_(std)
-    normalised: list[float] = ((scores - mean[nearest]) / std[nearest]).tolist()
-    return normalised
+    normalised = (scores - mean[nearest]) / std[nearest]
+    # Few or identical images do not show their class's spread, and a copy of one must not exceed a threshold of 0.
+    normalised[normalised.argmax()] = normalised.max().clamp(min=1)
+    found: list[float] = normalised.tolist()
+    return found
 
 
 def fit_statistics_from_files(detector: Detector, raw_maps: RawMaps, classes: Sequence[str],
@@ -148,14 +156,31 @@ def refit_statistics(detector: Detector, raw_maps: RawMaps, metadata: Metadata, 
                             provenance=[*earlier_steps, {**last_step, "statistics": statistics}])
 
 
-def _map_statistics(sums: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Mean and spread per patch, [M, h, w] each, from the sums [2, M, h, w] of ``count`` maps and of their squares.
+def _moments(maps: Tensor) -> Tensor:
+    """Mean, square of the mean, and variance of each patch of maps [N, M, h, w]: float64 [N, 3, M, h', w']."""
+    mean, square = (F.avg_pool2d(values.double(), PATCH, ceil_mode=True) for values in (maps, maps.square()))
+    return torch.stack([mean, mean.square(), (square - mean.square()).clamp(min=0)], dim=1)
+
+
+def _map_statistics(sums: Tensor, count: int, left_out: Optional[Tensor] = None) -> tuple[Tensor, Tensor]:
+    """Mean and spread per patch, [M, h, w] each, from the summed moments [3, M, h, w] of ``count`` maps.
 
     With few images, the mean of a position is drawn towards the mean of the map, and half of its variance is the mean
     variance of the map. A single position would underestimate its spread, and noise would raise an alarm.
+
+    Args:
+        left_out: moments of one of the maps, which is to be scored as a new image is scored by all maps. The other
+            maps then stand for all: they draw the mean as far, and their variance is scaled to that expected of
+            ``count`` maps. With two maps the other has no variance, so that of both, averaged over the map, is used.
     """
-    mean, square = sums / count
-    variance = (square - mean.square()).clamp(min=0)
+    mean, square, within = sums / count
+    between = square - mean.square()
+    if left_out is not None:
+        usual = between.mean((1, 2), keepdim=True)
+        mean, square, within = (sums - left_out) / (count - 1)
+        # n images vary about their own mean by (n - 1) / n of their variance, on average.
+        between = (square - mean.square()) * (count - 1)**2 / (count * (count - 2)) if count > 2 else usual
+    variance = within + between.clamp(min=0)
     level = mean.mean((1, 2), keepdim=True)
     expected = (count * mean + PSEUDO_COUNT * level) / (count + PSEUDO_COUNT)
     spread = ((variance + variance.mean((1, 2), keepdim=True)) / 2).sqrt()

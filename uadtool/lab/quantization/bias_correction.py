@@ -45,9 +45,12 @@ class BiasCorrection:
     @torch.inference_mode()
     def apply(self, quantized: fx.GraphModule) -> None:
         """Correct the biases of a quantized graph of the detector, in place."""
-        means = self._means
+        means, needed = self._means, _needed_nodes(quantized)
 
         class Corrector(fx.Interpreter):
+            def run_node(self, n: fx.Node) -> Any:
+                return super().run_node(n) if n in needed else None
+
             def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
                 result = super().call_module(target, args, kwargs)
                 layer = self.module.get_submodule(target)
@@ -58,6 +61,16 @@ class BiasCorrection:
                 return result
 
         Corrector(quantized).run(self._images)
+
+
+def _needed_nodes(quantized: fx.GraphModule) -> set[fx.Node]:
+    """The quantized layers and all nodes before them: few if one layer is quantized, as for ``layer_sensitivity``."""
+    needed = set[fx.Node]()
+    for node in reversed(quantized.graph.nodes):
+        layer = node.op == "call_module" and isinstance(quantized.get_submodule(str(node.target)), QuantizedLayer)
+        if layer or not needed.isdisjoint(node.users):
+            needed.add(node)
+    return needed
 
 
 def _channel_means(values: Tensor, channel_axis: int) -> Tensor:

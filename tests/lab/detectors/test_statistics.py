@@ -1,0 +1,173 @@
+"""Statistics of few, of identical and of ordinary good images. Their raw maps are random fields, so all are known."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+from uadtool.data.dataset import Sample
+from uadtool.lab.detectors.contract import Detector
+from uadtool.lab.detectors.statistics import _map_statistics, _moments, fit_statistics
+from uadtool.scoring.thresholds import threshold_at
+
+SIDE, MAPS, NEW = 16, 2, 50
+SPREADS = {"none": 0, "tiny": 0.01, "usual": 0.2, "large": 2}
+"""Standard deviation of a raw map, whose mean is about 1."""
+
+
+class Fields(Detector):
+    """Its raw maps are given as the images."""
+
+    def __init__(self, classes):
+        super().__init__(classes, 1, (SIDE, SIDE), [0.5] * 3, [0.5] * 3, MAPS)
+
+    def fit(self, run):
+        raise NotImplementedError
+
+    def raw_maps_and_descriptor(self, pixels):
+        raise NotImplementedError
+
+    def fit_to(self, maps):
+        """Fit the statistics to raw maps [N, M, h, w] of each class; returns the held-out scores, class by class."""
+        owners = torch.tensor([index for index, members in enumerate(maps) for _ in members])
+        samples = [Sample(f"{number}.png", str(owner), "good") for number, owner in enumerate(owners.tolist())]
+        names = [str(index) for index in range(len(maps))]
+        return fit_statistics(self, lambda images: (images, owners), names, [(samples, torch.cat(maps))])
+
+    def scores(self, maps, index=0):
+        """Scores of new images of this class."""
+        return self.image_score(self.normalize_maps(maps, torch.full((len(maps),), index))).numpy()
+
+
+def fields(random, count, side):
+    """Smooth random fields [N, M, h, w] of unit variance at their ``side`` x ``side`` knots."""
+    knots = torch.from_numpy(random.normal(size=(count, MAPS, side, side)).astype(np.float32))
+    return F.interpolate(knots, size=(SIDE, SIDE), mode="bilinear")
+
+
+def good_images(random, count, spread):
+    """Raw maps of held-out images and of new images of a class: a pattern, and noise of the position and the image."""
+    noise = fields(random, count + NEW, SIDE // 2)
+    noise += 0.3 * torch.from_numpy(random.normal(size=(count + NEW, MAPS, 1, 1)).astype(np.float32))
+    maps = 1 + 0.5 * fields(random, 1, 4).abs() + spread * noise
+    return maps[:count], maps[count:]
+
+
+def simulate(classes, count, spread, runs=40):
+    """Per run: mean and standard deviation of new scores, the share above the highest held-out score, the threshold."""
+    results = []
+    for seed in range(runs):
+        random, detector = np.random.default_rng(seed), Fields(classes)
+        held_out, new = zip(*(good_images(random, count, spread) for _ in range(classes)))
+        threshold = threshold_at(detector.fit_to(held_out), 0)
+        scores = np.stack([detector.scores(maps, index) for index, maps in enumerate(new)])
+        results.append((scores.mean(), scores.std(1).mean(), np.mean(scores > threshold), threshold))
+    return np.transpose(results)
+
+
+@pytest.mark.parametrize("spread", SPREADS)
+@pytest.mark.parametrize("count", [1, 2, 3, 5, 10, 40])
+def test_new_good_images_score_as_held_out_images(count, spread):
+    means, deviations, exceeding, _ = simulate(1, count, SPREADS[spread])
+    assert abs(np.median(means)) < {1: 1, 2: 0.6}.get(count, 0.2)
+    if spread == "none":
+        assert np.median(deviations) < 0.05
+        assert exceeding.max() == 0
+    elif count > 1:  # one image does not show how images vary
+        assert 0.65 < np.median(deviations) < 1.35
+    # The share above the highest of n scores is distributed as Beta(1, n), with a mean and deviation of 1 / (n + 1).
+    promised, sampling = 1 / (count + 1), 3 / (count + 1) / len(exceeding) ** 0.5
+    assert exceeding.mean() < promised + sampling
+    if spread != "none" and count > 1:
+        assert exceeding.mean() > promised / 3  # otherwise the threshold would hide anomalies
+
+
+@pytest.mark.parametrize("count", [3, 5, 10])
+@pytest.mark.parametrize("spread", ["tiny", "usual", "large"])
+def test_a_threshold_of_all_classes_keeps_its_promise(spread, count):
+    """Scores of few images of a class are normalised by a mean that they determined, so the rate is somewhat higher."""
+    exceeding = simulate(4, count, SPREADS[spread])[2]
+    assert 0.5 < exceeding.mean() * (4 * count + 1) < 2
+
+
+@pytest.mark.parametrize("few", [3, 20])
+def test_a_class_of_identical_images_scores_near_0_among_others(few):
+    """Plain leave-one-out statistics of three images put new ones 1.6 standard deviations below them."""
+    random, detector = np.random.default_rng(0), Fields(3)
+    held_out, new = zip(*(good_images(random, count, spread) for count, spread in [(few, 0), (20, 0.2), (20, 0.2)]))
+    scores = detector.fit_to(held_out)
+    assert np.abs(detector.scores(new[0])).max() < 0.01
+    assert np.abs(scores[:few]).max() < 0.01
+    assert np.abs(detector.scores(new[1], 1)).mean() > 0.5
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.lists(st.integers(1, 40), min_size=1, max_size=3), st.floats(0.01, 100))
+def test_copies_of_one_image_do_not_exceed_the_threshold(seed, counts, scale):
+    random, detector = np.random.default_rng(seed), Fields(len(counts))
+    images = [scale * good_images(random, 1, 0.2)[0] for _ in counts]
+    threshold = threshold_at(detector.fit_to([image.repeat(count, 1, 1, 1) for image, count in zip(images, counts)]), 0)
+    assert threshold == 1  # rounding would lift a copy above 0
+    for index, image in enumerate(images):
+        assert abs(detector.scores(image, index).item()) < 0.2
+
+
+CLASSES = st.lists(st.tuples(st.integers(1, 12), st.sampled_from(list(SPREADS.values())), st.integers(1, 12)),
+                   min_size=1, max_size=4)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**32 - 1), CLASSES)
+def test_statistics_are_finite_whatever_the_images(seed, classes):
+    """Classes of some images, of which some occur several times."""
+    random, detector = np.random.default_rng(seed), Fields(len(classes))
+    images = [good_images(random, different, spread) for different, spread, _ in classes]
+    held_out = [maps.repeat(-(-count // len(maps)), 1, 1, 1)[:count]
+                for (maps, _), (_, _, count) in zip(images, classes)]
+    scores = detector.fit_to(held_out)
+    assert np.isfinite(scores).all()
+    assert max(scores) >= 1
+    assert (detector.score_std > 0).all()
+    assert (detector.map_spreads > 0).all()
+    for index, (_, new) in enumerate(images):
+        assert np.isfinite(detector.scores(new, index)).all()
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.integers(2, 12))
+def test_the_order_of_the_images_does_not_matter(seed, count):
+    random = np.random.default_rng(seed)
+    maps, _ = good_images(random, count, 0.2)
+    order = random.permutation(count)
+    one, other = Fields(1), Fields(1)
+    scores = one.fit_to([maps])
+    np.testing.assert_allclose(np.array(scores)[order], other.fit_to([maps[order]]), rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(one.score_std, other.score_std, rtol=1e-3)
+
+
+@pytest.mark.parametrize("count", [2, 3, 5])
+def test_the_others_predict_the_spread_of_all(count):
+    """Few images vary less about their mean than many, which leave-one-out must not take for their spread."""
+    found = []
+    for seed in range(200):
+        moments = _moments(good_images(np.random.default_rng(seed), count, 0.5)[0])
+        found.append([statistics[1].square().mean().item()
+                      for statistics in (_map_statistics(moments.sum(0), count),
+                                         _map_statistics(moments.sum(0), count, moments[0]))])
+    final, left_out = np.mean(found, axis=0)
+    assert left_out == pytest.approx(final, rel=0.05)
+
+
+@pytest.mark.parametrize(("count", "share"), [(10, 0.05), (20, 0.025), (40, 0.0125)])
+def test_ordinary_numbers_of_images_are_scored_as_before(count, share):
+    """Published figures come from plain leave-one-out statistics, so scores must hardly move."""
+    maps, _ = good_images(np.random.default_rng(0), count, 0.2)
+    moments = _moments(maps)
+    level = moments[:, 0].mean((0, 2, 3))
+    for number in range(3):
+        corrected = _map_statistics(moments.sum(0), count, moments[number])
+        plain = _map_statistics(moments.sum(0) - moments[number], count - 1)
+        assert ((corrected[0] - plain[0]).abs().amax((1, 2)) < share * level).all()
+        torch.testing.assert_close(corrected[1], plain[1], rtol=share, atol=0)
