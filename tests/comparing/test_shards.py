@@ -14,6 +14,7 @@ from records import HOST, RUNTIME, lines, model
 from uadtool.comparing.comparison import compare
 from uadtool.errors import UadtoolError
 from uadtool.scoring.evaluation import Evaluation
+from uadtool.scoring.pixel_metrics import count_pixels
 
 
 class Example(NamedTuple):
@@ -46,7 +47,7 @@ def run_of(chosen: Sequence[int], images: Sequence[Example], machine: str = "som
         evaluation.add(name or "", anomalous, score, -score)
         if mask is not None:
             noise = np.random.default_rng(index).normal(size=(6, 6)) + 2 * mask
-            evaluation.add_pixels(name or "", noise.astype(np.float32), mask)
+            evaluation.add_pixels(name or "", count_pixels(noise.astype(np.float32), mask))
     summary = {"type": "summary", "images": len(records), "errors": 0, "anomalous": 0, "seconds": 1.0,
                "images_per_second": 1.0}
     if records:

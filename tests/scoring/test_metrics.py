@@ -13,7 +13,7 @@ from scipy import ndimage
 
 from uadtool.comparing.bootstrap import paired_bootstrap
 from uadtool.scoring.metrics import auroc, average_precision, f1_max, roc_curve
-from uadtool.scoring.pixel_metrics import PixelMetrics
+from uadtool.scoring.pixel_metrics import PixelMetrics, count_pixels
 
 reference = pytest.importorskip("sklearn.metrics")
 
@@ -46,7 +46,7 @@ def blobs(seed: int, count: int = 8, size: int = 64, shift: float = 3.0) -> Maps
 def measured(maps: Maps) -> PixelMetrics:
     pixels = PixelMetrics()
     for values, mask in maps:
-        pixels.update(values, mask)
+        pixels.add(count_pixels(values, mask))
     return pixels
 
 
@@ -210,9 +210,9 @@ def test_pixel_metrics_are_none_when_a_kind_of_pixel_is_missing():
 
 def test_pixel_metrics_refuse_other_shapes_and_nan():
     with pytest.raises(ValueError, match="its mask"):
-        PixelMetrics().update(np.zeros((4, 4), np.float32), np.zeros((2, 2), bool))
+        count_pixels(np.zeros((4, 4), np.float32), np.zeros((2, 2), bool))
     with pytest.raises(ValueError, match="not numbers"):
-        PixelMetrics().update(np.full((4, 4), np.nan, np.float32), np.zeros((4, 4), bool))
+        count_pixels(np.full((4, 4), np.nan, np.float32), np.zeros((4, 4), bool))
 
 
 def noisy(seed: int, count: int = 200) -> Tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:

@@ -28,7 +28,7 @@ from uadtool.errors import UadtoolError
 from uadtool.runtimes.opening import open_model
 from uadtool.scoring.evaluation import Evaluation
 from uadtool.scoring.metrics import auroc
-from uadtool.scoring.predict import Prediction
+from uadtool.scoring.predict import Prediction, with_pixels
 from uadtool.scoring.records import evaluate, score
 
 COMMAND = [sys.executable, "-m", "uadtool", "score", "-q"]
@@ -436,8 +436,9 @@ def test_a_corrupt_model_is_one_line(uadtool, detector, tmp_path):
 SIZE = (4, 4)
 
 
-def predicted(value: float, raw: float = 0.0, mask: Any = None) -> Prediction:
-    return Prediction(value, raw, "a", np.full((2, 2), value, np.float32), mask, 1.0)
+def add(evaluation: Evaluation, sample: Sample, value: float, raw: float = 0.0, mask: Any = None) -> None:
+    prediction = Prediction(value, raw, "a", np.full((2, 2), value, np.float32), mask, 1.0)
+    evaluate(evaluation, sample, with_pixels(prediction, sample, SIZE))
 
 
 labelled = st.lists(st.tuples(st.sampled_from(["a", "b", None]), st.booleans(), st.integers(-3, 3)), max_size=30)
@@ -449,7 +450,7 @@ def test_image_figures(images):
     evaluation = Evaluation(threshold=1.0)
     for name, anomalous, value in images:
         sample = Sample("x.png", name, "anomalous" if anomalous else "good")
-        evaluate(evaluation, sample, predicted(value, -value), SIZE)
+        add(evaluation, sample, value, -value)
     found = evaluation.figures()
     labels, scores = [i[1] for i in images], [i[2] for i in images]
     good, bad = [s for _, label, s in images if not label], [s for _, label, s in images if label]
@@ -474,9 +475,9 @@ def test_good_images_of_a_class_with_masks_count_for_its_pixels():
     mask = np.zeros((4, 4), bool)
     mask[:2] = True
     evaluation = Evaluation(threshold=1.0)
-    evaluate(evaluation, Sample("1", "a", "good"), predicted(9.0), SIZE)
-    evaluate(evaluation, Sample("2", "a", "anomalous", ("mask",)), predicted(5.0, mask=mask), SIZE)
-    evaluate(evaluation, Sample("3", "b", "good"), predicted(1.0), SIZE)  # its pixels do not count: b has no masks
+    add(evaluation, Sample("1", "a", "good"), 9.0)
+    add(evaluation, Sample("2", "a", "anomalous", ("mask",)), 5.0, mask=mask)
+    add(evaluation, Sample("3", "b", "good"), 1.0)  # its pixels do not count: b has no masks
     found = evaluation.figures()
     # 8 anomalous pixels, against 16 good ones above and 8 equal to them.
     assert found["pixel_auroc"] == {"mean": approx(1 / 6), "pooled": approx(1 / 6), "per_class": {"a": approx(1 / 6)}}

@@ -116,7 +116,8 @@ class Cluster:
         nodes = [node for node in self._ray.nodes() if node["Alive"]]
         return {"nodes": len(nodes), "cores": max(1, int(self._ray.cluster_resources().get("CPU", 0)))}
 
-    def predict(self, runtime: Runtime, samples: Iterable[Sample], batch_size: int = 1) -> Predictions:
+    def predict(self, runtime: Runtime, samples: Iterable[Sample], batch_size: int = 1, pixels: bool = False
+                ) -> Predictions:
         """As ``predict_samples``, with the model that the cluster holds."""
         task = self._ray.remote(num_cpus=1)(_predict)
         source = iter(samples)
@@ -133,7 +134,7 @@ class Cluster:
                 if not chunk:
                     break
                 # In a list: Ray would replace a bare reference by its content for every task.
-                arguments = self._model, [self._content], list(map(_anywhere, chunk)), batch_size
+                arguments = self._model, [self._content], list(map(_anywhere, chunk)), batch_size, pixels
                 pending.append((chunk, task.remote(*arguments)))
             if not pending:
                 return
@@ -158,10 +159,11 @@ def _anywhere(sample: Sample) -> Sample:
     return replace(sample, path=absolute(sample.path), masks=tuple(map(absolute, sample.masks)))
 
 
-def _predict(model: _Model, content: List[Any], samples: List[Sample], batch_size: int) -> Union[Results, UadtoolError]:
+def _predict(model: _Model, content: List[Any], samples: List[Sample], batch_size: int, pixels: bool
+             ) -> Union[Results, UadtoolError]:
     """The work of a node. It returns an error, since Ray would wrap an exception in pages of text."""
     try:
-        return [result for _, result in predict_samples(_opened(model, content[0]), samples, batch_size)]
+        return [result for _, result in predict_samples(_opened(model, content[0]), samples, batch_size, pixels)]
     except UadtoolError as error:
         return UadtoolError(f"{error} (on {socket.gethostname()})")
 

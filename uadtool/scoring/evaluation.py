@@ -5,7 +5,7 @@ from typing import Any, Callable, Dict, Iterable, List, Tuple
 import numpy as np
 
 from uadtool.scoring.metrics import auroc, average_precision, f1_max, rounded
-from uadtool.scoring.pixel_metrics import PixelMetrics
+from uadtool.scoring.pixel_metrics import PixelCounts, PixelMetrics
 
 IMAGE_METRICS: Dict[str, Callable[[Any, Any], float]] = {
     "image_auroc": auroc, "average_precision": average_precision,
@@ -29,9 +29,9 @@ class Evaluation:
         """Count an image; ``anomalous`` is its label."""
         self._images.append((class_name, anomalous, score, raw_score))
 
-    def add_pixels(self, class_name: str, anomaly_map: np.ndarray, mask: np.ndarray) -> None:
-        """Count the pixels of an image: float32 [H, W] and its ground truth, bool [H, W]."""
-        self._pixels.setdefault(class_name, PixelMetrics()).update(anomaly_map, mask)
+    def add_pixels(self, class_name: str, pixels: PixelCounts) -> None:
+        """Add the pixels of an image; see ``count_pixels``."""
+        self._pixels.setdefault(class_name, PixelMetrics()).add(pixels)
 
     def pixels(self) -> Dict[str, Dict[str, Any]]:
         """The pixels counted so far, by class; see ``PixelMetrics.to_json``."""

@@ -3,13 +3,66 @@
 import base64
 import json
 import zlib
-from typing import Any, Dict, Optional
+from typing import Any, Dict, NamedTuple, Optional
 
 import numpy as np
 
 from uadtool.scoring.metrics import area_under, area_under_roc, counts_above
 
 _UNPACKED = 8 << 20  # bytes of unpacked pixel counts at most: 65,536 bins take less
+_BINS = 1 << 16
+_REGION = 1 << 40  # weight of a region, an integer so that sums do not depend on the order of images
+
+
+class PixelCounts(NamedTuple):
+    """The pixels of one image; see ``count_pixels``. All arrays are [n], for the n bins that are not empty.
+
+    ``good`` and ``anomalous`` are numbers of pixels. ``overlap`` sums the weights of anomalous pixels: the pixels of a
+    region weigh 2 ** 40 together. ``regions`` is the number of regions.
+    """
+
+    bins: np.ndarray
+    good: np.ndarray
+    anomalous: np.ndarray
+    overlap: np.ndarray
+    regions: int
+
+
+def count_pixels(anomaly_map: np.ndarray, mask: np.ndarray) -> PixelCounts:
+    """Count an image: float32 [H, W] and its ground truth, bool [H, W] (all False for a good image).
+
+    Raises:
+        ValueError: the shapes differ or the map holds a NaN.
+    """
+    if anomaly_map.shape != mask.shape:
+        raise ValueError(f"the anomaly map is {anomaly_map.shape}, its mask {mask.shape}")
+    if np.isnan(anomaly_map).any():
+        raise ValueError("the anomaly map holds values that are not numbers")
+    halves = _upper_halves(anomaly_map)
+    total = np.bincount(halves.ravel(), minlength=_BINS)
+    filled = np.flatnonzero(total > 0)
+    # The halves of positive numbers ascend. Those of negative numbers follow and descend.
+    bins = np.where(filled < _BINS // 2, filled + _BINS // 2, _BINS - 1 - filled)
+    if not mask.any():
+        nothing = np.zeros(len(filled), np.int64)
+        return PixelCounts(bins, total[filled], nothing, nothing, 0)
+    from scipy.ndimage import label  # slow to import, and needed only with masks
+
+    box = tuple(slice(places[0], places[-1] + 1)
+                for places in (np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))))
+    mask, halves = mask[box], halves[box]  # defects are small, and labelling reads every pixel
+    names, regions = label(mask, structure=np.ones((3, 3)))
+    names, halves = names[mask] - 1, halves[mask]
+    weights = np.rint(_REGION / np.bincount(names))[names]
+    anomalous = np.bincount(halves, minlength=_BINS)[filled]
+    overlap = np.bincount(halves, weights, minlength=_BINS)[filled].astype(np.int64)
+    return PixelCounts(bins, total[filled] - anomalous, anomalous, overlap, regions)
+
+
+def _upper_halves(values: np.ndarray) -> np.ndarray:
+    """The upper 16 bits of float32 values. Adding zero makes -0.0 equal to 0.0."""
+    bits = (values.astype(np.float32, copy=False) + np.float32(0)).view(np.uint32)
+    return (bits >> 16).astype(np.uint16)
 
 
 class PixelMetrics:
@@ -21,37 +74,19 @@ class PixelMetrics:
     is less than 1/128 of its offset.
     """
 
-    _BINS = 1 << 16
-    _REGION = 1 << 40  # weight of a region, an integer so that sums do not depend on the order of images
-
     def __init__(self) -> None:
-        self._good = np.zeros(self._BINS, np.int64)
-        self._anomalous = np.zeros(self._BINS, np.int64)
-        self._overlap = np.zeros(self._BINS, np.int64)  # a pixel weighs _REGION / area of its region
+        self._good = np.zeros(_BINS, np.int64)
+        self._anomalous = np.zeros(_BINS, np.int64)
+        self._overlap = np.zeros(_BINS, np.int64)  # a pixel weighs _REGION / area of its region
         self._regions = 0
 
-    def update(self, anomaly_map: np.ndarray, mask: np.ndarray) -> None:
-        """Add one image: float32 [H, W] and its ground truth, bool [H, W] (all False for a good image).
-
-        Raises:
-            ValueError: the shapes differ or the map holds a NaN.
-        """
-        if anomaly_map.shape != mask.shape:
-            raise ValueError(f"the anomaly map is {anomaly_map.shape}, its mask {mask.shape}")
-        if np.isnan(anomaly_map).any():
-            raise ValueError("the anomaly map holds values that are not numbers")
-        bins = self._bins(anomaly_map)
-        self._good += np.bincount(bins[~mask], minlength=self._BINS)
-        if not mask.any():
-            return
-        from scipy.ndimage import label  # slow to import, and needed only with masks
-
-        regions, count = label(mask, structure=np.ones((3, 3)))
-        regions, bins = regions[mask], bins[mask]
-        weights = np.rint(self._REGION / np.bincount(regions)[regions])
-        self._anomalous += np.bincount(bins, minlength=self._BINS)
-        self._overlap += np.bincount(bins, weights, minlength=self._BINS).astype(np.int64)
-        self._regions += count
+    def add(self, image: PixelCounts) -> None:
+        """Add one image."""
+        self._good[image.bins] += image.good
+        if image.regions:
+            self._anomalous[image.bins] += image.anomalous
+            self._overlap[image.bins] += image.overlap
+            self._regions += image.regions
 
     def merge(self, other: "PixelMetrics") -> None:
         """Add the images of ``other``."""
@@ -90,7 +125,7 @@ class PixelMetrics:
             if type(regions) is not int or not 0 <= regions <= area:
                 raise ValueError(f"{area} anomalous pixels cannot have {regions!r:.40} regions")
             # The weight of each pixel was rounded. The float sum finds an integer sum that would overflow.
-            if overlap.sum(dtype=float) >= 2 ** 62 or int(overlap.sum()) > cls._REGION * regions + area:
+            if overlap.sum(dtype=float) >= 2 ** 62 or int(overlap.sum()) > _REGION * regions + area:
                 raise ValueError(f"the overlap exceeds that of {regions} regions")
             pixels._good[bins], pixels._anomalous[bins], pixels._overlap[bins] = good, anomalous, overlap
             pixels._regions = regions
@@ -114,18 +149,10 @@ class PixelMetrics:
         if not self._good.any() or not self._regions:
             return None
         rate = counts_above(self._good) / self._good.sum()
-        overlap = counts_above(self._overlap) / (self._REGION * self._regions)
+        overlap = counts_above(self._overlap) / (_REGION * self._regions)
         inside = rate <= limit
         at_limit = np.interp(limit, rate, overlap)
         return area_under(np.append(rate[inside], limit), np.append(overlap[inside], at_limit)) / limit
-
-    @staticmethod
-    def _bins(values: np.ndarray) -> np.ndarray:
-        # Read as signed integers, float32 values are in order once all bits but the sign of negative numbers are
-        # inverted. Adding zero makes -0.0 equal to 0.0.
-        bits = (values.astype(np.float32, copy=False) + np.float32(0)).view(np.int32)
-        ordered = bits ^ ((bits >> 31) & np.int32(0x7FFFFFFF))
-        return np.asarray((ordered >> 16).astype(np.intp) + (PixelMetrics._BINS >> 1))
 
 
 def _unpacked(bins: str) -> np.ndarray:

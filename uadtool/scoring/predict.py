@@ -4,12 +4,12 @@ import os
 import threading
 import time
 from itertools import islice
-from typing import Iterable, Iterator, List, NamedTuple, Tuple, Union
+from typing import Iterable, Iterator, List, NamedTuple, Optional, Tuple, Union
 
 import numpy as np
 
 from uadtool.data.dataset import scoring_samples
-from uadtool.data.images import read_image, read_masks
+from uadtool.data.images import read_image, read_masks, upsample
 from uadtool.data.inspection import is_faint
 from uadtool.data.read_ahead import read_ahead
 from uadtool.data.samples import Sample
@@ -17,6 +17,7 @@ from uadtool.errors import UadtoolError
 from uadtool.metadata import Metadata
 from uadtool.runtimes.contract import Runtime
 from uadtool.scoring.metrics import rounded
+from uadtool.scoring.pixel_metrics import PixelCounts, count_pixels
 
 Mask = Union[np.ndarray, UadtoolError, None]
 
@@ -25,9 +26,9 @@ class Prediction(NamedTuple):
     """The result for one image; see ``uadtool.runtimes.contract.Output`` for the units.
 
     ``anomaly_map`` is float32 [h, w]; ``mask`` is the ground truth, bool [H, W], if it is known, or the error of a mask
-    that cannot be read. ``milliseconds`` is
-    the inference time of the batch, which may share the cores with other streams, divided by the images in it.
-    ``faint`` is whether the image shows nearly nothing.
+    that cannot be read. ``milliseconds`` is the inference time of the batch, which may share the cores with other
+    streams, divided by the images in it. ``faint`` is whether the image shows nearly nothing. ``pixels`` are set by
+    ``with_pixels``.
     """
 
     score: float
@@ -37,6 +38,7 @@ class Prediction(NamedTuple):
     mask: Mask
     milliseconds: float
     faint: bool = False
+    pixels: Optional[PixelCounts] = None
 
 
 Predictions = Iterator[Tuple[Sample, Union[Prediction, UadtoolError]]]
@@ -63,11 +65,12 @@ def predict(runtime: Runtime, paths: Union[str, Iterable[str]], batch_size: int 
     return predict_samples(runtime, scoring_samples(map(os.fspath, names)), batch_size)
 
 
-def predict_samples(runtime: Runtime, samples: Iterable[Sample], batch_size: int = 1) -> Predictions:
+def predict_samples(runtime: Runtime, samples: Iterable[Sample], batch_size: int = 1, pixels: bool = False
+                    ) -> Predictions:
     """Run a detector over ``samples``, in order. An image that cannot be read comes with its error.
 
-    As many threads as cores, but at least two, each decode a batch and run it. At most ``runtime.streams`` batches run
-    at once.
+    As many threads as cores, but at least two, each decode a batch, run it and, if ``pixels``, count the pixels of its
+    labelled images. At most ``runtime.streams`` batches run at once.
     """
     running = threading.Semaphore(runtime.streams)
 
@@ -92,9 +95,11 @@ def predict_samples(runtime: Runtime, samples: Iterable[Sample], batch_size: int
                 began = time.perf_counter()
                 outputs = zip(*runtime.run(stacked))
                 milliseconds = rounded(1000 * (time.perf_counter() - began) / len(images))
-        return [content if isinstance(content, UadtoolError)
-                else _prediction(runtime.metadata, sample, *next(outputs), content, milliseconds)
-                for sample, content in zip(batch, contents)]
+        results = [content if isinstance(content, UadtoolError)
+                   else _prediction(runtime.metadata, sample, *next(outputs), content, milliseconds)
+                   for sample, content in zip(batch, contents)]
+        return [with_pixels(result, sample, runtime.metadata.image_size)
+                if pixels and isinstance(result, Prediction) else result for sample, result in zip(batch, results)]
 
     source, workers = iter(samples), max(2, runtime.threads)
     batches: Iterator[List[Sample]] = iter(lambda: list(islice(source, batch_size)), [])
@@ -102,6 +107,19 @@ def predict_samples(runtime: Runtime, samples: Iterable[Sample], batch_size: int
         if isinstance(results, UadtoolError):  # the runtime failed
             raise results
         yield from zip(batch, results)
+
+
+def with_pixels(prediction: Prediction, sample: Sample, size: Tuple[int, int]) -> Prediction:
+    """The prediction with the ``pixels`` of its map, resized to ``size`` (height, width), if ``sample`` has a label.
+
+    The pixels of an anomalous image without a readable mask are not counted: their labels are unknown.
+    """
+    mask = prediction.mask
+    if mask is None and sample.label == "good":
+        mask = np.zeros(size, bool)
+    if not sample.label or not isinstance(mask, np.ndarray):
+        return prediction
+    return prediction._replace(pixels=count_pixels(upsample(prediction.anomaly_map, size), mask))
 
 
 def _prediction(metadata: Metadata, sample: Sample, score: np.float32, raw_score: np.float32, anomaly_map: np.ndarray,

@@ -6,7 +6,7 @@ from typing import Any, Callable, Dict, Generator, Iterable, Optional, Sequence,
 import numpy as np
 
 from uadtool import host
-from uadtool.data.images import ImageError, upsample
+from uadtool.data.images import ImageError
 from uadtool.data.inspection import warn_of_faint
 from uadtool.data.samples import Sample
 from uadtool.errors import UadtoolError
@@ -52,7 +52,7 @@ def score(runtime: Runtime, samples: Iterable[Sample], threshold: Optional[float
     began = time.perf_counter()
     images = errors = anomalous = faint = 0
     evaluation = Evaluation(threshold)
-    for sample, prediction in predict(runtime, samples, batch_size):
+    for sample, prediction in predict(runtime, samples, batch_size, pixels=True):
         images += 1
         if isinstance(prediction, UadtoolError):
             errors += 1
@@ -68,7 +68,7 @@ def score(runtime: Runtime, samples: Iterable[Sample], threshold: Optional[float
                 log.warning("%s", error)
         yield record
         if sample.label:
-            evaluate(evaluation, sample, prediction, runtime.metadata.image_size)
+            evaluate(evaluation, sample, prediction)
     seconds = time.perf_counter() - began
     warn_of_faint(faint, images)
     metrics = evaluation.figures()
@@ -85,18 +85,11 @@ def _image_record(sample: Sample, prediction: Prediction, threshold: float) -> R
     return {key: value for key, value in record.items() if value is not None}
 
 
-def evaluate(evaluation: Evaluation, sample: Sample, prediction: Prediction, size: Tuple[int, int]) -> None:
-    """Count an image with a ``label``, its map resized to ``size`` (height, width).
-
-    The pixels of an anomalous image without a mask do not count: their labels are unknown.
-    """
-    name, anomalous = sample.class_name or "", sample.label == "anomalous"
-    evaluation.add(name, anomalous, prediction.score, prediction.raw_score)
-    mask = prediction.mask
-    if isinstance(mask, UadtoolError):
-        log.warning("%s; %s does not count in pixel metrics", mask, sample.path)
-        return
-    if mask is None and not anomalous:
-        mask = np.zeros(size, bool)
-    if mask is not None:
-        evaluation.add_pixels(name, upsample(prediction.anomaly_map, size), mask)
+def evaluate(evaluation: Evaluation, sample: Sample, prediction: Prediction) -> None:
+    """Count an image with a ``label``, and its ``pixels`` if they were counted."""
+    name = sample.class_name or ""
+    evaluation.add(name, sample.label == "anomalous", prediction.score, prediction.raw_score)
+    if isinstance(prediction.mask, UadtoolError):
+        log.warning("%s; %s does not count in pixel metrics", prediction.mask, sample.path)
+    elif prediction.pixels:
+        evaluation.add_pixels(name, prediction.pixels)
