@@ -4,7 +4,7 @@ import io
 import warnings
 from contextlib import contextmanager
 from importlib.util import find_spec
-from typing import Callable, Iterator, Optional, Sequence, Tuple
+from typing import Any, Callable, Iterator, Optional, Sequence, Tuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -85,16 +85,16 @@ def read_mask(path: str, size: Tuple[int, int]) -> NDArray[np.bool_]:
         ImageError: as ``read_image``.
     """
     with _opened(path) as image:
+        image.load()  # EXIF data may follow the pixels
         black = 127 if image.format == "JPEG" else 0
+        if image.mode in ("1", "L") and "transparency" not in image.info:
+            return _nearest(image, _orientation(image), size) > black  # resized first: fewer pixels to compare
         if image.mode.startswith(("I", "F")):
             marked = np.asarray(image) != 0
-        elif image.mode in ("1", "L") and "transparency" not in image.info:
-            marked = np.asarray(image) > black
         else:
             channels = np.asarray(image.convert("RGBA"))
             marked = (channels[..., :3].max(-1) > black) & (channels[..., 3] > 0)
-        mask = _upright(Image.fromarray(marked), _orientation(image))
-        return np.array(mask.resize(size[::-1], Image.Resampling.NEAREST))
+        return _nearest(Image.fromarray(marked), _orientation(image), size)
 
 
 def read_overview(path: str, size: Tuple[int, int]) -> Tuple[Tuple[int, int], int, NDArray[np.uint8]]:
@@ -179,6 +179,11 @@ def _orientation(image: Image.Image) -> int:
     except Exception:  # broken EXIF data in a good image
         return 1
     return orientation if orientation in UPRIGHT else 1
+
+
+def _nearest(image: Image.Image, orientation: int, size: Tuple[int, int]) -> NDArray[Any]:
+    """The pixels of the image, upright, of ``size`` (height, width)."""
+    return np.array(_upright(image, orientation).resize(size[::-1], Image.Resampling.NEAREST))
 
 
 def _upright(image: Image.Image, orientation: int) -> Image.Image:
