@@ -430,6 +430,32 @@ def test_a_corrupt_model_is_one_line(uadtool, detector, tmp_path):
     assert done.stderr.count("\n") == 1
 
 
+def test_a_broken_mask_costs_its_pixels_only(detector, mvtec, tmp_path, caplog):
+    def scored():
+        _, *images, summary = score(open_model(str(detector), 1), scoring_samples([str(tmp_path / "data")]))
+        return [(image["path"], image["score"]) for image in images], summary
+
+    shutil.copytree(mvtec, tmp_path / "data")
+    images, whole = scored()
+    masks = sorted((tmp_path / "data" / "red" / "ground_truth").rglob("*.png"))
+    masks[0].write_bytes(masks[0].read_bytes()[:40])
+    again, summary = scored()
+    assert again == images
+    assert summary["errors"] == 0
+    assert f"cannot read {masks[0]}" in caplog.text
+    assert "does not count in pixel metrics" in caplog.text
+    assert summary["pixels"]["red"]["regions"] == whole["pixels"]["red"]["regions"] - 1
+    assert summary["metrics"]["image_auroc"] == whole["metrics"]["image_auroc"]
+
+
+def test_images_that_show_nothing_are_counted(detector, tmp_path, caplog):
+    for name, pixels in (("black", np.zeros((40, 40), np.uint8)), ("sound", np.arange(1600, dtype=np.uint8) % 200)):
+        Image.fromarray(pixels.reshape(40, 40)).save(tmp_path / f"{name}.png")
+    *_, summary = score(open_model(str(detector), 1), scoring_samples([str(tmp_path)]))
+    assert summary["faint"] == 1
+    assert "1 of 2 images are blank or faint: they use less than 16 of 256 levels" in caplog.text
+
+
 # Evaluation
 
 

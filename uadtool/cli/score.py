@@ -139,6 +139,7 @@ def _check_usage(ctx: click.Context, arguments: SimpleNamespace) -> None:
         (not arguments.contact_sheet and options.given(ctx, "top"), "--top requires --contact-sheet."),
         (follow and (arguments.shard or arguments.ray), "--follow uses one process; leave out --shard and --ray."),
         (arguments.ray and arguments.threads, "--ray uses one core per image; leave out --threads."),
+        (arguments.ray and options.given(ctx, "max_pixels"), "--max-pixels does not reach a cluster; leave out --ray."),
         (follow and arguments.batch_size > 1, "--follow scores images one by one; leave out --batch-size."),
         (any(followed & {folder, *folder.parents} for folder in folders),
          "Pictures in the followed folder would be scored again; write them elsewhere."),
