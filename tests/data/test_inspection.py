@@ -73,7 +73,7 @@ def test_copies_are_found_in_any_format_and_with_noise(part: Path, suffix: str, 
     numbers = [Path(sample.path).name[:2] for sample in samples]
     assert inspection.originals == [numbers.index(number) for number in numbers]
     finding, = inspection.findings
-    assert finding.startswith("2 images are copies of others, or nearly;")
+    assert finding.startswith("copies of other images, or nearly;")
     assert finding.endswith(": 2 of 14 in part")
 
 
@@ -125,15 +125,16 @@ def look_report(folder: Path) -> Dict[str, Any]:
 
 
 @pytest.mark.parametrize(("image", "finding"), [
-    (Image.new("L", (64, 64)), "are blank"),
-    (Image.merge("RGBA", [*picture(0).split(), Image.new("L", (96, 96))]), "are blank"),
-    (picture(0).point(lambda value: value // 20), "are faint"),
-    (Image.merge("RGB", [*picture(0).split()[:2], Image.new("L", (96, 96), 9)]), "have a constant colour channel"),
+    (Image.new("L", (64, 64)), "blank images"),
+    (Image.merge("RGBA", [*picture(0).split(), Image.new("L", (96, 96))]), "blank images"),
+    (picture(0).point(lambda value: value // 20), "faint images"),
+    (Image.merge("RGB", [*picture(0).split()[:2], Image.new("L", (96, 96), 9)]),
+     "images with a constant colour channel"),
 ])
 def test_images_that_hold_nothing_are_counted(part: Path, image: Image.Image, finding: str) -> None:
     save(part / "train" / "good" / "odd.png", image)
     line, = inspect(good(part), 1).findings
-    assert line.startswith(f"1 images {finding}")
+    assert line.startswith(finding)
     assert line.endswith("1 of 13 in part")
 
 
@@ -159,8 +160,8 @@ def test_report_on_a_sound_data_set(part: Path) -> None:
         "train": {"good": 12}, "test": {"good": 1, "anomalous": 1}, "held_out": 3,
         "sizes": [{"height": 96, "width": 96, "images": 14}], "different_sizes": 1, "aspect_ratios": [1.0, 1.0],
         "bits": {"8": 14}}
-    assert found["findings"] == ["3 held-out images are too few for a false-positive rate of 0.01, which takes 100; "
-                                 "new good images will exceed the threshold more often"]
+    assert found["findings"] == ["held-out images: 3, too few for a false-positive rate of 0.01, which takes 100; new "
+                                 "good images will exceed the threshold more often"]
     assert not report(part, "--false-positive-rate", 0.4)["findings"]
     for kind in ("copies", "leaks", "blank", "faint", "unreadable", "unused", "ignored"):
         assert found[kind] == []

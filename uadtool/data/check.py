@@ -148,19 +148,19 @@ def _odd(report: Dict[str, Any], held_out: Sequence[Sample], rate: float, bits: 
     small = [name for name, found in report["classes"].items() if 0 < found["held_out"] < LEAST_HELD_OUT]
     masks, needed = report["masks"], round(1 / rate) if rate else 0
     cases: List[Tuple[object, str]] = [
-        (report["unreadable"], f"{len(report['unreadable'])} files or folders cannot be read"),
-        (report["leaks"], f"{len(report['leaks'])} training images are also test images, or nearly, which flatters the "
-                          "model"),
-        (len(held_out) < needed, f"{len(held_out)} held-out images are too few for a false-positive rate of {rate:g}, "
+        (report["unreadable"], f"files or folders that cannot be read: {len(report['unreadable'])}"),
+        (report["leaks"], f"pairs of a training and a test image that are copies, or nearly, which flatters the "
+                          f"model: {len(report['leaks'])}"),
+        (len(held_out) < needed, f"held-out images: {len(held_out)}, too few for a false-positive rate of {rate:g}, "
                                  f"which takes {needed}; new good images will exceed the threshold more often"),
-        (small, f"too few good images to learn what is normal: {', '.join(small)}"),
-        (masks["missing"], f"{len(masks['missing'])} images of defects have no mask"),
-        (masks["unused"], f"{len(masks['unused'])} masks belong to no image"),
-        (masks["unreadable"], f"{len(masks['unreadable'])} masks cannot be read"),
-        (masks["other_size"], f"{len(masks['other_size'])} masks have another size than their image"),
-        (report["unused"], f"{sum(place['images'] for place in report['unused'])} images lie in folders that are not "
-                           "used"),
-        (bits, "16-bit grey is read with " + ", ".join(f"{depth} bits in {name}" for name, depth in bits.items())),
+        (small, f"classes with too few good images to learn what is normal: {', '.join(small)}"),
+        (masks["missing"], f"images of defects without a mask: {len(masks['missing'])}"),
+        (masks["unused"], f"masks of no image: {len(masks['unused'])}"),
+        (masks["unreadable"], f"masks that cannot be read: {len(masks['unreadable'])}"),
+        (masks["other_size"], f"masks of another size than their image: {len(masks['other_size'])}"),
+        (report["unused"], "images in folders that are not used: "
+                           f"{sum(place['images'] for place in report['unused'])}"),
+        (bits, "bits of 16-bit grey: " + ", ".join(f"{depth} in {name}" for name, depth in bits.items())),
     ]
     return [text for condition, text in cases if condition]
 

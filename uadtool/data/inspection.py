@@ -179,22 +179,22 @@ def findings(looks: Sequence[Look], firsts: Sequence[int]) -> List[str]:
     """What is odd about good images, a line for each kind."""
     images = Counter(str(look.sample.class_name) for look in looks)
     kinds = {
-        "are copies of others, or nearly; copies stay on one side of each split, and of those held out one counts":
+        "copies of other images, or nearly; they stay on one side of each split, and of those held out one counts":
             [look for number, look in enumerate(looks) if firsts[number] != number],
-        "are blank: all pixels have one colour, which is white where everything is transparent":
+        "blank images, all pixels of one colour; those that are wholly transparent become white":
             [look for look in looks if max(look.levels) <= BLANK],
-        f"are faint: they use less than {LOW} of 256 levels (16-bit grey may need --grey-bits)":
+        f"faint images, which use less than {LOW} of 256 levels; 16-bit grey may need --grey-bits":
             [look for look in looks if BLANK < max(look.levels) < LOW],
-        "have a constant colour channel":
+        "images with a constant colour channel":
             [look for look in looks if min(look.levels) <= BLANK < LOW <= max(look.levels)],
     }
     lines = []
-    for problem, found in kinds.items():
+    for kind, found in kinds.items():
         if found:
             counts = Counter(str(look.sample.class_name) for look in found)
             named = ", ".join(f"{count} of {images[name]} in {name}" for name, count in counts.most_common(MOST_NAMED))
             more = f" and {len(counts) - MOST_NAMED} more classes" if len(counts) > MOST_NAMED else ""
-            lines.append(f"{len(found)} images {problem}: {named}{more}")
+            lines.append(f"{kind}: {named}{more}")
     return lines
 
 
