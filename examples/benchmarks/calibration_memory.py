@@ -28,7 +28,7 @@ def peak_memory(model: str, data: str, method: str, count: int) -> float:
     detector, metadata = load_float_model(model)
     samples = cycle(training_samples(data))
     parts = (list(islice(samples, BATCH)) for _ in range(count // BATCH))
-    batches = (images for part in parts for _, images in image_batches(part, metadata.image_size, 1))
+    batches = (images for part in parts for _, images in image_batches(part, metadata.reading, 1))
     calibrate(QuantizationPlan(detector), batches, method)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # Linux counts in KiB
 

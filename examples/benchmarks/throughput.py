@@ -26,13 +26,13 @@ from uadtool.runtimes.opening import open_model
 def main(model: str, folder: str, rounds: int = 5) -> None:
     paths = [sample.path for sample in scoring_samples([folder])]
     runtime, streams = open_model(model), open_model(model, streams=available_cores())
-    size = runtime.metadata.image_size
-    images = [read_image(path, size)[None] for path in paths[:200]]
+    reading = runtime.metadata.reading
+    images = [read_image(path, *reading)[None] for path in paths[:200]]
     readers = available_cores()
     rates = defaultdict(list)
     for _ in range(rounds):
         began = time.perf_counter()
-        for _ in read_ahead(lambda path: read_image(path, size), paths, readers, 2 * readers):
+        for _ in read_ahead(lambda path: read_image(path, *reading), paths, readers, 2 * readers):
             pass
         rates["decode"].append(len(paths) / (time.perf_counter() - began))
         began = time.perf_counter()

@@ -18,12 +18,10 @@ import torch
 import unfused
 from numpy.typing import NDArray
 from sklearn.datasets import load_sample_images
-from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from uadtool.data.dataset import scoring_samples, training_samples
-from uadtool.data.images import read_masks
+from uadtool.data.images import read_masks, upsample
 from uadtool.data.samples import Sample
 from uadtool.data.splits import balanced
 from uadtool.host import available_cores
@@ -42,7 +40,8 @@ from uadtool.lab.quantization.targets import TARGETS
 from uadtool.lab.training.data import read_images, split_again
 from uadtool.lab.training.synthetic import synthetic_anomalies
 from uadtool.metadata import Metadata
-from uadtool.scoring.pixel_metrics import PixelMetrics
+from uadtool.scoring.evaluation import Evaluation
+from uadtool.scoring.pixel_metrics import count_pixels
 
 CALIBRATION_IMAGES = 64
 QAT_STEPS = 60
@@ -158,20 +157,16 @@ class Study:
         detector = copy.deepcopy(detector)  # each cell has statistics of its own
         fit_statistics(detector, raw_maps, metadata.classes, self._batches("held_out", self.held_out))
         maps = [detector.normalize_maps(*raw_maps(images)) for _, images in self._batches("test", self.test)]
-        scores = torch.cat([detector.image_score(batch) for batch in maps]).numpy()
-        labels = np.array([sample.label != "good" for sample in self.test])
-        names = np.array([sample.class_name for sample in self.test])
-        pixels = {name: PixelMetrics() for name in metadata.classes}
-        for sample, mask, anomaly_map in zip(self.test, self.masks, torch.cat(maps)):
+        scores = torch.cat([detector.image_score(batch) for batch in maps]).tolist()
+        evaluation = Evaluation(threshold=0.0)
+        for sample, mask, score, anomaly_map in zip(self.test, self.masks, scores, torch.cat(maps).numpy()):
+            name = str(sample.class_name)
+            evaluation.add(name, sample.label != "good", score, score)
             if mask is not None:
-                large = F.interpolate(anomaly_map[None, None], size=mask.shape, mode="bilinear")[0, 0]
-                pixels[str(sample.class_name)].update(large.numpy(), mask)
-        return {
-            "image_auroc": float(np.mean([roc_auc_score(labels[names == n], scores[names == n]) for n in pixels])),
-            "pooled": float(roc_auc_score(labels, scores)),
-            "pixel_auroc": _mean(metrics.auroc() for metrics in pixels.values()),
-            "aupro": _mean(metrics.aupro() for metrics in pixels.values()),
-        }
+                evaluation.add_pixels(name, count_pixels(upsample(anomaly_map, metadata.image_size), mask))
+        figures = evaluation.figures()
+        return {"image_auroc": figures["image_auroc"]["mean"], "pooled": figures["image_auroc"]["pooled"],
+                **{name: figures.get(name, {}).get("mean", float("nan")) for name in ("pixel_auroc", "aupro")}}
 
     def _batches(self, name: str, samples: list[Sample]) -> Iterator[tuple[list[Sample], Tensor]]:
         for start in range(0, len(samples), 32):
@@ -186,10 +181,6 @@ class Study:
         if sample.label == "good":
             return np.zeros(size, bool)
         return read_masks(sample.masks, size) if sample.masks else None
-
-
-def _mean(values: Iterator[float | None]) -> float:
-    return float(np.mean([value for value in values if value is not None]))
 
 
 def natural_images(folder: Path, count: int, size: int) -> None:

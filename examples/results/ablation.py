@@ -9,19 +9,18 @@ from itertools import combinations
 
 import numpy as np
 import torch
-from sklearn.metrics import roc_auc_score
 from tabulate import tabulate
 from torch import Tensor
-from torch.nn import functional as F
 
 from uadtool.data.dataset import scoring_samples, training_samples
-from uadtool.data.images import read_masks
+from uadtool.data.images import read_masks, upsample
 from uadtool.data.samples import Sample
 from uadtool.host import available_cores, keep_freed_memory
 from uadtool.lab.detectors.statistics import fit_statistics
 from uadtool.lab.models import load_float_model
 from uadtool.lab.training.data import image_batches, split_again
-from uadtool.scoring.pixel_metrics import PixelMetrics
+from uadtool.scoring.evaluation import Evaluation
+from uadtool.scoring.pixel_metrics import count_pixels
 
 NAMES: dict[str, Sequence[str]] = {
     "duet": ("small patches", "large patches", "head"), "stfpm": ("stride 4", "stride 8", "stride 16"),
@@ -37,13 +36,11 @@ def main(data: str, model: str) -> None:
 
     def maps(samples: list[Sample]) -> tuple[Tensor, Tensor]:
         parts = [detector.raw_maps_and_class(images)
-                 for _, images in image_batches(samples, metadata.image_size, available_cores())]
+                 for _, images in image_batches(samples, metadata.reading, available_cores())]
         raw, nearest = zip(*parts)
         return torch.cat(raw), torch.cat(nearest)
 
     known, (raw, nearest) = maps(held_out), maps(test)
-    labels = np.array([sample.label != "good" for sample in test])
-    owners = np.array([sample.class_name for sample in test])
     size = metadata.image_size
     masks = [np.zeros(size, bool) if sample.label == "good" else
              read_masks(sample.masks, size) if sample.masks else None for sample in test]
@@ -57,17 +54,19 @@ def main(data: str, model: str) -> None:
 
         fit_statistics(detector, lambda part: (part, known[1]), metadata.classes, batches())
         found = detector.normalize_maps(raw[:, list(chosen)], nearest)
-        scores = detector.image_score(found).numpy()
-        pixels = {name: PixelMetrics() for name in metadata.classes}
-        for name, mask, one in zip(owners, masks, found):
+        scores = detector.image_score(found).tolist()
+        evaluation = Evaluation(threshold=0.0)
+        for sample, mask, score, one in zip(test, masks, scores, found.numpy()):
+            name = str(sample.class_name)
+            evaluation.add(name, sample.label != "good", score, score)
             if mask is not None:
-                large = F.interpolate(one[None, None], size=size, mode="bilinear")[0, 0]
-                pixels[name].update(large.numpy(), mask)
-        auroc = [roc_auc_score(labels[owners == name], scores[owners == name]) for name in metadata.classes]
-        overall = auroc, [roc_auc_score(labels, scores)], *(
-            [value for value in column if value is not None]
-            for column in ([part.auroc() for part in pixels.values()], [part.aupro() for part in pixels.values()]))
-        return [f"{np.mean(part):.3f}" if part else "-" for part in (*overall, *([value] for value in auroc))]
+                evaluation.add_pixels(name, count_pixels(upsample(one, size), mask))
+        figures = evaluation.figures()
+        auroc = figures["image_auroc"]
+        overall = (auroc["mean"], auroc["pooled"],
+                   *(figures.get(name, {}).get("mean") for name in ("pixel_auroc", "aupro")))
+        return ["-" if value is None else f"{value:.3f}" for value in (
+            *overall, *(auroc["per_class"][name] for name in metadata.classes))]
 
     names = NAMES.get(metadata.method, ())
     if len(names) != raw.shape[1]:  # another method, or shared stages
