@@ -1,4 +1,5 @@
 import json
+import re
 from collections import Counter
 
 import click
@@ -130,14 +131,15 @@ def test_the_seed_decides_everything(choose, source):
     assert not torch.equal(first, other)
 
 
-def test_images_are_read_when_they_are_needed(choose, good, tmp_path):
+def test_images_are_read_when_they_are_needed(choose, good, tmp_path, caplog):
     """At most 32 at a time: the others are not opened."""
     missing = [Sample(str(tmp_path / f"{number}.png"), "dots", "good") for number in range(40)]
     batches, record = calibration_batches(["random-normal", "good"], missing, 80, 0, DETECTOR, Reading(SIZE))
     assert record["count"] == 80
     assert [len(next(batches)) for _ in range(2)] == [32, 8]
-    with pytest.raises(ImageError, match=r"cannot read .*png: No such file"):
+    with pytest.raises(UadtoolError, match="32 of 32 images cannot be read"):
         next(batches)
+    assert all(re.search(r"cannot read .*png: No such file", message) for message in caplog.messages)
 
 
 # Errors
