@@ -341,6 +341,28 @@ def test_grey_16_bit_is_turned(tmp_path: Path) -> None:
     np.testing.assert_array_equal(read_image(str(tmp_path / "a.tif"), (3, 1))[:, 0, 0], [0, 1, 2])
 
 
+def test_orientation_behind_the_pixels_of_a_png(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[274] = 6
+    path = save(tmp_path / "a.png", Image.fromarray(RGB), exif=exif)
+    content = Path(path).read_bytes()
+    start = content.index(b"eXIf") - 4
+    stop = start + 12 + int.from_bytes(content[start:start + 4], "big")
+    end = content.index(b"IEND") - 4
+    Path(path).write_bytes(content[:start] + content[stop:end] + content[start:stop] + content[end:])
+    assert np.array_equal(read_image(path, (4, 3)), np.rot90(RGB, -1))
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "tif"])
+def test_overview_of_an_image_that_is_turned(suffix: str, tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[274] = 6
+    path = save(tmp_path / f"a.{suffix}", Image.fromarray(smooth(200, 600)), exif=exif)
+    size, bits, pixels = read_overview(path, (16, 16))
+    assert (size, bits) == ((600, 200), 8)
+    assert np.array_equal(pixels, read_image(path, (16, 16)))
+
+
 @pytest.mark.parametrize("exif", [b"garbage", b"II*\0\x08\0\0\0\x01\0\x12\x01\x03\0\x01\0\0\0\x63\0\0\0"])
 def test_broken_orientation_is_ignored(exif: bytes, tmp_path: Path) -> None:
     path = save(tmp_path / "a.png", Image.fromarray(RGB), exif=b"Exif\0\0" + exif)

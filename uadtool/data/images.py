@@ -61,15 +61,8 @@ def read_image(path: str, size: Tuple[int, int], depths: Sequence[int] = ()) -> 
     Raises:
         ImageError: the file is missing, broken, not an image, not a regular file, or too large (``limit_pixels``).
     """
-    height, width = size
     with _opened(path) as image:
-        # Shrinking a JPEG by 2, 4 or 8 while decoding is cheap. At least twice the final size remains.
-        side = 2 * max(size)
-        draft = image.draft(image.mode, (side, side))
-        orientation = _orientation(image)
-        stored_size = (height, width) if orientation >= 5 else (width, height)
-        pixels = _resized(image, _rgb_converter(image, depths), stored_size, draft[1] if draft else None)
-        return np.array(_upright(pixels, orientation))
+        return _decoded(image, size, depths)[0]
 
 
 def read_mask(path: str, size: Tuple[int, int]) -> NDArray[np.bool_]:
@@ -102,18 +95,17 @@ def read_overview(path: str, size: Tuple[int, int]) -> Tuple[Tuple[int, int], in
 
     Returns:
         Its (height, width) as a person sees it; the bits per channel: 8, or for 16-bit grey the first of ``DEPTHS``
-        into which all values fit; and ``read_image(path, size, DEPTHS)``, but not turned upright.
+        into which all values fit; and ``read_image(path, size, DEPTHS)``.
 
     Raises:
         ImageError: as ``read_image``.
     """
     with _opened(path) as image:
-        width, height = image.size
-        draft = image.draft(image.mode, (2 * max(size), 2 * max(size)))
-        to_rgb = _rgb_converter(image, DEPTHS)
-        bits = _white(image, DEPTHS).bit_length() if image.mode.startswith("I") else 8
-        pixels = np.array(_resized(image, to_rgb, size[::-1], draft[1] if draft else None))
-        return (width, height) if _orientation(image) >= 5 else (height, width), bits, pixels
+        stored = image.size
+        pixels, white = _decoded(image, size, DEPTHS)
+        width, height = image.size if image.format == "TIFF" else stored  # a TIFF is turned, a JPEG reduced by decoding
+        return ((width, height) if _orientation(image) >= 5 else (height, width),
+                white.bit_length() if white and image.mode != "F" else 8, pixels)
 
 
 def limit_pixels(count: int) -> None:
@@ -190,6 +182,21 @@ def _upright(image: Image.Image, orientation: int) -> Image.Image:
     return image.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else image
 
 
+def _decoded(image: Image.Image, size: Tuple[int, int], depths: Sequence[int]
+             ) -> Tuple[NDArray[np.uint8], Optional[int]]:
+    """What ``read_image`` returns, and what ``_white`` found."""
+    height, width = size
+    # Shrinking a JPEG by 2, 4 or 8 while decoding is cheap. At least twice the final size remains.
+    side = 2 * max(size)
+    draft = image.draft(image.mode, (side, side))
+    image.load()  # EXIF data may follow the pixels
+    orientation = _orientation(image)
+    stored_size = (height, width) if orientation >= 5 else (width, height)
+    white = _white(image, depths)
+    pixels = _resized(image, _rgb_converter(image, white), stored_size, draft[1] if draft else None)
+    return np.array(_upright(pixels, orientation)), white
+
+
 Box = Tuple[float, float, float, float]
 """Left, top, right, bottom in pixels."""
 Converter = Callable[[Image.Image], Image.Image]
@@ -224,14 +231,13 @@ def _strips(image: Image.Image) -> Iterator[Image.Image]:
         yield image if whole else image.crop((0, row, image.width, min(row + rows, image.height)))
 
 
-def _rgb_converter(image: Image.Image, depths: Sequence[int]) -> Converter:
-    """The function that converts the image, or a strip of it, to RGB."""
-    if image.mode.startswith(("I", "F")):
-        top = _white(image, depths)
+def _rgb_converter(image: Image.Image, white: Optional[int]) -> Converter:
+    """The function that converts the image, or a strip of it, to RGB; ``white`` is what ``_white`` found."""
+    if white:
         inverted = getattr(image, "tag_v2", {}).get(PHOTOMETRIC) == 0
 
         def grey_to_rgb(strip: Image.Image) -> Image.Image:
-            grey = np.rint(np.asarray(strip) * np.float32(255 / top)).astype(np.uint8)
+            grey = np.rint(np.asarray(strip) * np.float32(255 / white)).astype(np.uint8)
             return Image.fromarray(255 - grey if inverted else grey).convert("RGB")
 
         return grey_to_rgb
@@ -259,8 +265,10 @@ def _on_white(image: Image.Image) -> Image.Image:
     return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
 
 
-def _white(image: Image.Image, depths: Sequence[int]) -> int:
-    """The value of an image in integers or float that becomes 255; see ``read_image``."""
+def _white(image: Image.Image, depths: Sequence[int]) -> Optional[int]:
+    """The value of an image in 16-bit integers or float that becomes 255, see ``read_image``; None for 8 bits."""
+    if not image.mode.startswith(("I", "F")):
+        return None
     if image.mode == "F":
         tops = [1]
     elif getattr(image, "tag_v2", {}).get(BITS_PER_SAMPLE) == (12,):
