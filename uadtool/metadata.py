@@ -31,6 +31,11 @@ class Reading(NamedTuple):
     size: Tuple[int, int]
     depths: Tuple[int, ...] = ()
 
+    @classmethod
+    def at(cls, size: Tuple[int, int], grey_bits: Dict[str, int]) -> "Reading":
+        """For images of any class, whose ``grey_bits`` may differ: the depths of all."""
+        return cls(size, tuple(sorted(set(grey_bits.values()))))
+
 
 @dataclass(frozen=True)
 class Quantization:
@@ -82,8 +87,8 @@ class Metadata:
 
     @property
     def reading(self) -> Reading:
-        """How image files are read for this model. An image may be of any class, so the depths are those of all."""
-        return Reading(self.image_size, tuple(sorted(set(self.preprocessing["grey_bits"].values()))))
+        """How image files are read for this model."""
+        return Reading.at(self.image_size, self.preprocessing["grey_bits"])
 
     def to_json(self) -> str:
         """The JSON text for a model file.

@@ -7,11 +7,12 @@ from typing import Any, Dict, Iterable, List, Optional, Sequence, Set, Tuple
 
 import numpy as np
 
-from uadtool.data.dataset import Dataset, class_name, read_dataset, training_samples
+from uadtool.data.dataset import choose_training, class_name, read_dataset
 from uadtool.data.images import image_size
-from uadtool.data.inspection import BLANK, LOW, Look, findings, grey_bits, look_at, near_pairs, originals
+from uadtool.data.inspection import Look, findings, grey_bits, look_at, near_pairs, originals
+from uadtool.data.layout import Dataset
 from uadtool.data.samples import SUFFIXES, Sample
-from uadtool.data.splits import LEAST_HELD_OUT, split_held_out
+from uadtool.data.splits import LEAST_HELD_OUT, by_class, split_held_out
 from uadtool.data.storage import ignored
 from uadtool.errors import UadtoolError
 from uadtool.terminal import printable
@@ -45,7 +46,7 @@ def check(data: str, classes: Optional[Sequence[str]], held_out: float, false_po
     refusal = None
     good: List[Sample] = []
     try:
-        good = training_samples(data, classes)
+        good = choose_training(data, dataset, classes)
         broken = sum(sample not in looks for sample in good)
         if broken:
             refusal = f"{broken} of {len(good)} training images cannot be read; mend or remove them"
@@ -59,8 +60,8 @@ def check(data: str, classes: Optional[Sequence[str]], held_out: float, false_po
         "classes": {name: _class(name, splits, looks, held) for name in sorted(names)},
         "copies": _groups(readable, firsts),
         "leaks": _leaks(splits, looks),
-        "blank": [look.sample.path for look in looks.values() if max(look.levels) <= BLANK],
-        "faint": [look.sample.path for look in looks.values() if BLANK < max(look.levels) < LOW],
+        "blank": [look.sample.path for look in looks.values() if look.is_blank],
+        "faint": [look.sample.path for look in looks.values() if look.is_faint],
         "unreadable": unreadable,
         "masks": _masks(dataset, splits, looks),
         "unused": [{"folder": folder, "images": images} for _, folder, images in dataset.unused],
@@ -101,14 +102,12 @@ def _leaks(splits: Dict[Sample, str], looks: Dict[Sample, Look]) -> List[List[st
     """Pairs of a training and a test image of a class, or of any classes with the same pixels, that are copies."""
     pairs: Set[Tuple[str, str]] = set()
     by_content: Dict[bytes, List[Sample]] = defaultdict(list)
-    by_class: Dict[Optional[str], List[Look]] = defaultdict(list)
     for sample, look in looks.items():
         by_content[look.content].append(sample)
-        by_class[sample.class_name].append(look)
     for same in by_content.values():
         tests = [sample for sample in same if splits[sample] == "test"]
         pairs.update((sample.path, tests[0].path) for sample in same if splits[sample] == "train" and tests)
-    for members in by_class.values():
+    for members in by_class(looks.values(), lambda look: look.sample).values():
         for numbers in near_pairs(np.stack([look.thumbnail for look in members])):
             one, other = sorted((members[number].sample for number in numbers), key=lambda s: splits[s], reverse=True)
             if (splits[one], splits[other]) == ("train", "test"):

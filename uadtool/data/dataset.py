@@ -15,43 +15,16 @@ For scoring, all of them may be at a URL. What ``storage.ignored`` names does no
 """
 import unicodedata
 from collections import defaultdict
-from dataclasses import dataclass, field
 from pathlib import Path, PurePath
-from typing import Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple
+from typing import Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
 
 from uadtool.data import manifest, storage
-from uadtool.data.layout import MASK_NAMES, Row, images, is_class, read_class
+from uadtool.data.layout import MASK_NAMES, Dataset, Unused, images, is_class, read_class
 from uadtool.data.samples import SUFFIXES, Sample, label_of
 from uadtool.data.storage import Folder
 from uadtool.errors import MissingPackage, UadtoolError, reading
 from uadtool.files import file_digest
-from uadtool.terminal import log
-
-MOST_NAMED = 5
-"""Folders that a warning names; of more it gives the number."""
-
-
-class Unused(NamedTuple):
-    """A folder with images that are not used; ``class_name`` is "" outside of the class folders."""
-
-    class_name: str
-    folder: str
-    images: int
-
-
-@dataclass
-class Dataset:
-    """The content of a data set.
-
-    ``rows`` are the samples and the split of each: "train", "test" or "" (both). A class may have none. ``unmasked``
-    are images of a defect without a mask, although other images of it have masks; ``unused_masks`` belong to no image.
-    """
-
-    classes: Set[str]
-    rows: List[Row] = field(default_factory=list)
-    unused: List[Unused] = field(default_factory=list)
-    unmasked: List[str] = field(default_factory=list)
-    unused_masks: List[str] = field(default_factory=list)
+from uadtool.terminal import first_of, log
 
 
 def training_samples(data: str, classes: Optional[Sequence[str]] = None) -> List[Sample]:
@@ -64,7 +37,11 @@ def training_samples(data: str, classes: Optional[Sequence[str]] = None) -> List
         UadtoolError: no images exist; a class is unknown or has no training images; an image is empty or missing; an
             image is in train and in test.
     """
-    dataset = read_dataset(data, classes)
+    return choose_training(data, read_dataset(data, classes), classes)
+
+
+def choose_training(data: str, dataset: Dataset, classes: Optional[Sequence[str]]) -> List[Sample]:
+    """The ``training_samples`` of what ``read_dataset`` found in ``data``."""
     names = set(map(class_name, classes or dataset.classes))
     nameless = [sample.path for sample, _ in dataset.rows if not sample.class_name]
     if nameless and not classes:
@@ -156,13 +133,10 @@ def _samples_of(name: str) -> List[Sample]:
 
 
 def _warn_of_unused(name: str, dataset: Dataset) -> None:
-    if not dataset.unused:
-        return
-    named = [f"{folder} ({count})" for _, folder, count in dataset.unused[:MOST_NAMED]]
-    more = len(dataset.unused) - len(named)
-    log.warning("%s is a data set; %d images outside of CLASS/train/good and CLASS/test are ignored, in %s%s", name,
-                sum(folder.images for folder in dataset.unused), ", ".join(named),
-                f" and {more} other folders" if more else "")
+    if dataset.unused:
+        log.warning("%s is a data set; %d images outside of CLASS/train/good and CLASS/test are ignored, in %s", name,
+                    sum(place.images for place in dataset.unused),
+                    first_of([f"{folder} ({count})" for _, folder, count in dataset.unused], "folders"))
 
 
 def _warn_of_unmasked(name: str, dataset: Dataset) -> None:
@@ -198,14 +172,9 @@ def _read(name: str, folder: Optional[Folder], classes: Optional[Sequence[str]] 
         if loose := len(images(folder, list(folders))[0]):
             dataset.unused.append(Unused("", folder.path(), loose))
     chosen = set(map(class_name, classes or folders))
-    for name, place in ((class_name(child), place) for child, place in folders.items()):
-        if name not in chosen:
-            continue
-        content = read_class(place, name)
-        dataset.rows += content.rows
-        dataset.unused += [Unused(name, path, count) for path, count in sorted(content.unused.items())]
-        dataset.unmasked += content.unmasked
-        dataset.unused_masks += content.unused_masks
+    for child, place in folders.items():
+        if class_name(child) in chosen:
+            read_class(place, class_name(child), dataset)
     return dataset
 
 

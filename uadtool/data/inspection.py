@@ -6,16 +6,17 @@ Each image is decoded once, JPEG at a reduced scale, which takes about as long a
 import hashlib
 import math
 from collections import Counter
-from typing import Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import Dict, Iterator, List, NamedTuple, Sequence, Tuple, Union
 
 import numpy as np
 
 from uadtool.data.images import read_overview
 from uadtool.data.read_ahead import read_ahead
 from uadtool.data.samples import Sample
+from uadtool.data.splits import by_class
 from uadtool.errors import UadtoolError
 from uadtool.progress import Progress
-from uadtool.terminal import log
+from uadtool.terminal import first_of, log
 
 OVERVIEW = (64, 64)
 """Size at which images are looked at."""
@@ -27,8 +28,6 @@ products, taken one by one, one in a hundred has another one so near. A burst of
 quality 75 and a shift of 1 in 256 pixels make 0.002 to 0.04, except where parts lie in a fixture and hardly differ."""
 PAIRED = 200
 """Images of a class from whose pairs the median difference is estimated."""
-MOST_NAMED = 5
-"""Classes that a finding names."""
 BLANK, LOW = 2, 16
 """Grey levels of 256 between the darkest and the lightest pixel of an overview: of one that is a single colour, and of
 one that uses little of its range."""
@@ -51,6 +50,14 @@ class Look(NamedTuple):
     content: bytes
     thumbnail: np.ndarray
     levels: Tuple[int, int, int]
+
+    @property
+    def is_blank(self) -> bool:
+        return max(self.levels) <= BLANK
+
+    @property
+    def is_faint(self) -> bool:
+        return not self.is_blank and max(self.levels) < LOW
 
 
 def look_at(samples: Sequence[Sample], threads: int) -> Iterator[Tuple[Sample, Union[Look, UadtoolError]]]:
@@ -134,7 +141,7 @@ def originals(looks: Sequence[Look]) -> List[int]:
             firsts[number] = number = firsts[firsts[number]]
         return number
 
-    for members in _by_class(looks).values():
+    for members in by_class(range(len(looks)), lambda number: looks[number].sample).values():
         seen: Dict[bytes, int] = {}
         for number in members:
             firsts[number] = seen.setdefault(looks[number].content, number)
@@ -182,9 +189,9 @@ def findings(looks: Sequence[Look], firsts: Sequence[int]) -> List[str]:
         "copies of other images, or nearly; they stay on one side of each split, and of those held out one counts":
             [look for number, look in enumerate(looks) if firsts[number] != number],
         "blank images, all pixels of one colour; those that are wholly transparent become white":
-            [look for look in looks if max(look.levels) <= BLANK],
+            [look for look in looks if look.is_blank],
         f"faint images, which use less than {LOW} of 256 levels; 16-bit grey may need --grey-bits":
-            [look for look in looks if BLANK < max(look.levels) < LOW],
+            [look for look in looks if look.is_faint],
         "images with a constant colour channel":
             [look for look in looks if min(look.levels) <= BLANK < LOW <= max(look.levels)],
     }
@@ -192,14 +199,6 @@ def findings(looks: Sequence[Look], firsts: Sequence[int]) -> List[str]:
     for kind, found in kinds.items():
         if found:
             counts = Counter(str(look.sample.class_name) for look in found)
-            named = ", ".join(f"{count} of {images[name]} in {name}" for name, count in counts.most_common(MOST_NAMED))
-            more = f" and {len(counts) - MOST_NAMED} more classes" if len(counts) > MOST_NAMED else ""
-            lines.append(f"{kind}: {named}{more}")
+            named = [f"{count} of {images[name]} in {name}" for name, count in counts.most_common()]
+            lines.append(f"{kind}: {first_of(named, 'classes')}")
     return lines
-
-
-def _by_class(looks: Iterable[Look]) -> Dict[Optional[str], List[int]]:
-    members: Dict[Optional[str], List[int]] = {}
-    for number, look in enumerate(looks):
-        members.setdefault(look.sample.class_name, []).append(number)
-    return members

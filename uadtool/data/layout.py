@@ -6,12 +6,12 @@ be written in any case, and ``good`` may be any of ``samples.GOOD_LABELS``.
 """
 
 from collections import Counter
+from dataclasses import dataclass, field
 from pathlib import PurePath
 from typing import Collection, Dict, List, NamedTuple, Set, Tuple
-from typing import Counter as Counts
 
 from uadtool.data.samples import SUFFIXES, Sample, label_of
-from uadtool.data.storage import Folder
+from uadtool.data.storage import Folder, Problem
 from uadtool.errors import UadtoolError
 
 TRAIN, TEST, TRUTH = "train", "test", "ground_truth"
@@ -23,20 +23,27 @@ Row = Tuple[Sample, str]
 """A sample and its split: "train", "test" or "" (both)."""
 
 
-class ClassFolder(NamedTuple):
-    """What a class folder holds.
+class Unused(NamedTuple):
+    """A folder with images that are not used; ``class_name`` is "" outside of the class folders."""
 
-    Attributes:
-        rows: the samples and the split of each, "train" or "test". A sample with a problem is a folder.
-        unused: folders whose images are not used, with the number of their images.
-        unmasked: images of a defect without a mask, although other images of it have masks.
-        unused_masks: masks that belong to no image.
+    class_name: str
+    folder: str
+    images: int
+
+
+@dataclass
+class Dataset:
+    """The content of a data set.
+
+    ``rows`` are the samples and the split of each. A class may have none. ``unmasked`` are images of a defect without a
+    mask, although other images of it have masks; ``unused_masks`` belong to no image.
     """
 
-    rows: List[Row]
-    unused: Counts[str]
-    unmasked: List[str]
-    unused_masks: List[str]
+    classes: Set[str]
+    rows: List[Row] = field(default_factory=list)
+    unused: List[Unused] = field(default_factory=list)
+    unmasked: List[str] = field(default_factory=list)
+    unused_masks: List[str] = field(default_factory=list)
 
 
 def is_class(folder: Folder) -> bool:
@@ -47,35 +54,35 @@ def is_class(folder: Folder) -> bool:
         return False
 
 
-def read_class(folder: Folder, name: str) -> ClassFolder:
-    """The samples of the class ``name``. Folders that cannot be listed are samples with a problem."""
+def read_class(folder: Folder, name: str, dataset: Dataset) -> None:
+    """Add the class ``name`` to the data set. Folders that cannot be listed become samples with a problem."""
     try:
         places = _places(folder)
     except UadtoolError as error:
-        return ClassFolder([(Sample(folder.path(), name, problem=str(error)), "")], Counter(), [], [])
+        dataset.rows.append((Sample(folder.path(), name, problem=str(error)), ""))
+        return
     training, tests, truths = ([folder / place for place in places.get(kind, ())] for kind in (TRAIN, TEST, TRUTH))
     masks = _Masks(truths)
-    content = ClassFolder([], Counter(), [], [])
     others, _ = images(folder, [place.name for place in (*training, *tests, *truths)])
-    content.unused.update(folder.path(image.parent) for image in others)
+    unused = Counter(folder.path(image.parent) for image in others)
     for split, folders in ((TRAIN, training), (TEST, tests)):
         for place in folders:
             found, problems = images(place)
-            content.rows.extend((Sample(path, name, problem=problem), split) for path, problem in problems)
+            dataset.rows += [(Sample(path, name, problem=problem), split) for path, problem in problems]
             for image in found:
                 path, label = place.path(image), label_of(image.parts[0]) if len(image.parts) > 1 else None
                 if split == TRAIN and label != "good":
-                    content.unused[place.path(image.parent)] += 1
+                    unused[place.path(image.parent)] += 1
                     continue
                 truth = masks.of(image) if label == "anomalous" else ()
-                if label == "anomalous" and not truth and masks.shows(image.parts[0]):
-                    content.unmasked.append(path)
-                content.rows.append((Sample(path, name, label, truth), split))
-    content.unused_masks.extend(masks.unused())
-    return content
+                if label == "anomalous" and not truth and image.parts[0].lower() in masks.defects:
+                    dataset.unmasked.append(path)
+                dataset.rows.append((Sample(path, name, label, truth), split))
+    dataset.unused += [Unused(name, path, count) for path, count in sorted(unused.items())]
+    dataset.unused_masks += masks.unused()
 
 
-def images(folder: Folder, without: Collection[str] = ()) -> Tuple[List[PurePath], List[Tuple[str, str]]]:
+def images(folder: Folder, without: Collection[str] = ()) -> Tuple[List[PurePath], List[Problem]]:
     """The image files below a folder, and the folders that cannot be listed, each with the reason."""
     files, problems = folder.files(without)
     return [file for file in files if file.suffix.lower() in SUFFIXES], problems
@@ -100,6 +107,8 @@ class _Masks:
             for mask in images(folder)[0]:
                 for key, masks in ((mask.with_suffix(""), self._by_name), (mask.parent, self._by_folder)):
                     masks.setdefault(_lower(key), []).append(folder.path(mask))
+        self.defects = {place.parts[0] for place in self._by_folder if place.parts}
+        """The defects that have masks, in lower case."""
 
     def of(self, image: PurePath) -> Tuple[str, ...]:
         """The masks of an image, by its path in ``test``: a file with one of ``MASK_NAMES``, or all in a folder."""
@@ -109,10 +118,6 @@ class _Masks:
         found = next(iter(files + folders), [])
         self._used.update(found)
         return tuple(found)
-
-    def shows(self, defect: str) -> bool:
-        """Whether a defect has masks."""
-        return any(place.parts[:1] == (defect.lower(),) for place in self._by_folder)
 
     def unused(self) -> List[str]:
         """The masks that ``of`` has not returned."""

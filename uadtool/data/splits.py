@@ -29,7 +29,7 @@ def split_held_out(samples: Sequence[Sample], share: float, seed: int, originals
     different = [number for number, original in enumerate(originals) if number == original]
     held_out: Set[int] = set()
     only: Set[int] = set()
-    for name, members in _by_class(different, lambda number: samples[number]).items():
+    for name, members in by_class(different, lambda number: samples[number]).items():
         least = min(LEAST_HELD_OUT, len(members) // 2)
         count = min(max(round(share * len(members)), least), len(members) - 1)
         # Each class has its own randomness, so the choice does not depend on the other classes. As text, the seed would
@@ -44,7 +44,7 @@ def split_held_out(samples: Sequence[Sample], share: float, seed: int, originals
 def balanced(samples: Sequence[Sample], count: int, seed: int) -> List[Sample]:
     """Choose ``count`` samples at random, or all if there are fewer; the classes take turns, in random order."""
     rng = random.Random(seed)
-    groups = list(_by_class(samples, lambda sample: sample).values())
+    groups = list(by_class(samples, lambda sample: sample).values())
     rng.shuffle(groups)
     for group in groups:
         rng.shuffle(group)
@@ -52,7 +52,8 @@ def balanced(samples: Sequence[Sample], count: int, seed: int) -> List[Sample]:
     return [sample for turn in turns for sample in turn if sample][:count]
 
 
-def _by_class(items: Iterable[T], sample_of: Callable[[T], Sample]) -> Dict[Optional[str], List[T]]:
+def by_class(items: Iterable[T], sample_of: Callable[[T], Sample]) -> Dict[Optional[str], List[T]]:
+    """The items by the class of their samples, in the given order."""
     groups: Dict[Optional[str], List[T]] = defaultdict(list)
     for item in items:
         groups[sample_of(item).class_name].append(item)

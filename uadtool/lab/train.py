@@ -121,7 +121,7 @@ def _prepare(samples: Sequence[Sample], options: TrainingOptions, checkpoint: Pa
              false_positive_rate=options.false_positive_rate, parameters=0, macs=0,
              options=all_options).to_json()  # raises if no command could read the model
     inspection = distributed.on_first(lambda: _inspect(samples, options.grey_bits))
-    reading = Reading(options.image_size, tuple(sorted(set(inspection.grey_bits.values()))))
+    reading = Reading.at(options.image_size, inspection.grey_bits)
     training_samples, held_out_samples = split_held_out(samples, options.held_out, options.seed, inspection.originals)
     counts = Counter(sample.class_name for sample in held_out_samples)
     if small_classes := [name for name in classes if counts[name] < LEAST_HELD_OUT]:
