@@ -28,16 +28,17 @@ from uadtool.metadata import Metadata, Quantization, Reading
 SIZE = (64, 64)
 DETECTORS = ("tf_efficientnet_lite0", "resnet18", "stfpm-shared", "rd", "us", "dinomaly", "dinomaly-vit", "duet")
 """Teachers of STFPM, or methods (with a shared stage, with a vision transformer)."""
-TRANSFORMER = "test_vit"
+SMALL, TRANSFORMER = "test_resnet", "test_vit"
+"""Teachers of the methods: an export takes as long as its graph is deep, and STFPM has the layers of real teachers."""
 TENSORRT = ("fp32", "fp16", "int8", "mixed")
 """The precisions of graphs for TensorRT."""
 FLAVOURS = (*(("tensorrt", precision) for precision in TENSORRT), ("onnxruntime", "int8"), ("openvino", "int8"))
 FLOAT_LAYERS = {"tf_efficientnet_lite0": ("*.conv_stem", "student.blocks.1.*"),
                 "resnet18": ("teacher.conv1", "student.layer2.*"),
-                "stfpm-shared": ("teacher.blocks.1.*", "student.blocks.2.0.*"),
-                "rd": ("teacher.conv_stem", "student.fuse.*"), "us": ("teacher.conv1", "student.0.*"),
-                "dinomaly": ("teacher.conv_stem", "teacher.blocks.1.*"), "dinomaly-vit": ("teacher.patch_embed.*",),
-                "duet": ("teacher.conv_stem", "small.*")}
+                "stfpm-shared": ("teacher.layer1.*", "student.layer2.*"),
+                "rd": ("teacher.conv1.0", "student.fuse.*"), "us": ("teacher.conv1", "student.0.*"),
+                "dinomaly": ("teacher.conv1.0", "teacher.layer1.*"), "dinomaly-vit": ("teacher.patch_embed.*",),
+                "duet": ("teacher.conv1.0", "small.*")}
 
 
 class Flavour(NamedTuple):
@@ -60,18 +61,18 @@ def _plan(name: str) -> Tuple[QuantizationPlan, Ranges, torch.Tensor]:
 
 
 def _duet() -> Duet:
-    duet = Duet("tf_efficientnet_lite0", SIZE, 2, small=100, large=600)
+    duet = Duet(SMALL, SIZE, 2, small=100, large=600)
     for memory in (duet.small, duet.large):
         memory.fill(torch.randn(memory.entries, memory.project.out_channels))
     return duet
 
 
 METHODS: Dict[str, Callable[[], Detector]] = {
-    "stfpm-shared": lambda: STFPM("tf_efficientnet_lite0", SIZE, 2, shared_stages=1),
-    "rd": lambda: ReverseDistillation("tf_efficientnet_lite0", SIZE, 2),
-    "us": lambda: UninformedStudents("tf_efficientnet_lite0", SIZE, 2),
-    "dinomaly": lambda: Dinomaly("tf_efficientnet_lite0", SIZE, 2, width=64),
-    "dinomaly-vit": lambda: Dinomaly(TRANSFORMER, SIZE, 2, width=64), "duet": _duet}
+    "stfpm-shared": lambda: STFPM(SMALL, SIZE, 2, shared_stages=1),
+    "rd": lambda: ReverseDistillation(SMALL, SIZE, 2),
+    "us": lambda: UninformedStudents(SMALL, SIZE, 2),
+    "dinomaly": lambda: Dinomaly(SMALL, SIZE, 2, width=64, depth=2),
+    "dinomaly-vit": lambda: Dinomaly(TRANSFORMER, SIZE, 2, width=64, depth=2), "duet": _duet}
 
 
 @lru_cache(maxsize=None)
@@ -84,7 +85,7 @@ def flavour(name: str, target: str, precision: str) -> Flavour:
     elif precision != "fp32":
         model = quantize(plan, ranges, TARGETS[target], layers)
     quantization = Quantization("ptq", "minmax", "good", "all", layers) if precision in ("int8", "mixed") else None
-    teacher = TRANSFORMER if name.endswith("-vit") else DETECTORS[0] if name in METHODS else name
+    teacher = TRANSFORMER if name.endswith("-vit") else SMALL if name in METHODS else name
     method = name.split("-")[0] if name in METHODS else "stfpm"
     metadata = Metadata(method, teacher, ["a", "b"], SIZE, plan.detector.map_size, 3.0, 0.01, 1, 1, {}, precision,
                         None if precision == "fp32" else target, quantization, tool_version="0.1.0")
