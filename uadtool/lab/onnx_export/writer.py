@@ -57,7 +57,7 @@ def to_onnx(model: nn.Module, metadata: Metadata) -> onnx.ModelProto:
     _cast_first(graph)
     if metadata.target is not None:
         target = TARGETS[metadata.target]
-        separate_zero_points(graph)
+        add_zero_points(graph)
         if target.integer_bias:
             quantize_biases(graph)
         if target.weight_quantizers:
@@ -183,14 +183,17 @@ def add_weight_quantizers(graph: onnx_ir.Graph) -> None:
         node.replace_input_with(0, quantize.outputs[0])
 
 
-def separate_zero_points(graph: onnx_ir.Graph) -> None:
-    """Give the weights of each layer a zero point of their own; the exporter shares equal constants.
+def add_zero_points(graph: onnx_ir.Graph) -> None:
+    """Give the weights of each layer zero points of their own.
 
-    ONNX Runtime computes exactly on processors without VNNI (``runtimes.onnxruntime``) only if layers share none.
+    Integer kernels require them, and ONNX Runtime computes exactly on processors without VNNI
+    (``runtimes.onnxruntime``) only if layers share none.
     """
     for node in graph:
-        if node.op_type == "DequantizeLinear" and _constant(node, 2).ndim:
-            node.replace_input_with(2, _add_constant(graph, f"{node.name}_zero_point", _constant(node, 2)))
+        if node.op_type == "DequantizeLinear" and len(node.inputs) == 2:
+            node.resize_inputs(3)
+            zeros = np.zeros(_constant(node, 1).shape, np.int8)
+            node.replace_input_with(2, _add_constant(graph, f"{node.name}_zero_point", zeros))
 
 
 def _scale(before: int, after: int) -> np.float32:

@@ -87,9 +87,8 @@ class QuantizedLayer(nn.Module):
     def dequantized_weight(self) -> Tensor:
         """The float values of the codes."""
         if is_in_onnx_export():
-            zero_point = torch.zeros_like(self.weight_scale, dtype=torch.int8)
-            return symbolic("DequantizeLinear", (self.weight, self.weight_scale, zero_point), attrs={"axis": 0},
-                            dtype=torch.float32, shape=self.weight.shape, version=1)
+            return symbolic("DequantizeLinear", (self.weight, self.weight_scale), attrs={"axis": 0},
+                            dtype=torch.float32, shape=self.weight.shape, version=1)  # zero points: add_zero_points
         return self.weight.float() * _along(self.weight_scale, self.weight)
 
 
@@ -126,8 +125,11 @@ class QuantizedConv2d(QuantizedLayer):
         self.bias.copy_(torch.round(self.bias.double() / unit) * unit)
 
     def forward(self, values: Tensor) -> Tensor:
-        weight = self.dequantized_weight()
-        return F.conv2d(F.pad(values, self.pads), weight, self.bias, self.stride, 0, self.dilation, self.groups)
+        left, right, top, bottom = self.pads
+        padding = (top, left)
+        if left != right or top != bottom:
+            values, padding = F.pad(values, self.pads), (0, 0)
+        return F.conv2d(values, self.dequantized_weight(), self.bias, self.stride, padding, self.dilation, self.groups)
 
 
 class RoundingLayer(nn.Module):
