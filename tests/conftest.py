@@ -1,6 +1,7 @@
 """A tiny detector that honours the contract of an exported one, a tiny dataset for it, and a real chain of commands."""
 
 import contextlib
+import fcntl
 import gc
 import io
 import json
@@ -9,9 +10,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Callable, Dict, List, NamedTuple
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Tuple
 
 import numpy as np
 import pytest
@@ -39,6 +41,26 @@ STATISTICS = {"green": (40.0, 20.0), "red": (40.0, 10.0)}
 """Mean and standard deviation of the brightness of good images: they are dark."""
 SCORE_TOLERANCE = {"fp32": {"rtol": 0, "atol": 1e-3}, "int8": {"rtol": 0.05, "atol": 0.25}}
 """Between torch and ONNX Runtime, by precision. Between two codes, one kernel rounds up and another down."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Make the folder that the processes of this test run (pytest-xdist) share; see ``only_one``."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        folder = tempfile.TemporaryDirectory(prefix="uadtool-tests-")
+        config.add_cleanup(folder.cleanup)
+        os.environ["UADTOOL_TESTS"] = folder.name
+
+
+def shared_folder() -> Path:
+    return Path(os.environ["UADTOOL_TESTS"])
+
+
+@contextlib.contextmanager
+def only_one(name: str) -> Iterator[Path]:
+    """A path in the shared folder that only one process at a time makes. What exists, another has made."""
+    with (shared_folder() / f"{name}.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield shared_folder() / name
 
 
 def pytest_collection_modifyitems(items: List[pytest.Item]) -> None:
@@ -168,6 +190,28 @@ def uadtool() -> Callable[..., "subprocess.CompletedProcess[str]"]:
 
 
 @pytest.fixture(scope="session")
+def preloaded() -> Iterator[Path]:
+    """A program ``uadtool`` whose commands for models need not import torch, which takes seconds; see preloaded.py."""
+    repository = Path(__file__).parent.parent
+    with tempfile.TemporaryDirectory(prefix="uadtool-") as folder:
+        address, program = f"{folder}/socket", Path(folder, "uadtool")
+        program.write_text(f'''#!/bin/sh
+case "$1" in
+train|calibrate|quantize|export) exec "{sys.executable}" -S -E "{repository}/tests/preloaded.py" "{address}" "$@";;
+*) exec "{sys.executable}" -m uadtool "$@";;
+esac
+''')
+        program.chmod(0o755)
+        with subprocess.Popen([sys.executable, "-m", "tests.preloaded", address], cwd=repository, stdin=subprocess.PIPE,
+                              stdout=subprocess.PIPE) as server:
+            assert server.stdin
+            assert server.stdout
+            assert server.stdout.readline() == b"ready\n"
+            yield program
+            server.stdin.close()
+
+
+@pytest.fixture(scope="session")
 def python38() -> Path:
     """The interpreter of JetPack 5."""
     candidates = [shutil.which("python3.8"), *Path.home().glob(".pyenv/versions/3.8*/bin/python3.8")]
@@ -177,9 +221,15 @@ def python38() -> Path:
 
 
 @pytest.fixture(scope="session")
-def textures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def textures() -> Path:
     """Two classes of textures in MVTec layout, 20 to train on and 8 + 8 to test; blots with masks as defects."""
-    root = tmp_path_factory.mktemp("data") / "textures"
+    with only_one("textures") as root:
+        if not root.exists():
+            _draw_textures(root)
+    return root
+
+
+def _draw_textures(root: Path) -> None:
     random = np.random.default_rng(0)
     y, x = np.mgrid[:72, :72]
     for name in ("dots", "stripes"):
@@ -200,7 +250,6 @@ def textures(tmp_path_factory: pytest.TempPathFactory) -> Path:
                     mask.save(truth)
                 path.parent.mkdir(parents=True, exist_ok=True)
                 image.save(path)
-    return root
 
 
 class Step(NamedTuple):
@@ -212,24 +261,27 @@ class Step(NamedTuple):
 
 
 @pytest.fixture(scope="session")
-def step(uadtool: Callable[..., "subprocess.CompletedProcess[str]"],
-         tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Step]:
-    """Run a command in a folder that all chains share; ``outputs`` are the files that commands should write there.
+def step(preloaded: Path) -> Callable[..., Step]:
+    """Run a command that writes ``output``, which names the step; all tests share the result.
 
-    It runs in this process, because importing torch takes longer than a small step, or ``alone``, as a user runs it.
+    It runs in this process, or ``alone``, as a user runs it.
     """
-    folder, outputs = tmp_path_factory.mktemp("chain"), set()
-
     def run(command: str, *arguments: object, output: str, alone: bool = False) -> Step:
-        outputs.add(folder / output)
-        line = [command, *arguments, "-o", folder / output]
-        if not alone:
-            return Step(folder / output, json.loads(run_here(*line)), "")
-        done = uadtool(*line)
-        assert done.returncode == 0, done.stderr
-        return Step(folder / output, json.loads(done.stdout), done.stderr)
+        with only_one(f"step-{output}") as folder:
+            done = folder.with_name(f"{folder.name}.json")
+            if not done.exists():
+                folder.mkdir()
+                done.write_text(json.dumps(_printed([command, *arguments, "-o", folder / output], alone)))
+        record, stderr = json.loads(done.read_text())
+        return Step(folder / output, record, stderr)
 
-    run.outputs = outputs
+    def _printed(line: List[object], alone: bool) -> Tuple[Any, str]:
+        if not alone:
+            return json.loads(run_here(*line)), ""
+        done = subprocess.run([preloaded, *map(str, line)], capture_output=True, encoding="utf-8")
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout), done.stderr
+
     return run
 
 

@@ -7,7 +7,9 @@ from typing import Any, Callable, Dict, NamedTuple, Tuple
 
 import onnx
 import onnxruntime
+import pytest
 import torch
+from conftest import only_one
 
 from uadtool.lab.detectors.contract import Detector
 from uadtool.lab.detectors.dinomaly import Dinomaly
@@ -32,6 +34,10 @@ SMALL, TRANSFORMER = "test_resnet", "test_vit"
 """Teachers of the methods: an export takes as long as its graph is deep, and STFPM has the layers of real teachers."""
 TENSORRT = ("fp32", "fp16", "int8", "mixed")
 """The precisions of graphs for TensorRT."""
+MATRIX = [pytest.param(detector, precision, marks=() if fast else pytest.mark.slow)
+          for detector in DETECTORS for precision in TENSORRT
+          for fast in [detector == "resnet18" or precision == "int8"]]
+"""All detectors in all precisions. In fast tests one has all, and the others have that of the largest graph."""
 FLAVOURS = (*(("tensorrt", precision) for precision in TENSORRT), ("onnxruntime", "int8"), ("openvino", "int8"))
 FLOAT_LAYERS = {"tf_efficientnet_lite0": ("*.conv_stem", "student.blocks.1.*"),
                 "resnet18": ("teacher.conv1", "student.layer2.*"),
@@ -89,7 +95,10 @@ def flavour(name: str, target: str, precision: str) -> Flavour:
     method = name.split("-")[0] if name in METHODS else "stfpm"
     metadata = Metadata(method, teacher, ["a", "b"], SIZE, plan.detector.map_size, 3.0, 0.01, 1, 1, {}, precision,
                         None if precision == "fp32" else target, quantization, tool_version="0.1.0")
-    return Flavour(model, metadata, to_onnx(model, metadata), images.numpy())
+    with only_one(f"{name}-{target}-{precision}.onnx") as path:  # an export takes long
+        if not path.exists():
+            onnx.save(to_onnx(model, metadata), path)
+    return Flavour(model, metadata, onnx.load(path), images.numpy())
 
 
 def session(model: Any, **settings: Any) -> onnxruntime.InferenceSession:

@@ -53,9 +53,10 @@ def blocks(readme: Path, language: str) -> List[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", readme.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
 
 
-def run_commands(readme: Path, folder: Path) -> None:
+def run_commands(readme: Path, folder: Path, uadtool: Path) -> None:
     """Run the lines after `$ ` in console blocks; continued lines are joined."""
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    path = os.pathsep.join([str(uadtool.parent), str(Path(sys.executable).parent), os.environ["PATH"]])
+    environment = {**os.environ, "PATH": path}
     lines = "".join(blocks(readme, "console")).replace("\\\n", " ").splitlines()
     for line in (line[2:] for line in lines if line.startswith("$ ")):
         command = line
@@ -67,7 +68,7 @@ def run_commands(readme: Path, folder: Path) -> None:
 
 
 @pytest.fixture(scope="session")
-def tour(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tour(preloaded: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a newcomer who followed README.md."""
     folder = tmp_path_factory.mktemp("newcomer")
     for name in ("examples", "uadtool", "pyproject.toml", "README.md", "LICENSE", "Makefile"):
@@ -76,15 +77,15 @@ def tour(tmp_path_factory: pytest.TempPathFactory) -> Path:
         else:
             shutil.copy(REPOSITORY / name, folder / name)
     torch.save(timm.create_model("resnet18").state_dict(), folder / "resnet18.pth")
-    run_commands(README, folder)
+    run_commands(README, folder, preloaded)
     shutil.copytree(folder / "parts" / "grid" / "test" / "scratch", folder / "photos")
     return folder
 
 
 @every_readme
-def test_every_command_line_runs(readme: Path, tour: Path) -> None:
+def test_every_command_line_runs(readme: Path, tour: Path, preloaded: Path) -> None:
     if readme != README:
-        run_commands(readme, tour)
+        run_commands(readme, tour, preloaded)
     for program in blocks(readme, "python"):
         done = subprocess.run([sys.executable, "-c", program], cwd=tour, capture_output=True, text=True, check=False)
         assert (done.returncode, done.stderr) == (0, ""), program

@@ -15,6 +15,8 @@ import pytest
 
 pytest.importorskip("torch")
 
+import timm
+import torch
 from conftest import run_here
 
 from uadtool.runtimes.onnx_file import read_metadata
@@ -46,7 +48,9 @@ def chain(parts: Path) -> Path:
     """The folder of the files that the steps wrote, and of the scores of each model by runtime."""
     folder = parts.parent
     float_model, ranges, int8 = folder / "m.safetensors", folder / "r.json", folder / "int8.safetensors"
-    trained = run("train", parts, "--image-size", 64, "--steps", 2, "--classes", f'"{NAME}", BOLT', "-o", float_model)
+    torch.save(timm.create_model("test_resnet").state_dict(), folder / "teacher.pth")
+    trained = run("train", parts, "--image-size", 64, "--steps", 2, "--teacher", "test_resnet", "--teacher-weights",
+                  folder / "teacher.pth", "--classes", f'"{NAME}", BOLT', "-o", float_model)
     assert trained.returncode == 0, trained.stderr
     assert set(json.loads(trained.stdout)["classes"]) == {"BOLT", NAME}
     run_here("calibrate", float_model, parts, "--classes", f'"{NAME}"', "--count", 8, "-o", ranges)

@@ -112,7 +112,7 @@ class Study:
         assert detector is not None
         target = "onnxruntime" if cell.quantizers == "after" else "openvino"  # with float biases
         metadata = self.metadata.replace(precision="fp32" if cell.procedure == "float" else "int8", target=target)
-        raw_maps = deployed_maps(self._quantized(cell, detector), metadata)
+        raw_maps = deployed_maps(self._quantized(cell, detector), metadata, len(self.held_out) + len(self.test))
         return self._evaluate(detector, metadata, raw_maps)
 
     def _quantized(self, cell: Cell, detector: Detector) -> nn.Module:

@@ -92,6 +92,7 @@ def measured(trained, textures, tmp_path_factory):
     return [{"detector": "tiny", "seed": 0, **asdict(cell), **small.measure(cell)} for cell in cells]
 
 
+@pytest.mark.slow
 def test_cells_are_measured(measured):
     """The blots are easy: float finds them, and int8 does, too, where it was calibrated on what comes."""
     base = measured[0]
@@ -102,6 +103,7 @@ def test_cells_are_measured(measured):
     assert len({record["aupro"] for record in measured}) == len(measured)
 
 
+@pytest.mark.slow
 def test_the_report_has_every_cell(measured, tmp_path, capsys):
     results = tmp_path / "results.jsonl"
     second = [{**record, "seed": 1, "image_auroc": record["image_auroc"] - 0.01 * index}

@@ -64,13 +64,13 @@ def device(python38, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def make(device, int8, textures, tmp_path_factory):
+def make(device, int8, textures, preloaded, tmp_path_factory):
     """Run a target of the example for the device; gives the finished process, and the folder of results."""
     out = tmp_path_factory.mktemp("deploy") / "out"
 
     def make(target, **variables):
         settings = {"JETSON": "127.0.0.1", "SSH": device[1], "MODEL": int8.path, "DATA": textures, "OUT": out,
-                    "RUNTIME": "onnxruntime", "UADTOOL": f"{sys.executable} -m uadtool", "PYTHON": sys.executable,
+                    "RUNTIME": "onnxruntime", "UADTOOL": preloaded, "PYTHON": sys.executable,
                     "BENCH_OPTIONS": "--duration 0.2 --repetitions 1", **variables}
         command = ["make", "-C", str(EXAMPLE), target, *(f"{name}={value}" for name, value in settings.items())]
         return subprocess.run(command, capture_output=True, text=True)
@@ -123,6 +123,7 @@ def test_what_is_done_is_not_done_again(deployed, make, int8):
     assert changed == ["device.scores.jsonl"]
 
 
+@pytest.mark.slow
 def test_what_is_on_another_device_does_not_count(deployed, make):
     bench = make.out / "device.bench.json"
     (make.out / "device").write_text("another machine\n")  # as if this one had been flashed since
@@ -131,6 +132,7 @@ def test_what_is_on_another_device_does_not_count(deployed, make):
     assert bench.stat().st_mtime_ns != before
 
 
+@pytest.mark.slow
 def test_another_setting_is_no_reason_to_show_old_results(deployed, make):
     before = (make.out / "device.bench.json").stat().st_mtime_ns
     changed = make("deploy", BENCH_OPTIONS="--duration 0.1 --repetitions 2")
@@ -152,12 +154,14 @@ def test_folders_that_would_do_harm_are_refused(make, variables, message):
     assert "rm -rf" not in done.stdout
 
 
+@pytest.mark.slow
 def test_a_gate_that_is_not_met(deployed, make):
     done = make("deploy", GATES="'image_auroc>=1.5'")
     assert done.returncode == 2
     assert "gate failed" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_device_that_is_not_there(make, tmp_path):
     done = make("deploy", SSH="ssh -p 1 -o BatchMode=yes -o ConnectTimeout=2 -o LogLevel=ERROR", OUT=tmp_path / "out")
     assert done.returncode == 2

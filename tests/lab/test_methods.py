@@ -222,12 +222,14 @@ def exported_auroc(model, step, textures):
     return json.loads(summary)["metrics"]["image_auroc"]["pooled"]
 
 
+@pytest.mark.slow
 def test_the_exported_model_detects(row, model, float_auroc, step, textures):
     assert float_auroc > row.auroc
     assert exported_auroc(model, step, textures) == pytest.approx(float_auroc, abs=0.005)
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", [target if target == "onnxruntime" else pytest.param(target, marks=pytest.mark.slow)
+                                    for target in TARGETS])
 def test_int8_detects_as_well(name, row, model, ranges, test_images, float_auroc, step, target):
     int8 = step("quantize", model.path, "--ranges", ranges.path, "--target", target,
                 output=f"{name}-{target}.safetensors")
@@ -236,6 +238,7 @@ def test_int8_detects_as_well(name, row, model, ranges, test_images, float_auroc
     assert torch_auroc(int8.path, test_images) == pytest.approx(float_auroc, abs=row.int8)
 
 
+@pytest.mark.slow
 def test_fp16_detects_as_well(name, model, test_images, float_auroc, step):
     half = step("quantize", model.path, "--precision", "fp16", "--target", "tensorrt",
                 output=f"{name}-fp16.safetensors")

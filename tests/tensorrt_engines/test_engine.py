@@ -181,7 +181,7 @@ def test_the_score_head_stays_fp32(version, precision, flags, float_layers):
     assert [index for index, layer in enumerate(network.layers) if layer.precision == "float"] == float_layers
 
 
-@pytest.mark.parametrize("detector", ["tf_efficientnet_lite0", "duet"])
+@pytest.mark.parametrize("detector", ["resnet18", pytest.param("duet", marks=pytest.mark.slow)])
 def test_the_score_head_is_found_in_any_precision(detector):
     """In networks as a real importer makes them."""
     log, found = trt.Logger(trt.Logger.ERROR), []

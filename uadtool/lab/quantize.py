@@ -74,7 +74,7 @@ class _Images:
     def __init__(self, data: str, metadata: Metadata, seed: int) -> None:
         self.samples = training_samples(data, metadata.classes)
         self.training, held_out = split_again(metadata, self.samples)
-        self.reading, self.seed = metadata.reading, seed
+        self.held_out_count, self.reading, self.seed = len(held_out), metadata.reading, seed
         good = self._read(held_out, SENSITIVITY_IMAGES)
         anomalous = synthetic_anomalies(good.numpy(), good.numpy(), np.random.default_rng(seed))
         self.held_out = [good, torch.from_numpy(anomalous)]
@@ -119,7 +119,8 @@ def apply_recipe(detector: Detector, metadata: Metadata, digest: str, ranges: Op
         report["map_distance"] = map_distance(anomaly_maps(detector, images.held_out),
                                               anomaly_maps(model, images.held_out))
         refitted = copy.deepcopy(detector)  # the model shares its statistics with the float detector, which keeps them
-        metadata = refit_statistics(refitted, deployed_maps(model, metadata), metadata, images.samples)
+        raw_maps = deployed_maps(model, metadata, images.held_out_count)
+        metadata = refit_statistics(refitted, raw_maps, metadata, images.samples)
         for name in STATISTICS:
             setattr(model, name, refitted.get_buffer(name))
     return Quantized(model, metadata, report)

@@ -1,6 +1,6 @@
 """What is exported of every method: parity, our own lint, and TensorRT's parser and builder.
 
-All in one file, for each worker exports a flavour anew. TensorRT-RTX builds ahead of time, without a GPU.
+TensorRT-RTX builds ahead of time, without a GPU.
 """
 
 from collections import Counter
@@ -9,11 +9,13 @@ from importlib.util import find_spec
 import numpy as np
 import onnx
 import pytest
-from flavours import DETECTORS, FLAVOURS, TENSORRT, flavour, operators, optimized
+import torch
+from flavours import DETECTORS, FLAVOURS, MATRIX, TENSORRT, flavour, operators, optimized
 from onnx import numpy_helper
 
 from uadtool.errors import UadtoolError
 from uadtool.host import adds_int8_exactly
+from uadtool.lab.onnx_export.deployed import EXPORT_PAYS, deployed_maps
 from uadtool.lab.onnx_export.lint import lint
 from uadtool.lab.onnx_export.parity import TOLERANCE, check_parity
 from uadtool.lab.onnx_export.writer import save_onnx
@@ -21,7 +23,6 @@ from uadtool.lab.quantization.modules import QuantizedConv2d
 from uadtool.tensorrt.builder import BuildOptions, build_engine
 
 SM86 = "8.6"
-
 
 
 @pytest.mark.parametrize("target", ["onnxruntime", "openvino", "tensorrt"])
@@ -59,15 +60,13 @@ def exported(trt, tmp_path_factory):
     return exported
 
 
-@pytest.mark.parametrize("precision", TENSORRT)
-@pytest.mark.parametrize("detector", DETECTORS)
+@pytest.mark.parametrize(("detector", "precision"), MATRIX)
 def test_our_lint_passes_it(detector, precision):
     assert lint(flavour(detector, "tensorrt", precision).proto) == []
 
 
 @pytest.mark.parametrize("batch", [None, 1])
-@pytest.mark.parametrize("precision", TENSORRT)
-@pytest.mark.parametrize("detector", DETECTORS)
+@pytest.mark.parametrize(("detector", "precision"), MATRIX)
 def test_tensorrt_builds_an_engine(exported, detector, precision, batch):
     engine = build_engine(exported(detector, "tensorrt", precision, batch),
                           flavour(detector, "tensorrt", precision).metadata,
@@ -117,8 +116,8 @@ def convolution_weights(proto):
 
 
 @pytest.mark.parametrize(("teacher", "target", "precision"), [
-    *(("tf_efficientnet_lite0", *one) for one in FLAVOURS), ("resnet18", "tensorrt", "int8"),
-    ("resnet18", "openvino", "int8")])
+    *(("resnet18", *one) for one in FLAVOURS), ("tf_efficientnet_lite0", "tensorrt", "int8"),
+    ("tf_efficientnet_lite0", "onnxruntime", "int8")])
 def test_every_flavour_keeps_parity(teacher, target, precision):
     made = flavour(teacher, target, precision)
     onnx.checker.check_model(made.proto, full_check=True)
@@ -174,3 +173,15 @@ def test_onnx_runtime_computes_the_networks_in_integers(tmp_path):
         count.pop("MaxPool", None)  # of u8
         rest.append(count)
     assert rest[0] == rest[1]  # the float score head, which is the same for all networks
+
+
+def test_a_quantized_model_gives_the_same_maps_in_torch_and_in_onnx_runtime():
+    made = flavour("us", "openvino", "int8")
+    images = torch.from_numpy(made.images)
+    with torch.inference_mode():
+        (maps, classes), (exported_maps, exported_classes) = (
+            deployed_maps(made.model, made.metadata, count)(images) for count in (EXPORT_PAYS - 1, EXPORT_PAYS))
+    assert maps.shape == exported_maps.shape
+    assert torch.equal(classes, exported_classes)
+    torch.testing.assert_close(maps.mean((0, 2, 3)), exported_maps.mean((0, 2, 3)), rtol=0.01, atol=0)
+    assert (maps - exported_maps).abs().mean() < 0.02 * maps.std()

@@ -280,17 +280,17 @@ def test_an_image_that_cannot_be_read_stops_training(run, samples, tmp_path):
 # Interruption
 
 
-def command(textures, output, *options):
+def command(textures, weights, output, *options):
     return [sys.executable, "-m", "uadtool", "train", str(textures), "-o", str(output), "--image-size", "64",
-            "--steps", "60", *options]
+            "--steps", "60", "--teacher", TEACHER, "--teacher-weights", weights, *options]
 
 
 @pytest.fixture(scope="module")
-def interrupted(textures, tmp_path_factory):
+def interrupted(textures, weights, tmp_path_factory):
     """The output of a run that SIGINT ended after some steps, with its checkpoint, and the messages."""
     output = tmp_path_factory.mktemp("interrupted") / "model.safetensors"
     checkpoint = Path(f"{output}.checkpoint")
-    with subprocess.Popen(command(textures, output), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    with subprocess.Popen(command(textures, weights, output), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                           text=True) as process:
         while not checkpoint.exists() and process.poll() is None:
             time.sleep(0.01)
@@ -303,16 +303,19 @@ def interrupted(textures, tmp_path_factory):
     return output, stderr
 
 
-def test_an_interrupted_run_goes_on_to_the_same_result(interrupted, uadtool, textures, tmp_path):
+def test_an_interrupted_run_goes_on_to_the_same_result(interrupted, preloaded, textures, weights, tmp_path):
     output, stderr = interrupted
     assert f"--resume continues from {output}.checkpoint" in stderr
     assert stderr.endswith("uadtool: interrupted\n")
     shutil.copy(f"{output}.checkpoint", tmp_path / "resumed.checkpoint")
-    resumed = uadtool(*command(textures, tmp_path / "resumed")[3:], "--resume")
+    def uadtool(*words):
+        return subprocess.run([preloaded, *words], capture_output=True, text=True)
+
+    resumed = uadtool(*command(textures, weights, tmp_path / "resumed")[3:], "--resume")
     assert resumed.returncode == 0, resumed.stderr
     assert "resuming at step" in resumed.stderr
     assert not (tmp_path / "resumed.checkpoint").exists()
-    whole = uadtool(*command(textures, tmp_path / "whole")[3:])
+    whole = uadtool(*command(textures, weights, tmp_path / "whole")[3:])
     assert whole.returncode == 0, whole.stderr
     assert same(load_file(tmp_path / "resumed"), load_file(tmp_path / "whole"))
     assert file_digest(tmp_path / "resumed") == file_digest(tmp_path / "whole")
@@ -328,7 +331,7 @@ def test_an_interrupted_run_goes_on_to_the_same_result(interrupted, uadtool, tex
 def test_a_checkpoint_of_another_run_is_refused(interrupted, run, samples, tmp_path, changes, message):
     output, _ = interrupted
     shutil.copy(f"{output}.checkpoint", tmp_path / "checkpoint")
-    options = {"teacher": "tf_efficientnet_lite0", "teacher_weights": None, "steps": 60, **changes}
+    options = {"steps": 60, **changes}
     with pytest.raises(UadtoolError, match=message):
         run(samples[:options.pop("images", 40)], resume=True, **options)
     assert (tmp_path / "checkpoint").exists()
