@@ -28,13 +28,14 @@ from uadtool.metadata import KEY, Metadata
 settings.register_profile("tests", deadline=None, derandomize=True)  # results depend neither on the clock nor on luck
 settings.load_profile("tests")
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test downloads anything, nor does a command that it runs
+os.environ["SOURCE_DATE_EPOCH"] = "1772000000"  # equal trainings make equal files
 os.environ["OMP_NUM_THREADS"] = "1"  # tiny networks gain nothing from more threads, and wait long for a busy core
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs and their children ignore it
 keep_freed_memory()  # a third of the time for computations in torch
 
 METADATA = Metadata(
     method="brightness", teacher="none", classes=["green", "red"], image_size=(32, 32), map_size=(8, 8), threshold=3.0,
-    false_positive_rate=0.05, parameters=6, macs=1024, good_scores=[index / 10 for index in range(-20, 20)],
+    false_positive_rate=0.05, parameters=6, macs=1024, good_scores={"": [index / 10 for index in range(-20, 20)]},
     target="onnxruntime", tool_version="0.1.0",
 )
 STATISTICS = {"green": (40.0, 20.0), "red": (40.0, 10.0)}

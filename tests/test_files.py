@@ -21,12 +21,12 @@ from uadtool.files import (
     atomic_write,
     check_folder,
     check_writable,
+    claimed,
     file_digest,
     list_digest,
-    read_json,
     remove_leftovers,
-    write_json,
 )
+from uadtool.schemas.json_files import read_json, write_json
 
 
 def test_a_file_appears_when_the_block_ends(tmp_path):
@@ -81,14 +81,46 @@ def test_permissions_follow_the_umask(tmp_path, mask):
 def test_where_nothing_can_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     (tmp_path / "folder").mkdir()
-    for path in (tmp_path / "missing" / "x", tmp_path / "file" / "x", tmp_path / "folder"):
+    for path in (tmp_path / "file" / "x", tmp_path / "folder"):
         for write in (check_writable, lambda path: write_json({}, path)):
             with pytest.raises(UadtoolError, match=f"^cannot write {path}: "):
                 write(path)
-    for path in (tmp_path / "missing" / "x", tmp_path / "file" / "x"):
-        with pytest.raises(UadtoolError, match=f"^cannot write {path}: the folder {path.parent} does not exist$"):
-            check_writable(path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
+
+
+def test_the_folder_of_an_output_is_made(tmp_path):
+    check_writable(tmp_path / "new" / "folder" / "x")
+    assert list((tmp_path / "new" / "folder").iterdir()) == []
+
+
+def test_two_commands_do_not_write_one_file(tmp_path):
+    with claimed(tmp_path / "x", [str(tmp_path / "input")]):
+        with pytest.raises(UadtoolError, match=r"another command is writing .*x; wait for it, or give this output"), \
+                claimed(tmp_path / "x"):
+            pass
+        check_writable(tmp_path / "x")  # which removes what killed commands left, and no more
+        with pytest.raises(UadtoolError, match="another command is writing"), claimed(tmp_path / "x"):
+            pass
+        with claimed(tmp_path / "y"):
+            pass
+    assert list(tmp_path.iterdir()) == []
+    with claimed(tmp_path / "x"):
+        pass
+
+
+def test_a_killed_command_leaves_no_claim(tmp_path):
+    program = ("import os, sys; from uadtool.files import claimed\n"
+               "with claimed(sys.argv[1]): print('claimed', flush=True); sys.stdin.read()")
+    with subprocess.Popen([sys.executable, "-c", program, tmp_path / "x"], stdin=subprocess.PIPE,
+                          stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"claimed\n"
+        with pytest.raises(UadtoolError, match="another command is writing"), claimed(tmp_path / "x"):
+            pass
+        process.kill()
+        process.wait()
+    with claimed(tmp_path / "x"):
+        pass
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/proc")
@@ -206,7 +238,7 @@ def test_failures_of_fsync_count_unless_it_is_not_supported(tmp_path, monkeypatc
 
 MOUNTED = """
 mount --bind "$1/outside" "$1/file" || exit 77
-"$2" -c 'import sys; from uadtool.files import check_writable, write_json
+"$2" -c 'import sys; from uadtool.files import check_writable; from uadtool.schemas.json_files import write_json
 check_writable(sys.argv[1]); write_json({"new": 1}, sys.argv[1])' "$1/file"
 """
 
@@ -245,7 +277,7 @@ def test_a_link_stays_and_its_target_is_written(tmp_path, target, exists):
 
 def test_redirected_stdout_is_written_and_its_name_stays(tmp_path):
     (tmp_path / "stdout").symlink_to("/proc/self/fd/1")  # as /dev/stdout is
-    program = f"from uadtool.files import write_json; write_json({{}}, '{tmp_path}/stdout')"
+    program = f"from uadtool.schemas.json_files import write_json; write_json({{}}, '{tmp_path}/stdout')"
     with (tmp_path / "file").open("w") as out:
         subprocess.run([sys.executable, "-c", program], stdout=out, check=True)
     assert (tmp_path / "file").read_text() == "{}\n"

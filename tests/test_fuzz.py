@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from uadtool.cli.main import cli
 from uadtool.data.dataset import scoring_samples
 from uadtool.errors import UadtoolError
-from uadtool.files import MOST_JSON, read_json
 from uadtool.lab.models import load_model
 from uadtool.metadata import MOST_CHARACTERS, Metadata
 from uadtool.runtimes.onnx_file import INSIDE, has_external_data, read_metadata
+from uadtool.schemas.json_files import MOST_JSON, read_json
 from uadtool.tensorrt.engine_file import read_engine_metadata
 from uadtool.terminal import printable
 

@@ -9,7 +9,7 @@ The Python API of the edge half, imported on first use:
     model = uadtool.open_model("model.onnx")
     for image, prediction in uadtool.predict(model, "photos"):
         if not isinstance(prediction, uadtool.UadtoolError):
-            print(image.path, prediction.score > model.metadata.threshold)
+            print(image.path, prediction.score, prediction.anomalous)
 
 Bad input raises ``UadtoolError``, whose message is one line.
 """

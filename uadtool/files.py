@@ -4,22 +4,19 @@ import contextlib
 import errno
 import glob
 import hashlib
-import json
 import os
-import re
 import shutil
-import sys
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Dict, Iterable, Iterator, Optional, Tuple, Union
+from typing import Iterable, Iterator, Optional, Tuple, Union
 
 from uadtool.errors import UadtoolError, reading
 
-MOST_JSON = 64 << 20
-"""Limit of a JSON file in characters: hundreds of times what the largest network needs."""
-
 PART = ".uadtool-part"
 """Suffix of temporary files, unique to this package. Their names start with a dot."""
+
+WRITTEN = ".uadtool-files"
+"""A file in a folder of outputs that lists them, a name per line. No command takes what lies there for images."""
 
 UNSUPPORTED = {errno.EBADF, errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 """Errors of operations that a file system lacks. Shares and FUSE may lack fsync, of files or only of folders."""
@@ -45,7 +42,7 @@ def atomic_write(path: Union[str, Path], durable: bool = True) -> Iterator[Path]
     Raises:
         UadtoolError: the file cannot be written.
     """
-    with _writing(path):
+    with writing(path):
         target = _target(path)
         with _temporary(target) as (handle, temporary):
             yield temporary
@@ -55,18 +52,60 @@ def atomic_write(path: Union[str, Path], durable: bool = True) -> Iterator[Path]
 def check_writable(path: Union[str, Path], inputs: Iterable[Optional[str]] = ()) -> None:
     """Require, before any long work, that ``path`` can be written, and remove temporary files of killed runs.
 
+    Its folder is created if necessary.
+
     Raises:
-        UadtoolError: the folder does not exist or cannot be written to, or ``path`` is a folder, a device, a pipe or
-            one of ``inputs``.
+        UadtoolError: the folder cannot be created or written to, or ``path`` is a folder, a device, a pipe or one of
+            ``inputs``.
     """
-    with _writing(path):
+    with writing(path):
         target = _target(path)
         if any(source is not None and os.path.realpath(source) == os.path.realpath(target) for source in inputs):
             raise UadtoolError(f"{path} is an input of this command; give the output another name")
-        if not target.parent.is_dir():
-            raise UadtoolError(f"cannot write {path}: the folder {target.parent} does not exist")
+        target.parent.mkdir(parents=True, exist_ok=True)
         remove_leftovers(target.parent, f".{glob.escape(target.name)}.")
         _rehearse(target)
+
+
+@contextmanager
+def claimed(path: Union[str, Path], inputs: Iterable[Optional[str]] = ()) -> Iterator[None]:
+    """``check_writable``, and keep other commands from claiming ``path`` until the block ends.
+
+    Raises:
+        UadtoolError: another command has claimed it; or as ``check_writable``.
+    """
+    check_writable(path, inputs)
+    target = _target(path)
+    lock = target.with_name(f".{target.name}.lock{PART}")
+    with writing(path):
+        handle = _claim(lock)
+    if handle is None:
+        raise UadtoolError(f"another command is writing {path}; wait for it, or give this output another name")
+    try:
+        yield
+    finally:
+        lock.unlink(missing_ok=True)
+        os.close(handle)
+
+
+def _claim(lock: Path) -> Optional[int]:
+    """The open and locked file; None if another process has locked it. Where no locks exist, it is only open."""
+    while True:
+        handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            import fcntl  # missing on Windows
+
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(handle), lock.stat()):
+                return handle
+        except BlockingIOError:
+            os.close(handle)
+            return None
+        except FileNotFoundError:
+            pass
+        except (ImportError, OSError):
+            return handle
+        os.close(handle)  # before it was locked, another process took it for a leftover
 
 
 def check_folder(folder: Path) -> None:
@@ -75,7 +114,7 @@ def check_folder(folder: Path) -> None:
     Raises:
         UadtoolError: the folder cannot be written to.
     """
-    with _writing(folder):
+    with writing(folder):
         remove_leftovers(folder)
         _rehearse(folder / "file")
 
@@ -95,7 +134,7 @@ def remove_leftovers(folder: Path, beginning: str = ".") -> None:
 
 
 @contextmanager
-def _writing(path: Union[str, Path]) -> Iterator[None]:
+def writing(path: Union[str, Path]) -> Iterator[None]:
     """Turn an OSError in the block, which writes ``path``, into a UadtoolError."""
     try:
         yield
@@ -247,49 +286,3 @@ def list_digest(lines: Iterable[str]) -> str:
     for line in lines:
         sha.update(line.encode("utf-8", "surrogateescape") + b"\0")
     return f"sha256:{sha.hexdigest()}"
-
-
-def write_json(record: Dict[str, Any], path: Union[str, Path] = "-") -> None:
-    """Write ``record`` as indented JSON to ``path`` (``-``: stdout)."""
-    text = json.dumps(record, indent=2, allow_nan=False) + "\n"
-    if str(path) == "-":
-        sys.stdout.write(text)
-        sys.stdout.flush()
-        return
-    with atomic_write(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-
-
-def read_json(path: Union[str, Path], schema: str) -> Dict[str, Any]:
-    """Read a JSON object from ``path`` (``-``: stdin) and require the given ``schema``.
-
-    Raises:
-        UadtoolError: the file cannot be read, is larger than ``MOST_JSON``, is not JSON, holds another kind of record,
-            or was written by a newer uadtool.
-    """
-    name = "stdin" if str(path) == "-" else str(path)
-    try:
-        with reading(name), nullcontext(sys.stdin) if str(path) == "-" else Path(path).open(encoding="utf-8") as file:
-            text = file.read(MOST_JSON + 1)
-        if len(text) > MOST_JSON:
-            raise UadtoolError(f"{name} is not a {schema} file: it is larger than {MOST_JSON >> 20} MiB")
-        record = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UadtoolError(f"{name} is not JSON: {error}") from error
-    if isinstance(record, dict):
-        refuse_newer(record.get("schema"), schema, name)
-    if not isinstance(record, dict) or record.get("schema") != schema:
-        raise UadtoolError(f"{name} is not a {schema} file")
-    return record
-
-
-def refuse_newer(schema: Any, known: str, name: str) -> None:
-    """Refuse a schema in the file ``name`` that is newer than the ``known`` version, such as uadtool.ranges/1.
-
-    Raises:
-        UadtoolError: it is newer.
-    """
-    kind, _, number = known.rpartition("/")
-    match = re.fullmatch(re.escape(kind) + "/([0-9]{1,9})", schema) if isinstance(schema, str) else None
-    if match and int(match[1]) > int(number):
-        raise UadtoolError(f"{name} was written by a newer uadtool ({schema}); upgrade uadtool")

@@ -1,9 +1,11 @@
 """The machine and the process: cores, memory, signals, and the opening of every record."""
 
+import calendar
 import contextlib
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any, Dict, Iterator, List
 
@@ -91,7 +93,6 @@ def opening() -> Dict[str, Any]:
     The host has system, machine, cpu, board (such as a Jetson), available cores and python.
     """
     import platform
-    from datetime import datetime, timezone
 
     host = {
         "system": f"{platform.system()} {platform.release()}",
@@ -102,8 +103,42 @@ def opening() -> Dict[str, Any]:
     }
     with contextlib.suppress(OSError):
         host["board"] = BOARD.read_text(encoding="utf-8", errors="replace").strip("\0\n ")
-    started = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
-    return {"tool": f"uadtool {__version__}", "started": started, "host": host}
+    return {"tool": f"uadtool {__version__}", "started": now(), "host": host}
+
+
+def now() -> str:
+    """The time in UTC, such as 2026-01-31T12:00:00Z."""
+    return _utc(time.time())
+
+
+def now_exactly() -> str:
+    """The time in UTC with milliseconds, such as 2026-01-31T12:00:00.123Z."""
+    seconds = time.time()
+    return f"{_utc(seconds)[:-1]}.{int(1000 * (seconds % 1)):03}Z"
+
+
+def parse_time(text: str) -> float:
+    """The seconds since 1970 of a time as ``now_exactly`` gives it.
+
+    Raises:
+        ValueError: the text is no such time.
+    """
+    return calendar.timegm(time.strptime(text[:19], "%Y-%m-%dT%H:%M:%S")) + float(f"0{text[19:-1]}")
+
+
+def build_time() -> str:
+    """The time for a file that should be the same whenever it is made: ``SOURCE_DATE_EPOCH`` if set, otherwise now.
+
+    https://reproducible-builds.org/specs/source-date-epoch/
+    """
+    try:
+        return _utc(int(os.environ["SOURCE_DATE_EPOCH"]))
+    except (KeyError, ValueError, OverflowError, OSError):
+        return now()
+
+
+def _utc(seconds: float) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
 
 
 def peak_memory() -> int:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
 from uadtool.errors import UadtoolError
-from uadtool.files import refuse_newer
+from uadtool.schemas.json_files import refuse_newer
 from uadtool.schemas.validation import validate
 
 KEY = "uadtool"
@@ -56,9 +56,11 @@ class Quantization:
 class Metadata:
     """Everything about a detector that is not a weight.
 
-    ``image_size`` and ``map_size`` are (height, width) in pixels. ``threshold`` is in units of the normalised score
-    (standard deviations above the mean of good images). Held-out good images exceed it at ``false_positive_rate``;
-    ``good_scores`` are their scores, sorted.
+    ``image_size`` and ``map_size`` are (height, width) in pixels. ``thresholds`` judge an image by its nearest class,
+    ``threshold`` the images of a class without one. Both are in units of the normalised score (standard deviations
+    above the mean of good images). Held-out good images exceed them at ``false_positive_rate``; ``good_scores`` are
+    their scores, sorted, by class. Scores of images that were taken for another class, or of no known class, are those
+    of the class ``""``.
     ``preprocessing`` says how image files become the input: ``PREPROCESSING``, and ``grey_bits``, the bits of the
     values in 16-bit grey files, by class.
     ``provenance`` lists the steps that made the file, oldest first, each with digests of the model file that went in
@@ -82,8 +84,15 @@ class Metadata:
     quantization: Optional[Quantization] = None
     provenance: List[Dict[str, Any]] = field(default_factory=list)
     tool_version: str = ""
-    good_scores: List[float] = field(default_factory=list)
+    thresholds: Dict[str, float] = field(default_factory=dict)
+    good_scores: Dict[str, List[float]] = field(default_factory=dict)
     preprocessing: Dict[str, Any] = field(default_factory=lambda: {**PREPROCESSING, "grey_bits": {}})
+
+    @property
+    def identity(self) -> Dict[str, Any]:
+        """The part of a record's ``model`` that says which scores are comparable with this model's."""
+        return {"method": self.method, "teacher": self.teacher, "classes": self.classes,
+                "image_size": list(self.image_size), "precision": self.precision}
 
     @property
     def reading(self) -> Reading:
@@ -136,6 +145,8 @@ class Metadata:
         values["image_size"], values["map_size"] = tuple(fields["image_size"]), tuple(fields["map_size"])
         if fields.get("quantization"):
             values["quantization"] = Quantization(**fields["quantization"])
+        if isinstance(values.get("good_scores"), list):  # written before there were thresholds for classes
+            values["good_scores"] = {"": values["good_scores"]}
         return cls(**values)
 
     def replace(self, **changes: Any) -> "Metadata":

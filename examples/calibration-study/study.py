@@ -158,10 +158,10 @@ class Study:
         fit_statistics(detector, raw_maps, metadata.classes, self._batches("held_out", self.held_out))
         maps = [detector.normalize_maps(*raw_maps(images)) for _, images in self._batches("test", self.test)]
         scores = torch.cat([detector.image_score(batch) for batch in maps]).tolist()
-        evaluation = Evaluation(threshold=0.0)
+        evaluation = Evaluation()
         for sample, mask, score, anomaly_map in zip(self.test, self.masks, scores, torch.cat(maps).numpy()):
             name = str(sample.class_name)
-            evaluation.add(name, sample.label != "good", score, score)
+            evaluation.add(name, sample.label != "good", score, score, score > 0)
             if mask is not None:
                 evaluation.add_pixels(name, count_pixels(upsample(anomaly_map, metadata.image_size), mask))
         figures = evaluation.figures()

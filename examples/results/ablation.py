@@ -55,10 +55,10 @@ def main(data: str, model: str) -> None:
         fit_statistics(detector, lambda part: (part, known[1]), metadata.classes, batches())
         found = detector.normalize_maps(raw[:, list(chosen)], nearest)
         scores = detector.image_score(found).tolist()
-        evaluation = Evaluation(threshold=0.0)
+        evaluation = Evaluation()
         for sample, mask, score, one in zip(test, masks, scores, found.numpy()):
             name = str(sample.class_name)
-            evaluation.add(name, sample.label != "good", score, score)
+            evaluation.add(name, sample.label != "good", score, score, score > 0)
             if mask is not None:
                 evaluation.add_pixels(name, count_pixels(upsample(one, size), mask))
         figures = evaluation.figures()

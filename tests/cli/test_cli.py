@@ -3,6 +3,7 @@ import itertools
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -66,9 +67,32 @@ def test_examples_are_commands_that_can_be_parsed(name, tmp_path, monkeypatch):
         words = list(shlex.shlex(line, posix=True, punctuation_chars=True))
         words = list(itertools.takewhile(lambda word: word not in ("|", ">"), words))
         for word in words:
-            if Path(word).suffix in (".safetensors", ".onnx", ".pth"):
+            if Path(word).suffix in (".safetensors", ".onnx", ".pth", ".jsonl"):
                 Path(word).touch()
         command.make_context(name, words)
+
+
+@pytest.mark.skipif(not shutil.which("jq"), reason="no jq on this machine")
+def test_examples_with_jq_run(detector, mvtec, tmp_path):
+    shutil.copytree(mvtec / "red/test", tmp_path / "photos")
+    shutil.copy(detector, tmp_path / "model.onnx")
+    for name in ("fp32", "int8"):
+        with (tmp_path / f"{name}.jsonl").open("w") as file:
+            options = ["--threshold", "100"] if name == "fp32" else []
+            subprocess.run([*PROGRAM, "score", "model.onnx", "photos", *options], cwd=tmp_path, stdout=file, check=True)
+    found = {}
+    for command in COMMANDS:
+        examples = cli.get_command(click.Context(cli), command).help.partition("Example")[2]
+        for line in re.findall(r"^ *(uadtool .*\| *jq .*)", examples, re.MULTILINE):
+            words = line.replace("uadtool", f"'{sys.executable}' -m uadtool", 1)
+            words = words.replace(" bench ", " bench --duration 0.05 --repetitions 1 ")
+            done = subprocess.run(["bash", "-o", "pipefail", "-c", words], cwd=tmp_path, capture_output=True, text=True)
+            assert done.returncode == 0, (line, done.stderr)
+            assert done.stdout, line
+            assert "null" not in done.stdout, line
+            found.setdefault(command, []).append(done.stdout.splitlines())
+    assert all((tmp_path / path).is_file() for path in found["score"][0] + found["compare"][0])
+    assert found.keys() == {"score", "compare", "bench"}
 
 
 def loaded(done):
@@ -125,7 +149,7 @@ def test_scoring_imports_only_what_it_needs(detector, mvtec):
     (["calibrate", "missing.safetensors", "data", "-o", "r"], "'missing.safetensors' does not exist"),
     (["quantize", ".", "-o", "q"], "is a directory"),
     (["export", "missing.safetensors", "-o", "m"], "'missing.safetensors' does not exist"),
-    (["score", "m", "--threshold", "1", "--false-positive-rate", "0.1", "x.png"], "are mutually exclusive"),
+    (["score", "m", "--threshold", "1", "--false-positive-rate", "0.1", "x.png"], "leaves nothing to"),
     (["score", "m", "--fail-above", "1", "--fail-anomalous", "x.png"], "are mutually exclusive"),
     (["score", "m", "--heatmaps", "a", "--masks", "./a", "x.png"], "its own folder"),
     (["score", "m", "--follow", "a", "--batch-size", "2"], "one by one"),
@@ -147,7 +171,8 @@ def test_wrong_usage(uadtool, arguments, message):
 
 @pytest.mark.parametrize(("arguments", "message"), [
     (["train", "missing", "-o", "m.safetensors"], "missing does not exist"),
-    (["train", ".", "-o", "missing/m.safetensors"], "cannot write missing/m.safetensors: the folder missing does not"),
+    (["train", ".", "-o", f"{__file__}/m.safetensors"], f"cannot write {__file__}/m.safetensors: "),
+    (["score", ".", "model.onnx"], ". is a folder, not a model; the model comes first"),
     (["export", __file__, "-o", "m.onnx"], "is not a safetensors file"),
     (["score", "missing.onnx", "."], "missing.onnx: no such model file"),
     (["compare", "missing.jsonl"], "missing.jsonl"),

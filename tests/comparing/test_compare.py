@@ -23,6 +23,7 @@ from uadtool.comparing import table
 from uadtool.comparing.comparison import METRICS, compare
 from uadtool.comparing.gates import Gate, Verdict
 from uadtool.comparing.junit import as_junit
+from uadtool.comparing.table import as_table
 from uadtool.data.dataset import scoring_samples
 from uadtool.errors import UadtoolError
 from uadtool.runtimes.opening import open_model
@@ -68,7 +69,8 @@ def test_record_joins_scores_and_bench_by_digest(files):
 def test_record_has_the_metrics_that_gates_know_in_order(files):
     assert [row["metric"] for row in compare(["bench.json", "fp32.jsonl"])["rows"]] == [
         "image_auroc", "image_auroc.pooled", "image_auroc.bolt", "image_auroc.nut", "average_precision", "f1_max",
-        "pixel_auroc", "aupro", "false_positive_rate", "recall", "latency_p50", "latency_p99", "throughput",
+        "pixel_auroc", "aupro", "false_positive_rate", "false_positive_rate.bolt", "false_positive_rate.nut", "recall",
+        "recall.bolt", "recall.nut", "latency_p50", "latency_p99", "throughput",
         "cold_start", "peak_rss", "file_size", "parameters", "macs"]
 
 
@@ -93,12 +95,39 @@ def test_intervals_are_around_the_differences_of_image_auroc(files):
         assert low < row(record, metric)["changes"][1] < high <= 0
 
 
-def test_different_images_have_no_intervals_but_a_warning(files, caplog):
+def test_different_images_have_no_changes_but_a_warning(files, caplog):
     Path("other.jsonl").write_text(lines(score_records("other.onnx", folder="elsewhere")))
-    record = compare(["fp32.jsonl", "other.jsonl", "int8.jsonl"])
+    record = compare(["fp32.jsonl", "other.jsonl", "int8.jsonl", "bench.json"])
     assert "fp32.jsonl and other.jsonl are about different images" in caplog.text
     assert [bool(interval) for interval in row(record, "image_auroc")["intervals"]] == [False, False, True]
+    assert [change is None for change in row(record, "recall")["changes"]] == [True, True, False]
+    assert [entry.get("comparable", True) for entry in record["models"]] == [True, False, True]
+    validate(json.loads(json.dumps(record)), "compare")
+    assert list(Gate.parse("recall>=0").failures(record)) == []
+    with pytest.raises(UadtoolError, match=r"cannot be decided for other\.onnx: fp32\.onnx scored other images"):
+        list(Gate.parse("recall>=-1").failures(record))
+
+
+def test_the_same_images_below_another_folder_have_changes(files):
+    for name, folder in (("fp32", "here/parts/all"), ("int8", "there/all")):
+        Path(f"{name}.jsonl").write_text(lines(score_records(f"{name}.onnx", folder=f"{folder}/test")))
+    record = compare(["fp32.jsonl", "int8.jsonl"])
     assert row(record, "image_auroc")["changes"][1] == 0
+    assert "intervals" not in row(record, "image_auroc")
+
+
+def test_models_that_differ_can_be_told_apart(files):
+    for name, changes in (("fp32", {"training": {"started": "2026-11-02T08:15:00Z", "steps": 640}}),
+                          ("int8", {"method": "duet", "image_size": [64, 48]})):
+        run, *rest = score_records(f"{name}.onnx")
+        Path(f"{name}.jsonl").write_text(lines([{**run, "model": {**run["model"], **changes}}, *rest]))
+    record = compare(["fp32.jsonl", "int8.jsonl"])
+    validate(json.loads(json.dumps(record)), "compare")
+    shown = {words[0]: words for words in (line.split("  ") for line in as_table(record).splitlines())}
+    for label, *values in (("method", "stfpm", "duet"), ("image size", "256x256", "64x48"), ("steps", "640", "-"),
+                           ("trained", "2026-11-02", "-")):
+        assert [word.strip() for word in shown[label][1:] if word.strip()] == values
+    assert "teacher" not in shown  # it is the same
 
 
 def test_one_model_measured_twice_gets_two_columns(files):
@@ -176,7 +205,7 @@ def test_records_of_the_real_commands_are_understood(make_detector, mvtec, tmp_p
     measured = measure([str(path) for path in paths], Settings(repetitions=1, duration=0.01, warmup=0))
     (tmp_path / "bench.json").write_text(json.dumps(measured))
     record = compare([str(path.with_suffix(".jsonl")) for path in paths] + [str(tmp_path / "bench.json")])
-    assert len(record["rows"]) == 18
+    assert len(record["rows"]) == 22
     assert all(None not in row["values"] for row in record["rows"])
     assert row(record, "image_auroc")["changes"][1] == 0
 
@@ -199,7 +228,7 @@ SUMMARY = {"type": "summary", "images": 0, "errors": 0, "anomalous": 0, "seconds
     (lines(score_records("m.onnx")[1:]), ":1: .* 'image' is not expected here"),
     (lines(score_records("m.onnx")[:5] * 2), ":6: .* 'uadtool.score/1' is not expected here"),
     (lines([score_records("m.onnx")[0], {**SUMMARY, "metrics": {"recall": float("nan")}}]),
-     r":2: .* its metrics\.recall must be a finite number \(at least 0, at most 1\)"),
+     r":2: .* its metrics\.recall must be an object or a finite number \(at least 0, at most 1\)"),
     (lines([score_records("m.onnx")[0], {**SUMMARY, "metrics": []}]), ":2: .* its metrics must be an object"),
     (lines([score_records("m.onnx")[0], SUMMARY]), "no labels; score labelled images"),
 ])
@@ -533,9 +562,9 @@ def test_command_writes_a_file_whole_or_not_at_all(files):
         assert Path("out").read_text() == run("fp32.jsonl", "bench.json", "--format", style).stdout
     assert run("fp32.jsonl", "bench.json", "-o", "-").stdout == run("fp32.jsonl", "bench.json").stdout
     assert not Path("-").exists()
-    missing = run("fp32.jsonl", "-o", "no/such/folder")
+    missing = run("fp32.jsonl", "-o", "bench.json/file")
     assert (missing.returncode, missing.stdout) == (1, "")
-    assert "does not exist" in missing.stderr
+    assert missing.stderr.startswith("uadtool: error: cannot write bench.json/file: ")
 
 
 # Images that changed sides

@@ -229,7 +229,7 @@ def test_scores_without_classes_and_of_one_label_are_a_page(files):
         records = [json.loads(line) for line in Path(f"{name}.jsonl").read_text().splitlines()]
         kept = [{key: value for key, value in record.items() if key != "class"} for record in records
                 if record.get("label") != "anomalous"]
-        kept[-1]["metrics"] = {"false_positive_rate": 0.05}
+        kept[-1]["metrics"] = {"false_positive_rate": {"mean": 0.05, "pooled": 0.05, "per_class": {}}}
         Path(f"{name}.jsonl").write_text(lines(kept))
     found = Page(page("fp32.jsonl", "int8.jsonl"))
     assert "without a class" in [text for _, text in found.all("h3")]

@@ -38,13 +38,13 @@ def examples(seed: int, count: int) -> List[Example]:
 def run_of(chosen: Sequence[int], images: Sequence[Example], machine: str = "some", threshold: float = 1.0,
            path: str = "m.onnx") -> List[Dict[str, Any]]:
     """The lines that ``score`` prints about the ``chosen`` images; their maps are as noisy as the images are wide."""
-    evaluation, records = Evaluation(threshold), []
+    evaluation, records = Evaluation(), []
     for index in chosen:
         name, anomalous, score, mask = images[index]
         records.append({"type": "image", "path": f"{index}.png", "score": score, "raw_score": -score,
                         "anomalous": score > threshold, "nearest_class": "bolt", "milliseconds": 1.0,
                         "label": "anomalous" if anomalous else "good", **({"class": name} if name else {})})
-        evaluation.add(name or "", anomalous, score, -score)
+        evaluation.add(name or "", anomalous, score, -score, score > threshold)
         if mask is not None:
             noise = np.random.default_rng(index).normal(size=(6, 6)) + 2 * mask
             evaluation.add_pixels(name or "", count_pixels(noise.astype(np.float32), mask))
@@ -110,7 +110,7 @@ def test_an_image_in_two_shards_is_one_line(tmp_path):
 def test_shards_need_one_threshold(tmp_path):
     images = examples(0, 12)
     names = written(tmp_path, run_of(range(8), images), run_of(range(8, 12), images, threshold=2.0))
-    with pytest.raises(UadtoolError, match=r"thresholds 1 and 2; score them with one --threshold"):
+    with pytest.raises(UadtoolError, match="different thresholds; score all with the same options"):
         compare(names)
 
 
@@ -215,7 +215,7 @@ def shards_of(images: Sequence[Example], count: int, machines: Sequence[str] = (
 @pytest.mark.parametrize("count", [1, 2, 5, 40])
 def test_all_shards_of_the_command_are_the_whole_run(detector, mvtec, tmp_path, count):
     def images(printed):
-        return [{**record, "milliseconds": 0} for record in map(json.loads, printed.splitlines())
+        return [{**record, "milliseconds": 0, "time": ""} for record in map(json.loads, printed.splitlines())
                 if record["type"] == "image"]
 
     whole = run_here("score", detector, mvtec)

@@ -20,9 +20,9 @@ pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="in
 class Followed(Watch):
     """A watch that scans all the time, in a thread."""
 
-    def __init__(self, folder):
+    def __init__(self, folder, known=None):
         self.scans, self._found = 0, queue.SimpleQueue()
-        super().__init__(str(folder))
+        super().__init__(str(folder), known)
         self._thread = threading.Thread(target=self._follow, daemon=True)
         self._thread.start()
 
@@ -60,14 +60,26 @@ def follow(monkeypatch):
     monkeypatch.setattr(watch, "SCAN_PAUSE", 0.1)
     started = []
 
-    def follow(folder):
-        started.append(Followed(folder))
+    def follow(folder, known=None):
+        started.append(Followed(folder, known))
         return started[-1]
 
     yield follow
     for followed in started:
         followed.stop()
         followed._thread.join(60)
+
+
+def test_images_from_before_are_found_unless_they_are_known(follow, tmp_path, caplog):
+    caplog.set_level("INFO")
+    for name in ("known.jpg", "changed.jpg", "new.jpg"):
+        (tmp_path / name).write_text("old")
+        os.utime(tmp_path / name, (1000, 1000))
+    followed = follow(tmp_path, {str(tmp_path / "known.jpg"): 1000.5, str(tmp_path / "changed.jpg"): 999.5})
+    assert followed.found(2) == [str(tmp_path / name) for name in ("changed.jpg", "new.jpg")]
+    assert f"following {tmp_path}, with 2 images from before" in caplog.text
+    (tmp_path / "known.jpg").write_text("rewritten")
+    assert followed.found(1) == [str(tmp_path / "known.jpg")]
 
 
 def test_images_that_cause_no_events_are_found_by_scans(follow, tmp_path):

@@ -196,11 +196,21 @@ def test_the_wheelhouse_of_a_jetson_is_complete(make, tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-def test_the_commands_for_tensorrt(make, tmp_path):
+def test_a_model_that_cannot_run_there_is_refused_at_once(make, int8, tmp_path):
+    for variables, message in (({"MODEL": "missing.onnx"}, "MODEL=missing.onnx does not exist; give an absolute path"),
+                               ({"DATA": "parts"}, "DATA=parts does not exist; give an absolute path"),
+                               ({"RUNTIME": "tensorrt"}, f"{int8.path} was quantized for another runtime")):
+        done = make("deploy", OUT=tmp_path / "out", **variables)
+        assert done.returncode == 2
+        assert message in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_commands_for_tensorrt(make, fp32, tmp_path):
     """What would run there, for here is no GPU."""
-    done = make("deploy", RUNTIME="tensorrt", OUT=tmp_path / "out", MAKEFLAGS="n")
+    done = make("deploy", MODEL=fp32.path, RUNTIME="tensorrt", OUT=tmp_path / "out", MAKEFLAGS="n")
     assert done.returncode == 0, done.stderr
     assert "[jetson]" in done.stdout
-    assert "export int8.onnx -o int8.engine --timing-cache timing --workspace 1024" in done.stdout
-    assert "score int8.engine data" in done.stdout
-    assert "bench int8.engine" in done.stdout
+    assert "export fp32.onnx -o fp32.engine --timing-cache timing --workspace 1024" in done.stdout
+    assert "score fp32.engine data" in done.stdout
+    assert "bench fp32.engine" in done.stdout

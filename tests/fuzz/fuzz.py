@@ -96,7 +96,8 @@ def example_metadata() -> Any:
 
     return Metadata(
         method="stfpm", teacher="resnet10t", classes=["green", "red"], image_size=(32, 32), map_size=(8, 8),
-        threshold=3.0, false_positive_rate=0.05, parameters=6, macs=1024, good_scores=[-1.0, 0.5], target="onnxruntime",
+        threshold=3.0, false_positive_rate=0.05, parameters=6, macs=1024, thresholds={"a b": 2.5},
+        good_scores={"a b": [-1.0, 0.5], "": [2.0]}, target="onnxruntime",
         options={"fusion": "sum", "shared_stages": 0, "dcam": False},
         quantization=Quantization("ptq", "entropy", "good", "all", ["teacher.conv1"]),
         provenance=[{"command": "train", "seed": 0, "held_out": 0.2}], tool_version="0.1.0")
@@ -284,8 +285,8 @@ def _pixels(folder: Path) -> Parse:
     from uadtool.scoring.evaluation import Evaluation
 
     def parse(data: bytes) -> None:
-        evaluation = Evaluation(0.0)
-        evaluation.add("a", True, 1.0, 1.0)
+        evaluation = Evaluation()
+        evaluation.add("a", True, 1.0, 1.0, True)
         regions, _, text = data.partition(b"\n")
         bins = base64.b64encode(zlib.compress(text)).decode()
         try:

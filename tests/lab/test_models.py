@@ -145,7 +145,8 @@ def test_other_text_is_refused(text):
     ("image_size", "ab"), ("map_size", [8.0, 8.0]), ("map_size", [True, True]), ("threshold", "3"),
     ("threshold", float("inf")), ("threshold", 10**400), ("false_positive_rate", None), ("parameters", 1.5),
     ("false_positive_rate", 7), ("false_positive_rate", 1.0), ("precision", "int4"), ("precision", 8),
-    ("macs", -1), ("good_scores", {}), ("good_scores", ["1"]), ("good_scores", [float("nan")]), ("options", []),
+    ("macs", -1), ("good_scores", {"a": 1}), ("good_scores", ["1"]), ("thresholds", {"a": "1"}),
+    ("good_scores", [float("nan")]), ("options", []),
     ("provenance", {}), ("provenance", [1]), ("method", 3), ("target", 3), ("quantization", []),
     ("quantization", {"method": 1, "calibration": "", "source": "", "scope": "", "float_layers": []}),
 ])

@@ -1,4 +1,5 @@
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ from PIL import Image
 
 from uadtool.data.images import ImageError, read_mask
 from uadtool.errors import UadtoolError
+from uadtool.files import WRITTEN
 from uadtool.scoring import drawing
 from uadtool.scoring.contact_sheet import TILE, ContactSheet
 from uadtool.scoring.heatmaps import CAPTION_WIDTH, MARGIN, Heatmaps, render
@@ -18,7 +20,8 @@ THRESHOLD = 3.0
 
 
 def record(path, **changes):
-    return {"path": str(path), "score": 4.5, "anomalous": True, "nearest_class": "screw", **changes}
+    return {"path": str(path), "score": 4.5, "threshold": THRESHOLD, "anomalous": True, "nearest_class": "screw",
+            **changes}
 
 
 def test_accents_of_names_from_a_mac_are_drawn():
@@ -35,7 +38,7 @@ def photo(tmp_path):
 def test_normal_areas_stay_and_the_anomaly_is_coloured_and_outlined(photo):
     values = np.zeros((8, 8), np.float32)
     values[2:4, 4:6] = 2 * THRESHOLD
-    picture = np.asarray(render(record(photo), values, THRESHOLD)).astype(int)
+    picture = np.asarray(render(record(photo), values)).astype(int)
     original = np.asarray(Image.open(photo))
     assert np.array_equal(picture[:480, :480], original)
     overlay = picture[:480, 480 + MARGIN:]
@@ -53,7 +56,7 @@ def test_normal_areas_stay_and_the_anomaly_is_coloured_and_outlined(photo):
 
 def test_no_contour_when_nothing_is_above_the_threshold(photo):
     values = np.full((8, 8), THRESHOLD, np.float32)
-    overlay = np.asarray(render(record(photo), values, THRESHOLD))[:480, 480 + MARGIN:]
+    overlay = np.asarray(render(record(photo), values))[:480, 480 + MARGIN:]
     assert not (overlay == 255).all(-1).any()
 
 
@@ -66,7 +69,7 @@ def test_no_contour_when_nothing_is_above_the_threshold(photo):
 ])
 def test_layout(tmp_path, size, panels):
     Image.new("RGB", size).save(tmp_path / "a.png")
-    picture = render(record(tmp_path / "a.png"), np.zeros((4, 4), np.float32), THRESHOLD)
+    picture = render(record(tmp_path / "a.png"), np.zeros((4, 4), np.float32))
     assert picture.width == panels[0]
     assert 40 < picture.height - panels[1] < 100  # the caption
 
@@ -75,13 +78,13 @@ def test_the_picture_is_upright_like_the_scored_image(tmp_path):
     exif = Image.Exif()
     exif[274] = 6
     Image.new("RGB", (600, 300)).save(tmp_path / "a.jpg", exif=exif)
-    assert render(record(tmp_path / "a.jpg"), np.zeros((4, 4), np.float32), THRESHOLD).width == 2 * 300 + MARGIN
+    assert render(record(tmp_path / "a.jpg"), np.zeros((4, 4), np.float32)).width == 2 * 300 + MARGIN
 
 
 @pytest.mark.parametrize("threshold", [-2.0, 0.0, 1e-3, 1e6])
 def test_any_threshold_and_any_class_name(photo, threshold):
     values = np.linspace(-5, 5, 64, dtype=np.float32).reshape(8, 8)
-    render(record(photo, nearest_class="螺钉 \udce9", score=-1e9), values, threshold)
+    render(record(photo, nearest_class="螺钉 \udce9", score=-1e9, threshold=threshold), values)
 
 
 def test_the_same_value_has_the_same_colour_in_every_picture(photo, tmp_path):
@@ -89,7 +92,7 @@ def test_the_same_value_has_the_same_colour_in_every_picture(photo, tmp_path):
     one, other = np.zeros((2, 8, 8), np.float32)
     one[0] = other[0] = 2.0
     other[7] = 50.0
-    pictures = [np.asarray(render(record(photo), values, THRESHOLD)) for values in (one, other)]
+    pictures = [np.asarray(render(record(photo), values)) for values in (one, other)]
     assert np.array_equal(pictures[0][:300], pictures[1][:300])
 
 
@@ -107,7 +110,7 @@ def test_names_keep_class_and_defect_and_are_unique(photo, tmp_path):
     for path in paths:
         (root / path).parent.mkdir(parents=True, exist_ok=True)
         Image.open(photo).save(root / path)
-        drawn.append(Path(heatmaps.add(record(root / path), np.zeros((4, 4), np.float32), THRESHOLD)["heatmap"]))
+        drawn.append(Path(heatmaps.add(record(root / path), np.zeros((4, 4), np.float32))["heatmap"]))
     assert [path.name for path in drawn] == [
         "screw-test-scratch-000.png", "screw-test-good-000.png", "nut-test-good-000.png", "nut-test-good-000-2.png"]
     for path in drawn:
@@ -137,7 +140,7 @@ def test_a_folder_that_cannot_be_made_or_written_to(photo):
 def test_a_mask_has_the_size_of_the_image_and_is_white_where_the_map_is_above_the_threshold(photo, tmp_path):
     values = np.zeros((8, 8), np.float32)
     values[2:4, 4:6] = 2 * THRESHOLD
-    path = Masks(str(tmp_path / "masks")).add(record(photo), values, THRESHOLD)["mask"]
+    path = Masks(str(tmp_path / "masks")).add(record(photo), values)["mask"]
     mask = np.asarray(Image.open(path)).astype(bool)
     assert mask.shape == (480, 480)
     rows, columns = np.nonzero(mask)
@@ -149,14 +152,46 @@ def test_a_mask_has_the_size_of_the_image_and_is_white_where_the_map_is_above_th
 def test_only_anomalous_images_are_copied(photo, tmp_path):
     photo.chmod(0o444)
     images = AnomalousImages(str(tmp_path / "suspicious"))
-    assert images.add(record(photo, anomalous=False), np.zeros((4, 4)), THRESHOLD) == {}
-    copy = Path(images.add(record(photo), np.zeros((4, 4)), THRESHOLD)["copy"])
-    assert list((tmp_path / "suspicious").iterdir()) == [copy]
+    assert images.add(record(photo, anomalous=False), np.zeros((4, 4))) == {}
+    copy = Path(images.add(record(photo), np.zeros((4, 4)))["copy"])
+    assert visible(tmp_path / "suspicious") == [copy]
     assert copy.suffix == ".png"
     assert copy.read_bytes() == photo.read_bytes()
     assert photo.stat().st_mode & 0o777 == 0o444
     again = AnomalousImages(str(tmp_path / "suspicious"))  # of the next run
-    assert list(again.add(record(photo), np.zeros((4, 4)), THRESHOLD).values()) == [str(copy)]
+    assert list(again.add(record(photo), np.zeros((4, 4))).values()) == [str(copy)]
+
+
+def visible(folder):
+    return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+
+
+def test_a_run_replaces_the_files_of_the_run_before_and_no_others(photo, tmp_path):
+    folder = tmp_path / "copies"
+    first = AnomalousImages(str(folder))
+    (folder / "mine.png").write_bytes(b"")
+    (tmp_path / "precious.png").write_bytes(b"")
+    for name in ("a.png", "b.png"):
+        shutil.copy(photo, tmp_path / name)
+        first.add(record(tmp_path / name), np.zeros((4, 4)))
+    assert len(visible(folder)) == 3
+    with (folder / WRITTEN).open("a") as file:
+        file.write("../precious.png\n.hidden\n")
+    AnomalousImages(str(folder), keep=True)
+    assert len(visible(folder)) == 3
+    second = AnomalousImages(str(folder))
+    assert visible(folder) == [folder / "mine.png"]
+    second.add(record(tmp_path / "b.png"), np.zeros((4, 4)))
+    assert len(visible(folder)) == 2
+    assert (tmp_path / "precious.png").exists()
+
+
+@pytest.mark.parametrize(("suffix", "kind"), [(".png", "PNG"), (".jpg", "JPEG"), (".JPEG", "JPEG"), (".webp", "WEBP")])
+def test_the_contact_sheet_has_the_format_of_its_name(photo, tmp_path, suffix, kind):
+    sheet = ContactSheet(str(tmp_path / f"sheet{suffix}"), 3)
+    sheet.add(record(photo), np.zeros((4, 4), np.float32))
+    sheet.save()
+    assert Image.open(tmp_path / f"sheet{suffix}").format == kind
 
 
 @pytest.mark.parametrize(("images", "columns"), [(1, 1), (2, 2), (5, 3), (12, 5)])
@@ -166,7 +201,7 @@ def test_the_contact_sheet_shows_the_highest_scores_first(tmp_path, images, colu
         Image.new("RGB", (300, 150), (10 * score,) * 3).save(tmp_path / f"{score}.png")
     sheet = ContactSheet(str(tmp_path / "sheet.png"), images)
     for score in np.random.default_rng(0).permutation(20):
-        sheet.add(record(tmp_path / f"{score}.png", score=float(score)), np.zeros((4, 4), np.float32), THRESHOLD)
+        sheet.add(record(tmp_path / f"{score}.png", score=float(score)), np.zeros((4, 4), np.float32))
     sheet.save()
     picture = np.asarray(Image.open(tmp_path / "sheet.png"))
     found = []
@@ -188,7 +223,7 @@ def test_an_image_is_not_replaced_by_the_contact_sheet(tmp_path):
     (tmp_path / "link.png").symlink_to(tmp_path / "a.png")
     for name in ("a.png", "link.png"):
         with pytest.raises(UadtoolError, match=f"would overwrite the image .*{name}"):
-            ContactSheet(str(tmp_path / name), 4).add(record(tmp_path / "a.png"), np.zeros((4, 4)), THRESHOLD)
+            ContactSheet(str(tmp_path / name), 4).add(record(tmp_path / "a.png"), np.zeros((4, 4)))
 
 
 @pytest.mark.parametrize("output", [Heatmaps, Masks, AnomalousImages])
@@ -201,7 +236,7 @@ def test_an_image_is_never_overwritten(tmp_path, monkeypatch, output):
     Image.new("RGB", (50, 50)).save("a.jpg")  # whose mask would be a.png
     for image in ("a.png", "a.jpg", "elsewhere/link.jpg"):
         with pytest.raises(UadtoolError, match=f"{image} lies in .*; write into a separate folder"):
-            output(".").add(record(image), np.zeros((4, 4), np.float32), THRESHOLD)
+            output(".").add(record(image), np.zeros((4, 4), np.float32))
     assert Path("a.png").read_bytes() == before
     assert not Path("a.png").is_symlink()
 
@@ -213,7 +248,7 @@ def test_a_link_of_an_earlier_run_is_replaced_and_not_followed(tmp_path, monkeyp
     before = Path("a.png").read_bytes()
     Path("out").mkdir()
     Path("out/a.png").symlink_to(Path("a.png").resolve())
-    output("out").add(record("a.png"), np.zeros((4, 4), np.float32), THRESHOLD)
+    output("out").add(record("a.png"), np.zeros((4, 4), np.float32))
     assert Path("a.png").read_bytes() == before
     assert Path("out/a.png").is_file()
     assert not Path("out/a.png").is_symlink()
@@ -222,4 +257,4 @@ def test_a_link_of_an_earlier_run_is_replaced_and_not_followed(tmp_path, monkeyp
 @pytest.mark.parametrize("output", [Heatmaps, Masks, AnomalousImages])
 def test_a_missing_image_is_an_image_error(tmp_path, output):
     with pytest.raises(ImageError):
-        output(str(tmp_path / "out")).add(record(tmp_path / "gone.png"), np.zeros((4, 4), np.float32), THRESHOLD)
+        output(str(tmp_path / "out")).add(record(tmp_path / "gone.png"), np.zeros((4, 4), np.float32))

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pty
+import shlex
 import shutil
 import signal
 import subprocess
@@ -177,7 +178,7 @@ def test_threshold_and_heatmaps(uadtool, detector, photos, tmp_path):
     run, *images, _ = records(done.stdout)
     assert run["threshold"] == -1
     assert all(image["anomalous"] for image in images)
-    assert sorted((tmp_path / "pictures").iterdir()) == sorted(Path(image["heatmap"]) for image in images)
+    assert sorted((tmp_path / "pictures").glob("[!.]*")) == sorted(Path(image["heatmap"]) for image in images)
 
 
 def test_fail_above(uadtool, detector, photos):
@@ -202,10 +203,49 @@ def test_a_false_positive_rate_chooses_a_threshold(uadtool, detector, photos, ma
     for rate, threshold in ((0, 1.9), (0.05, 1.7), (0.5, -0.1)):  # of forty scores
         run, *_ = records(uadtool("score", detector, photos, "--false-positive-rate", rate).stdout)
         assert run["threshold"] == threshold
-    without = make_detector(tmp_path / "old.onnx", METADATA.replace(good_scores=[]))
+    without = make_detector(tmp_path / "old.onnx", METADATA.replace(good_scores={}))
     done = uadtool("score", without, photos, "--false-positive-rate", 0.1)
     assert done.returncode == 1
     assert "does not hold the scores of good images" in done.stderr
+
+
+def test_pictures_of_an_earlier_run_are_not_scored(uadtool, detector, photos):
+    (photos / "b.jpg").unlink()
+    runs = [records(uadtool("score", "-q", detector, photos, "--heatmaps", photos / "pictures", "--copy-anomalous",
+                            photos / "copies", "--threshold", -100).stdout) for _ in range(2)]
+    paths = [[record.get("path") for record in run] for run in runs]
+    assert paths[0] == paths[1] == [None, f"{photos}/a.png", f"{photos}/c.png", None]
+    assert len(records(uadtool("score", detector, photos / "copies").stdout)) == 4  # as the user asks for them
+
+
+def test_pictures_of_anomalous_images_alone(uadtool, detector, photos, tmp_path):
+    (photos / "b.jpg").unlink()
+    done = uadtool("score", detector, photos, "--heatmaps", tmp_path / "h", "--masks", tmp_path / "m", "--pictures",
+                   "anomalous")
+    images = records(done.stdout)[1:-1]
+    assert {image["anomalous"] for image in images} == {True, False}
+    for image in images:
+        assert ("heatmap" in image) == ("mask" in image) == image["anomalous"]
+
+
+def test_classes_that_the_model_does_not_know_are_named(uadtool, make_detector, mvtec, tmp_path):
+    model = make_detector(tmp_path / "m.onnx", METADATA.replace(classes=["green", "blue"]))
+    done = uadtool("score", model, mvtec)
+    assert done.returncode == 0
+    assert "8 of 16 images are of classes that the model was not trained on (red); it scores" in done.stderr
+
+
+def test_recall_and_false_positive_rate_are_given_by_class(uadtool, detector, mvtec):
+    scores = [image["score"] for image in records(uadtool("score", detector, mvtec).stdout)[1:-1]
+              if (image["class"], image["label"]) == ("green", "anomalous")]
+    *images, summary = records(uadtool("score", detector, mvtec, "--threshold", np.median(scores)).stdout)[1:]
+    for name, label in (("recall", "anomalous"), ("false_positive_rate", "good")):
+        figure = summary["metrics"][name]
+        shares = {of: np.mean([image["anomalous"] for image in images if image["class"] == of
+                               and image["label"] == label]) for of in ("green", "red")}
+        assert figure["per_class"] == {of: pytest.approx(share) for of, share in shares.items()}
+        assert figure["mean"] == figure["pooled"] == approx(np.mean(list(shares.values())))
+    assert summary["metrics"]["recall"]["per_class"]["green"] == 0.5
 
 
 def test_csv(uadtool, detector, mvtec, photos):
@@ -237,10 +277,10 @@ def test_records_name_the_files_written_for_each_image(uadtool, detector, mvtec,
                    "--contact-sheet", tmp_path / "sheet.png", "--top", 4)
     assert done.returncode == 0, done.stderr
     _, *images, _ = records(done.stdout)
-    assert {image["mask"] for image in images} == {str(path) for path in (tmp_path / "masks").iterdir()}
+    assert {image["mask"] for image in images} == {str(path) for path in (tmp_path / "masks").glob("[!.]*")}
     anomalous = [image for image in images if image["anomalous"]]
     assert 0 < len(anomalous) < len(images)
-    assert {image["copy"] for image in anomalous} == {str(path) for path in (tmp_path / "copies").iterdir()}
+    assert {image["copy"] for image in anomalous} == {str(path) for path in (tmp_path / "copies").glob("[!.]*")}
     assert all(Path(image["copy"]).read_bytes() == Path(image["path"]).read_bytes() for image in anomalous)
     assert (tmp_path / "sheet.png").stat().st_size > 0
 
@@ -364,6 +404,27 @@ def test_a_half_written_image_is_waited_for(following, mvtec, name):
     assert all("error" not in answer for answer in answers)
 
 
+def test_a_restart_goes_on_where_the_last_run_ended(detector, mvtec, tmp_path):
+    folder, log = tmp_path / "incoming", tmp_path / "scores.jsonl"
+    folder.mkdir()
+    images = sorted((mvtec / "red/test/spot").glob("*.png"))
+    command = f"{shlex.join(COMMAND)} {detector} --follow {folder} --done {log} >> {log}"
+    log.touch()
+    for begun, arrived in enumerate(images[:2], 1):  # each before its run
+        shutil.copy(arrived, folder)
+        with subprocess.Popen(["bash", "-c", f"exec {command}"], stderr=subprocess.PIPE, text=True) as process:
+            while log.read_text().count('"image"') < begun:
+                assert process.poll() is None
+                time.sleep(0.05)
+            process.send_signal(signal.SIGKILL if begun == 1 else signal.SIGINT)
+            _, stderr = process.communicate(timeout=60)
+        assert stderr == ""
+    scored = [line for line in map(json.loads, log.read_text().splitlines()) if line["type"] == "image"]
+    assert [line["path"] for line in scored] == [str(folder / image.name) for image in images[:2]]
+    for line in scored:
+        validate(line, "score")
+
+
 def test_a_folder_that_cannot_be_followed(uadtool, detector):
     pytest.importorskip("watchdog")
     done = uadtool("score", detector, "--follow", "missing")
@@ -415,9 +476,10 @@ def test_outputs_that_cannot_be_right(detector, mvtec, monkeypatch, output, mess
 
 def test_the_model_is_not_replaced_by_the_contact_sheet(uadtool, detector, photos, tmp_path):
     shutil.copy(detector, tmp_path / "model.onnx")
-    done = uadtool("score", tmp_path / "model.onnx", photos, "--contact-sheet", tmp_path / "model.onnx")
+    (tmp_path / "sheet.png").symlink_to("model.onnx")
+    done = uadtool("score", tmp_path / "model.onnx", photos, "--contact-sheet", tmp_path / "sheet.png")
     assert (done.returncode, done.stdout) == (1, "")
-    assert "model.onnx is an input of this command; give" in done.stderr
+    assert "sheet.png is an input of this command; give" in done.stderr
     assert (tmp_path / "model.onnx").read_bytes() == detector.read_bytes()
 
 
@@ -463,8 +525,11 @@ SIZE = (4, 4)
 
 
 def add(evaluation: Evaluation, sample: Sample, value: float, raw: float = 0.0, mask: Any = None) -> None:
-    prediction = Prediction(value, raw, "a", np.full((2, 2), value, np.float32), mask, 1.0)
-    evaluate(evaluation, sample, with_pixels(prediction, sample, SIZE))
+    prediction = Prediction(value, raw, "a", np.full((2, 2), value, np.float32), mask, 1.0, 1.0)
+    record = {"path": sample.path, "label": sample.label, "score": value, "raw_score": raw, "anomalous": value > 1}
+    if sample.class_name:
+        record["class"] = sample.class_name
+    evaluate(evaluation, record, with_pixels(prediction, sample, SIZE))
 
 
 labelled = st.lists(st.tuples(st.sampled_from(["a", "b", None]), st.booleans(), st.integers(-3, 3)), max_size=30)
@@ -473,15 +538,22 @@ labelled = st.lists(st.tuples(st.sampled_from(["a", "b", None]), st.booleans(), 
 @settings(max_examples=50, deadline=None)
 @given(labelled)
 def test_image_figures(images):
-    evaluation = Evaluation(threshold=1.0)
+    evaluation = Evaluation()
     for name, anomalous, value in images:
         sample = Sample("x.png", name, "anomalous" if anomalous else "good")
         add(evaluation, sample, value, -value)
     found = evaluation.figures()
     labels, scores = [i[1] for i in images], [i[2] for i in images]
     good, bad = [s for _, label, s in images if not label], [s for _, label, s in images if label]
-    assert found.get("false_positive_rate") == (pytest.approx(np.mean(np.array(good) > 1), rel=1e-5) if good else None)
-    assert found.get("recall") == (pytest.approx(np.mean(np.array(bad) > 1), rel=1e-5) if bad else None)
+    for figure, of in (("false_positive_rate", False), ("recall", True)):
+        above = {name: [s > 1 for n, label, s in images if label == of and n == name] for name in ("a", "b", None)}
+        everything = [verdict for verdicts in above.values() for verdict in verdicts]
+        if not everything:
+            assert figure not in found
+            continue
+        assert found[figure]["pooled"] == approx(np.mean(everything))
+        by_class = {name: approx(np.mean(verdicts)) for name, verdicts in above.items() if name and verdicts}
+        assert found[figure]["per_class"] == by_class
     assert "aupro" not in found  # no anomalous image has a mask
     if not (good and bad):
         assert "image_auroc" not in found
@@ -500,7 +572,7 @@ def test_image_figures(images):
 def test_good_images_of_a_class_with_masks_count_for_its_pixels():
     mask = np.zeros((4, 4), bool)
     mask[:2] = True
-    evaluation = Evaluation(threshold=1.0)
+    evaluation = Evaluation()
     add(evaluation, Sample("1", "a", "good"), 9.0)
     add(evaluation, Sample("2", "a", "anomalous", ("mask",)), 5.0, mask=mask)
     add(evaluation, Sample("3", "b", "good"), 1.0)  # its pixels do not count: b has no masks

@@ -51,7 +51,7 @@ def bench(models: Tuple[str, ...], repetitions: int, duration: float, warmup: in
     """
     from uadtool.benchmarking.bench import Settings
     from uadtool.benchmarking.bench import bench as measure
-    from uadtool.files import write_json
+    from uadtool.schemas.json_files import write_json
 
     write_json(measure(models, Settings(repetitions, duration, warmup, batch_sizes, threads, runtime, layers, sweep,
                                         roofline)))

@@ -57,18 +57,19 @@ def calibrate(ctx: click.Context, model: str, data: Optional[str], output: str, 
         (count < len(sources), f"--count {count} is too few for {len(sources)} sources."),
     )
     require_lab()
-    from uadtool.files import check_writable, file_digest, unchanged, write_json
+    from uadtool.files import file_digest, unchanged
     from uadtool.host import keep_freed_memory
     from uadtool.lab.calibrate import CalibrationOptions
     from uadtool.lab.calibrate import calibrate as run
     from uadtool.lab.models import load_float_model
     from uadtool.lab.training.precision import use_available_cores
+    from uadtool.schemas.json_files import write_json
 
     keep_freed_memory()
     use_available_cores()
     if output != "-":
         images = [source[len("images:"):] for source in sources if source.startswith("images:")]
-        check_writable(output, [model, data, *images])
+        options.claim(output, [model, data, *images])
     with unchanged(model) as digest:
         detector, metadata = load_float_model(model)
     ranges = run(detector, metadata, digest, data if from_data else None, CalibrationOptions(

@@ -50,7 +50,7 @@ def compare(files: Tuple[str, ...], style: Optional[str], changed: bool, conditi
                    (junit and not conditions, "--junit requires --gate."))
     from uadtool.comparing import comparison
     from uadtool.comparing.gates import Gate, decide
-    from uadtool.files import atomic_write, check_writable
+    from uadtool.files import atomic_write
 
     try:
         gates = [Gate.parse(condition) for condition in conditions]
@@ -59,7 +59,7 @@ def compare(files: Tuple[str, ...], style: Optional[str], changed: bool, conditi
     if output == "-":
         output = None
     for path in filter(None, (junit, output)):
-        check_writable(path, files)
+        options.claim(path, files)
     models = comparison.join(files)
     # Scores without labels have no figures, but their images may have changed sides.
     record = comparison.set_side_by_side(models) if gates or not changed else {}

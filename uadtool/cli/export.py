@@ -1,4 +1,4 @@
-from typing import Any, Optional
+from typing import Any, Callable, Optional
 
 import click
 
@@ -11,6 +11,9 @@ from uadtool.errors import require_lab
 @options.output("The ONNX detector (.onnx) or TensorRT engine (.engine) to write.")
 @click.option("--images", metavar="PATH",
               help="Compare torch and the runtime on images of this folder or data set  [default: synthetic images]")
+@options.threshold_from
+@click.option("--false-positive-rate", metavar="SHARE", type=options.Share(0, 0.5),
+              help="Share of the good images of --threshold-from above their thresholds  [default: the model's]")
 @click.option("--workspace", type=click.IntRange(1), metavar="MIB",
               help="Memory for building an engine  [default: all]")
 @click.option("--max-batch", type=click.IntRange(1), metavar="N", help="Largest batch of an engine  [default: 8]")
@@ -23,7 +26,8 @@ from uadtool.errors import require_lab
 @click.option("--compute-capability", metavar="X.Y", help="Build for a GPU that is not here (TensorRT-RTX only).")
 @options.max_pixels
 @options.verbosity
-def export(model: str, output: str, images: Optional[str], **build: Any) -> None:
+def export(model: str, output: str, images: Optional[str], threshold_from: Optional[str],
+           false_positive_rate: Optional[float], **build: Any) -> None:
     """Write MODEL as a complete ONNX detector and check that its scores match those of torch.
 
     If MODEL is an ONNX detector, build a TensorRT engine from it, on the device that will run it. The metadata of the
@@ -33,9 +37,8 @@ def export(model: str, output: str, images: Optional[str], **build: Any) -> None
     Examples:
       uadtool export unified-int8.safetensors -o unified-int8.onnx --images mvtec/
       uadtool export unified-int8.onnx -o unified-int8.engine --workspace 1024
+      uadtool export unified.safetensors -o unified.onnx --threshold-from good.jsonl
     """
-    from uadtool.files import check_writable
-
     to_engine = output.endswith(".engine")
     build = {name: value for name, value in build.items() if value is not None}
     options.refuse(
@@ -44,38 +47,50 @@ def export(model: str, output: str, images: Optional[str], **build: Any) -> None
         (build and not to_engine, f"--{next(iter(build), '').replace('_', '-')} requires an .engine output."),
         (images and to_engine, "--images requires an .onnx output; check an engine with score."),
         ("gpu_fallback" in build and "dla" not in build, "--gpu-fallback requires --dla."),
+        (false_positive_rate is not None and not threshold_from, "--false-positive-rate requires --threshold-from."),
     )
     for path in filter(None, (output, to_engine and f"{output}.json", build.get("timing_cache"))):
-        check_writable(path, [model])
+        options.claim(path, [model, threshold_from])
+
+    def retuned(metadata: Any) -> Any:
+        if not threshold_from:
+            return metadata
+        from uadtool.comparing.good_images import with_thresholds_from
+
+        return with_thresholds_from(metadata, threshold_from, false_positive_rate)
+
     if to_engine:
-        _write_engine(model, output, build)
+        _write_engine(model, output, retuned, build)
     else:
-        _write_onnx(model, output, images)
+        _write_onnx(model, output, retuned, images)
 
 
-def _write_engine(model: str, output: str, build: Any) -> None:
-    from uadtool.files import unchanged, write_json
+def _write_engine(model: str, output: str, retuned: Callable[[Any], Any], build: Any) -> None:
+    from uadtool.files import unchanged
     from uadtool.runtimes.onnx_file import read_metadata
+    from uadtool.schemas.json_files import write_json
     from uadtool.tensorrt.builder import BuildOptions, build_engine
     from uadtool.tensorrt.engine_file import save_engine
 
     with unchanged(model) as digest:
-        metadata = read_metadata(model)
+        metadata = retuned(read_metadata(model))
         engine = build_engine(model, metadata, BuildOptions(**build))
     write_json(save_engine(engine, metadata, digest, output))
 
 
-def _write_onnx(model: str, output: str, images: Optional[str]) -> None:
+def _write_onnx(model: str, output: str, retuned: Callable[[Any], Any], images: Optional[str]) -> None:
     require_lab()
-    from uadtool.files import file_digest, unchanged, write_json
+    from uadtool.files import file_digest, unchanged
     from uadtool.lab.export import export as run
     from uadtool.lab.models import load_model
     from uadtool.lab.onnx_export.writer import save_onnx
     from uadtool.lab.training.precision import use_available_cores
+    from uadtool.schemas.json_files import write_json
 
     use_available_cores()
     with unchanged(model) as digest:
         detector, metadata = load_model(model)
+    metadata = retuned(metadata)
     proto, parity = run(detector, metadata, digest, images)
     save_onnx(proto, output)
     write_json({"schema": "uadtool.export/1", "output": output, "digest": file_digest(output), "model_digest": digest,

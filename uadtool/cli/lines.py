@@ -1,17 +1,20 @@
 """Lines of ``score``: records to stdout as JSON or CSV, and paths from stdin."""
 
+import contextlib
 import csv
 import io
 import json
 import os
 import sys
+from pathlib import Path
 from typing import Any, Callable, Dict, Iterable, Iterator, TextIO
 
-from uadtool.errors import UadtoolError
+from uadtool.errors import UadtoolError, reading
+from uadtool.host import parse_time
 from uadtool.terminal import printable
 
-COLUMNS = ("path", "class", "label", "score", "raw_score", "anomalous", "nearest_class", "milliseconds", "heatmap",
-           "mask", "copy", "error")
+COLUMNS = ("path", "time", "class", "label", "score", "raw_score", "threshold", "anomalous", "nearest_class",
+           "milliseconds", "heatmap", "mask", "copy", "error")
 """Columns of CSV output."""
 
 LONGEST_PATH = 1 << 20
@@ -54,6 +57,23 @@ def csv_writer(stdout: TextIO) -> Writer:
 
     write_row(COLUMNS)
     return write
+
+
+def scored_images(file: str) -> Dict[str, float]:
+    """The images in the JSON output of earlier runs, each with the time when it was scored (seconds since 1970).
+
+    Lines that are no ``image`` record with a ``time`` are ignored: a run that was killed leaves half a line.
+
+    Raises:
+        UadtoolError: the file cannot be read.
+    """
+    known: Dict[str, float] = {}
+    with reading(file), Path(file).open("rb") as lines:
+        for line in lines:
+            with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
+                record = json.loads(line)
+                known[record["path"]] = parse_time(record["time"])
+    return known
 
 
 def stdin_paths(separator: bytes) -> Iterator[str]:

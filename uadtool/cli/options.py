@@ -7,12 +7,14 @@
 ``--seed``        the source of all randomness
 ``--target``      the runtime whose integer kernels round
 ``--threads``     the number of cores to use
+``--threshold-from``  score file of good images
 ``-q`` / ``-v``   warnings only / debug messages and tracebacks, on stderr
 """
 
+import contextlib
 import logging
 import re
-from typing import Any, Callable, List, Optional, Tuple, TypeVar
+from typing import Any, Callable, Iterable, List, Optional, Tuple, TypeVar
 
 import click
 from click.core import ParameterSource
@@ -54,11 +56,28 @@ def _limit_pixels(ctx: click.Context, param: click.Parameter, value: Optional[in
         limit_pixels(value)
 
 
+class Share(click.FloatRange):
+    """A share, as a number (0.01) or in percent (1%)."""
+
+    def convert(self, value: Any, param: Optional[click.Parameter], ctx: Optional[click.Context]) -> Any:
+        if isinstance(value, str) and value.endswith("%"):
+            with contextlib.suppress(ValueError):  # click refuses it
+                value = float(value[:-1]) / 100
+        return super().convert(value, param, ctx)
+
+
 def refuse(*cases: Tuple[object, str]) -> None:
     """Raise a usage error with the message of the first case whose condition holds."""
     for condition, message in cases:
         if condition:
             raise click.UsageError(message)
+
+
+def claim(path: str, inputs: Iterable[Optional[str]] = ()) -> None:
+    """``files.claimed`` until the command ends."""
+    from uadtool.files import claimed
+
+    click.get_current_context().with_resource(claimed(path, inputs))
 
 
 def refuse_exported_name(ctx: click.Context, output: str) -> None:
@@ -88,6 +107,8 @@ seed = click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show
                     help="Source of all randomness.")
 max_pixels = click.option("--max-pixels", type=click.IntRange(1), metavar="N", expose_value=False,
                           callback=_limit_pixels, help="Refuse images of more pixels  [default: 178956970]")
+threshold_from = click.option("--threshold-from", metavar="FILE", type=click.Path(exists=True, dir_okay=False),
+                              help="Take thresholds from the good images in this output of score.")
 runtime = click.option("--runtime", type=click.Choice(["auto", "onnxruntime", "openvino", "tensorrt", "torch"]),
                        default="auto", show_default=True,
                        help="Runtime of the model; auto takes the fastest installed runtime for this kind of file, and "

@@ -67,16 +67,17 @@ def quantize(ctx: click.Context, model: str, data: Optional[str], ranges_file: O
     )
     options.refuse_exported_name(ctx, output)
     require_lab()
-    from uadtool.files import check_writable, file_digest, unchanged, write_json
+    from uadtool.files import file_digest, unchanged
     from uadtool.host import keep_freed_memory
     from uadtool.lab.models import load_float_model, save_model
     from uadtool.lab.quantization.ranges import RangesFile
     from uadtool.lab.quantize import Recipe, apply_recipe
     from uadtool.lab.training.precision import use_available_cores
+    from uadtool.schemas.json_files import write_json
 
     keep_freed_memory()
     use_available_cores()
-    check_writable(output, [model, data, ranges_file])
+    options.claim(output, [model, data, ranges_file])
     ranges = RangesFile.read(ranges_file) if ranges_file else None
     with unchanged(model) as digest:
         if ranges:

@@ -4,7 +4,7 @@ import signal
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Dict, Iterator, List, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple, Union
 
 import click
 
@@ -12,6 +12,9 @@ from uadtool.cli import options
 from uadtool.errors import GateFailed, UadtoolError
 from uadtool.host import available_cores, ending_signals
 from uadtool.terminal import log
+
+COMMON = "common"
+"""The ``--threshold`` that is one for all classes."""
 
 
 def _shard(ctx: click.Context, param: click.Parameter, value: Optional[str]) -> Optional[Tuple[int, int]]:
@@ -23,6 +26,15 @@ def _shard(ctx: click.Context, param: click.Parameter, value: Optional[str]) -> 
     return int(index), int(count)
 
 
+def _threshold(ctx: click.Context, param: click.Parameter, value: Optional[str]) -> Union[float, str, None]:
+    if value in (None, COMMON):
+        return value
+    try:
+        return _finite(ctx, param, float(str(value)))
+    except ValueError as error:
+        raise click.BadParameter(f"{value!r} is neither a score nor '{COMMON}'") from error
+
+
 def _finite(ctx: click.Context, param: click.Parameter, value: Optional[float]) -> Optional[float]:
     if value is not None and not math.isfinite(value):
         raise click.BadParameter("not a finite number")
@@ -32,10 +44,13 @@ def _finite(ctx: click.Context, param: click.Parameter, value: Optional[float]) 
 @click.command()
 @click.argument("model", metavar="MODEL")
 @click.argument("paths", metavar="[PATH...|-]", nargs=-1)
-@click.option("--threshold", metavar="SCORE", type=float, callback=_finite,
-              help="Score above which an image is anomalous  [default: the model's]")
-@click.option("--false-positive-rate", metavar="SHARE", type=click.FloatRange(0, 0.5),
-              help="Choose the threshold that this share of the good images held out in training exceeds.")
+@click.option("--threshold", metavar="SCORE|common", callback=_threshold,
+              help="Score above which an image of any class is anomalous; common: the model's one for all classes  "
+                   "[default: the model's, by class]")
+@options.threshold_from
+@click.option("--false-positive-rate", metavar="SHARE", type=options.Share(0, 0.5),
+              help="Choose the thresholds that this share of good images exceeds: of those held out in training, or of "
+                   "those of --threshold-from.")
 @click.option("--fail-above", type=float, callback=_finite, metavar="SCORE",
               help="Exit with 4 in the end if an image scores above SCORE.")
 @click.option("--fail-anomalous", is_flag=True, help="Exit with 4 in the end if an image is anomalous.")
@@ -50,13 +65,18 @@ def _finite(ctx: click.Context, param: click.Parameter, value: Optional[float]) 
 @click.option("--masks", type=click.Path(file_okay=False), metavar="DIR",
               help="Write the anomalous pixels of each image into this folder, white on black, in the image's size.")
 @click.option("--contact-sheet", type=click.Path(dir_okay=False), metavar="FILE",
-              help="Draw the images with the highest scores into one picture (.png).")
+              help="Draw the images with the highest scores into one picture (.png, .jpg, .webp).")
 @click.option("--top", type=click.IntRange(1, 500), metavar="N", default=24, show_default=True,
               help="Number of images on the contact sheet.")
+@click.option("--pictures", type=click.Choice(["all", "anomalous"]), default="all", show_default=True,
+              help="Images that --heatmaps and --masks are about.")
 @click.option("--copy-anomalous", type=click.Path(file_okay=False), metavar="DIR",
               help="Copy anomalous images into this folder.")
 @click.option("--follow", is_flag=True,
               help="Score each image that appears in the folder PATH from now on, until Ctrl-C.")
+@click.option("--done", type=click.Path(exists=True, dir_okay=False), metavar="FILE",
+              help="With --follow, first score the images that are not in FILE, the output of earlier runs, or changed "
+                   "since.")
 @click.option("--shard", metavar="I/N", callback=_shard,
               help="Score only every N-th image, starting with the I-th; compare merges the N runs.")
 @click.option("--ray", metavar="ADDRESS",
@@ -76,7 +96,7 @@ def score(ctx: click.Context, /, **values: Any) -> None:
 
     \b
     Examples:
-      uadtool score model.onnx photos/ | jq -r 'select(.anomalous) | .path'
+      uadtool score model.onnx photos/ | jq -r 'select(.anomalous == true) | .path'
       uadtool score model.onnx mvtec/ --heatmaps pictures > scores.jsonl
       find photos -print0 | uadtool score model.onnx - -0 --fail-above 6
       uadtool score model.onnx --follow incoming/ --copy-anomalous suspicious/
@@ -94,12 +114,12 @@ def score(ctx: click.Context, /, **values: Any) -> None:
     # All cores together answer one image soonest; one core for each image scores many images soonest.
     streams = 1 if arguments.follow else arguments.threads or available_cores()
     detector = open_model(arguments.model, arguments.threads, arguments.runtime, streams)
-    threshold = _threshold(arguments, detector.metadata)
+    thresholds = _thresholds(arguments, detector.metadata)
     samples, total = _samples(arguments)
     outputs, sheet = _outputs(arguments)
     stdout = sys.stdout  # while a cluster is connected, sys.stdout is another file
     write = json_writer(stdout) if arguments.layout == "jsonl" else csv_writer(stdout)
-    result = Result(threshold if arguments.fail_anomalous else arguments.fail_above)
+    result = Result(arguments.fail_anomalous, arguments.fail_above)
     with contextlib.ExitStack() as stack:
         cluster = None
         if arguments.ray:
@@ -107,8 +127,7 @@ def score(ctx: click.Context, /, **values: Any) -> None:
 
             cluster = stack.enter_context(connected(arguments.ray, detector))
         records = stack.enter_context(contextlib.closing(score_images(
-            detector, samples, threshold, arguments.batch_size, [output.add for output in outputs], arguments.shard,
-            cluster)))
+            detector, samples, thresholds, arguments.batch_size, outputs, arguments.shard, cluster)))
         progress = stack.enter_context(Progress("score", total))
         for record in records:
             write(record)
@@ -131,12 +150,18 @@ def _check_usage(ctx: click.Context, arguments: SimpleNamespace) -> None:
         (not paths and sys.stdin.isatty(), "Give a PATH, or paths on stdin."),
         ("-" in paths and len(paths) > 1, "Give either PATHs or -."),
         (arguments.null and paths not in ((), ("-",)), "-0 requires paths on stdin."),
-        (arguments.threshold is not None and arguments.false_positive_rate is not None,
-         "--threshold and --false-positive-rate are mutually exclusive."),
+        (isinstance(arguments.threshold, float) and (arguments.false_positive_rate is not None
+                                                     or arguments.threshold_from is not None),
+         "--threshold SCORE leaves nothing to --false-positive-rate and --threshold-from; leave one out."),
         (arguments.fail_anomalous and arguments.fail_above is not None,
          "--fail-above and --fail-anomalous are mutually exclusive."),
         (len(set(folders)) < len(folders), "Give each of --heatmaps, --masks and --copy-anomalous its own folder."),
         (not arguments.contact_sheet and options.given(ctx, "top"), "--top requires --contact-sheet."),
+        (not (arguments.heatmaps or arguments.masks) and options.given(ctx, "pictures"),
+         "--pictures requires --heatmaps or --masks."),
+        (arguments.contact_sheet and not arguments.contact_sheet.lower().endswith((".png", ".jpg", ".jpeg", ".webp")),
+         f"{arguments.contact_sheet} must end with .png, .jpg or .webp."),
+        (arguments.done and not follow, "--done requires --follow."),
         (follow and (arguments.shard or arguments.ray), "--follow uses one process; leave out --shard and --ray."),
         (arguments.ray and arguments.threads, "--ray uses one core per image; leave out --threads."),
         (arguments.ray and options.given(ctx, "max_pixels"), "--max-pixels does not reach a cluster; leave out --ray."),
@@ -146,27 +171,35 @@ def _check_usage(ctx: click.Context, arguments: SimpleNamespace) -> None:
     )
 
 
-def _threshold(arguments: SimpleNamespace, metadata: Any) -> float:
-    if arguments.false_positive_rate is None:
-        threshold: float = metadata.threshold if arguments.threshold is None else arguments.threshold
-        return threshold
-    from uadtool.scoring.thresholds import threshold_at
+def _thresholds(arguments: SimpleNamespace, metadata: Any) -> Any:
+    from uadtool.scoring.thresholds import Thresholds
 
-    if not metadata.good_scores:
+    if isinstance(arguments.threshold, float):
+        return Thresholds(arguments.threshold)
+    rate = arguments.false_positive_rate
+    if arguments.threshold_from:
+        from uadtool.comparing.good_images import with_thresholds_from
+
+        thresholds = Thresholds.of_model(with_thresholds_from(metadata, arguments.threshold_from, rate))
+    elif rate is None:
+        thresholds = Thresholds.of_model(metadata)
+    elif metadata.good_scores:
+        thresholds = Thresholds.at(rate, metadata.good_scores)
+    else:
         raise UadtoolError(f"{arguments.model} does not hold the scores of good images; train or quantize it again, or "
-                           "give --threshold")
-    return threshold_at(metadata.good_scores, arguments.false_positive_rate)
+                           "give --threshold-from")
+    return Thresholds(thresholds.common) if arguments.threshold == COMMON else thresholds
 
 
 def _samples(arguments: SimpleNamespace) -> Tuple[Iterator[Any], Optional[int]]:
     """The samples, and the number that this run scores, if it is known."""
-    from uadtool.cli.lines import stdin_paths
+    from uadtool.cli.lines import scored_images, stdin_paths
     from uadtool.data.dataset import scoring_samples
 
     if arguments.follow:
         from uadtool.data.watch import Watch
 
-        watch = Watch(arguments.paths[0])
+        watch = Watch(arguments.paths[0], scored_images(arguments.done) if arguments.done else None)
         for number in (signal.SIGINT, *ending_signals()):
             signal.signal(number, lambda *_: watch.stop())
         return scoring_samples(watch, strict=False), None
@@ -181,26 +214,39 @@ def _outputs(arguments: SimpleNamespace) -> Tuple[List[Any], Any]:
     """The writers of pictures and copies; and of these the contact sheet or None, since it is saved at the end."""
     if not (arguments.heatmaps or arguments.masks or arguments.copy_anomalous or arguments.contact_sheet):
         return [], None
-    from uadtool.files import check_writable
     from uadtool.scoring.contact_sheet import ContactSheet
     from uadtool.scoring.heatmaps import Heatmaps
     from uadtool.scoring.image_files import AnomalousImages, Masks
 
-    kinds = ((Heatmaps, arguments.heatmaps), (Masks, arguments.masks), (AnomalousImages, arguments.copy_anomalous))
-    outputs: List[Any] = [kind(directory) for kind, directory in kinds if directory]
+    keep = arguments.follow or arguments.shard is not None  # such runs go on with a folder, or share it
+    outputs = [kind(directory, keep).add for kind, directory in (
+        (Heatmaps, arguments.heatmaps), (Masks, arguments.masks)) if directory]
+    if arguments.pictures == "anomalous":
+        outputs = [_if_anomalous(output) for output in outputs]
+    if arguments.copy_anomalous:
+        outputs.append(AnomalousImages(arguments.copy_anomalous, keep).add)
     sheet = None
     if arguments.contact_sheet:
-        check_writable(arguments.contact_sheet, [arguments.model])
+        options.claim(arguments.contact_sheet, [arguments.model])
         sheet = ContactSheet(arguments.contact_sheet, arguments.top)
-        outputs.append(sheet)
+        outputs.append(sheet.add)
     return outputs, sheet
 
 
-class Result:
-    """Counts the images of a run; ``limit`` is the score that no image may exceed, or None."""
+def _if_anomalous(output: Callable[..., Dict[str, Any]]) -> Callable[..., Dict[str, Any]]:
+    return lambda record, anomaly_map: output(record, anomaly_map) if record["anomalous"] else {}
 
-    def __init__(self, limit: Optional[float]) -> None:
-        self._limit = limit
+
+class Result:
+    """Counts the images of a run.
+
+    Args:
+        fail_anomalous: no image may be anomalous.
+        limit: the score that no image may exceed, or None.
+    """
+
+    def __init__(self, fail_anomalous: bool, limit: Optional[float]) -> None:
+        self._fail_anomalous, self._limit = fail_anomalous, limit
         self._images = self._errors = self._above = 0
         self._first_error, self._worst = "", (-math.inf, "")
 
@@ -209,7 +255,7 @@ class Result:
         if "error" in record:
             self._errors += 1
             self._first_error = self._first_error or record["error"]
-        elif self._limit is not None and record["score"] > self._limit:
+        elif record["anomalous"] if self._fail_anomalous else self._limit is not None and record["score"] > self._limit:
             self._above += 1
             self._worst = max(self._worst, (record["score"], record["path"]))
 
@@ -219,8 +265,9 @@ class Result:
         if self._above:
             if self._errors:
                 log.error("error: %s", unscored)
-            raise GateFailed(f"{self._above} of {self._images} images score above {self._limit:g}; worst: "
-                             f"{self._worst[1]} with {self._worst[0]:g}")
+            finding = "are anomalous" if self._limit is None else f"score above {self._limit:g}"
+            raise GateFailed(f"{self._above} of {self._images} images {finding}; worst: {self._worst[1]} with "
+                             f"{self._worst[0]:g}")
         if self._errors:
             raise UadtoolError(unscored)
         if not self._images and not may_be_empty:

@@ -47,9 +47,9 @@ def _pairs(ctx: click.Context, param: click.Parameter, value: Tuple[str, ...]) -
 @options.classes
 @click.option("--epochs", type=click.IntRange(1), default=40, show_default=True, help="Passes over the images.")
 @click.option("--steps", type=click.IntRange(1), help="Batches of 16 images to train on, instead of --epochs.")
-@click.option("--held-out", type=click.FloatRange(0.01, 0.9), default=0.2, show_default=True, metavar="SHARE",
+@click.option("--held-out", type=options.Share(0.01, 0.9), default=0.2, show_default=True, metavar="SHARE",
               help="Share of the good images to hold out; they choose the checkpoint and set the threshold.")
-@click.option("--false-positive-rate", type=click.FloatRange(0, 0.5), default=0.01, show_default=True, metavar="SHARE",
+@click.option("--false-positive-rate", type=options.Share(0, 0.5), default=0.01, show_default=True, metavar="SHARE",
               help="Share of held-out good images above the threshold.")
 @click.option("--teacher-int8", "teacher_ranges", metavar="RANGES",
               help="Quantize the teacher before training, with ranges of a model that has this teacher; the student "
@@ -96,7 +96,7 @@ def train(ctx: click.Context, data: str, output: Optional[str], method: str, met
     options.refuse_exported_name(ctx, output)
     require_lab()
     from uadtool.data.dataset import training_samples
-    from uadtool.files import check_writable, file_digest, write_json
+    from uadtool.files import file_digest
     from uadtool.host import keep_freed_memory
     from uadtool.lab.models import save_model
     from uadtool.lab.quantization.ranges import RangesFile
@@ -104,11 +104,12 @@ def train(ctx: click.Context, data: str, output: Optional[str], method: str, met
     from uadtool.lab.train import train as run
     from uadtool.lab.training.distributed import on_first, process_group
     from uadtool.lab.training.precision import use_available_cores
+    from uadtool.schemas.json_files import write_json
 
     keep_freed_memory()
     use_available_cores()
     with process_group(device):
-        on_first(lambda: check_writable(output, [data, teacher_weights, teacher_ranges]))
+        on_first(lambda: options.claim(output, [data, teacher_weights, teacher_ranges]))
         ranges = RangesFile.read(teacher_ranges).ranges if teacher_ranges else None
         samples = training_samples(data, classes)
         checkpoint = Path(f"{output}.checkpoint")
@@ -124,7 +125,8 @@ def train(ctx: click.Context, data: str, output: Optional[str], method: str, met
         checkpoint.unlink(missing_ok=True)
         write_json({
             "schema": "uadtool.train/1", "output": output, "digest": file_digest(output), **result.report,
-            "threshold": result.metadata.threshold, "false_positive_rate": false_positive_rate,
+            "threshold": result.metadata.threshold, "thresholds": result.metadata.thresholds,
+            "false_positive_rate": false_positive_rate,
             "parameters": result.metadata.parameters, "macs": result.metadata.macs,
         })
 
@@ -133,8 +135,8 @@ def _check(data: str, classes: Optional[List[str]], held_out: float, false_posit
     from time import perf_counter
 
     from uadtool.data.check import check, table
-    from uadtool.files import write_json
     from uadtool.host import available_cores
+    from uadtool.schemas.json_files import write_json
     from uadtool.scoring.metrics import rounded
 
     began = perf_counter()

@@ -5,8 +5,8 @@ from pathlib import PurePath
 from typing import Any, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 from uadtool import __version__
-from uadtool.comparing.results import Result, read_results
-from uadtool.comparing.shards import merge_shards
+from uadtool.comparing.results import BY_CLASS, Result, read_results
+from uadtool.comparing.shards import merge_shards, tail
 from uadtool.errors import UadtoolError
 from uadtool.terminal import log
 
@@ -23,10 +23,9 @@ class Metric(NamedTuple):
     change: str
 
 
-METRICS = {
+METRICS = {  # the classes follow in the table: image_auroc.CLASS
     "image_auroc": Metric("image AUROC, mean", "", "higher", "difference"),
     "image_auroc.pooled": Metric("image AUROC, pooled", "", "higher", "difference"),
-    # the classes come here: image_auroc.CLASS
     "average_precision": Metric("average precision", "", "higher", "difference"),
     "f1_max": Metric("F1-max", "", "higher", "difference"),
     "pixel_auroc": Metric("pixel AUROC", "", "higher", "difference"),
@@ -103,19 +102,24 @@ def join(files: Sequence[str]) -> List[Model]:
 def set_side_by_side(models: Sequence[Model]) -> Dict[str, Any]:
     """The ``uadtool.compare/1`` record (schemas/compare.json): values of each model, and changes against the first.
 
-    Image AUROC differences have bootstrap intervals where both models scored the same images.
+    Metrics of scores have no changes where the models scored different images. Image AUROC differences have bootstrap
+    intervals where the images have the same paths.
 
     Raises:
         UadtoolError: the results hold no figure.
     """
+    comparable = [_have_the_same_images(models[0], model) for model in models]
     values = [{name: value for result in (model.scores, model.bench) if result
                for name, value in result.values.items()} for model in models]
     intervals = [_intervals(models[0], model) if model is not models[0] else {} for model in models]
     rows = []
-    for name, metric in _present(values):
+    for name, class_name, metric in _present(values):
         row_values = [model_values.get(name) for model_values in values]
-        row = {"metric": name, **metric._asdict(), "values": row_values,
-               "changes": [None, *(change(metric.change, value, row_values[0]) for value in row_values[1:])]}
+        row = {"metric": name, **({"class": class_name} if class_name else {}), **metric._asdict(),
+               "values": row_values,
+               "changes": [None, *(change(metric.change, value, row_values[0])
+                                   if same or metric.change == "ratio" else None
+                                   for value, same in zip(row_values[1:], comparable[1:]))]}
         if any(name in model_intervals for model_intervals in intervals):
             row["intervals"] = [model_intervals.get(name) for model_intervals in intervals]
         rows.append(row)
@@ -125,7 +129,8 @@ def set_side_by_side(models: Sequence[Model]) -> Dict[str, Any]:
     return {
         "schema": "uadtool.compare/1",
         "tool": f"uadtool {__version__}",
-        "models": [_origin(model) for model in models],
+        "models": [{**_origin(model), **({} if same else {"comparable": False})}
+                   for model, same in zip(models, comparable)],
         "confidence": CONFIDENCE,
         "resamples": RESAMPLES,
         "rows": rows,
@@ -158,8 +163,8 @@ def changed(models: Sequence[Model]) -> List[Dict[str, Any]]:
             if before.anomalous != after.anomalous:
                 record = {"type": "changed", "path": path, "class": before.class_name, "label": before.label,
                           "models": [first, other], "scores": [before.score, after.score],
-                          "thresholds": [a.threshold, b.threshold],
-                          "moved": round((after.score - b.threshold) - (before.score - a.threshold), 6)}
+                          "thresholds": [before.threshold, after.threshold],
+                          "moved": round(after.margin - before.margin, 6)}
                 records.append({key: value for key, value in record.items() if value is not None})
     return sorted(records, key=lambda record: (-abs(record["moved"]), record["path"], record["models"]))
 
@@ -180,9 +185,12 @@ def _any(column: Dict[str, Result]) -> Result:
 
 def _origin(model: Model) -> Dict[str, Any]:
     result = model.any
+    training = result.model.get("training", {})
     files = {"scores": model.scores, "bench": model.bench}
     return {
-        "label": model.label, "path": result.path, "digest": result.digest, "precision": result.precision,
+        "label": model.label, "path": result.path, "digest": result.digest,
+        **{name: result.model[name] for name in ("method", "teacher", "image_size", "precision")},
+        **({"training": training} if training else {}),
         "runtime": result.runtime, "machine": result.machine,
         **({"quantization": result.quantization} if result.quantization else {}),
         "files": {kind: result.file for kind, result in files.items() if result},
@@ -190,16 +198,23 @@ def _origin(model: Model) -> Dict[str, Any]:
     }
 
 
-def _present(values: Iterable[Dict[str, float]]) -> Iterator[Tuple[str, Metric]]:
-    """The metrics with a value, in the order of the table: the classes follow the pooled image AUROC."""
+def _present(values: Iterable[Dict[str, float]]) -> Iterator[Tuple[str, Optional[str], Metric]]:
+    """The metrics with a value, each with the class that it is about, if any, in the order of the table.
+
+    The classes follow the figures over all.
+    """
     names = {name: None for model_values in values for name in model_values}  # a set that keeps its order
     for name, metric in METRICS.items():
         if name in names:
-            yield name, metric
-        if name == "image_auroc.pooled":
-            for class_metric in names:
-                if class_metric not in METRICS:
-                    yield class_metric, metric._replace(label=f"image AUROC, {class_metric[len('image_auroc.'):]}")
+            yield name, None, metric
+        base = name.replace(".pooled", "")
+        if base not in BY_CLASS or (name == base and f"{name}.pooled" in METRICS):
+            continue
+        for class_metric in names:
+            if class_metric.startswith(f"{base}.") and class_metric not in METRICS:
+                class_name = class_metric[len(base) + 1:]
+                label = f"{metric.label.replace(', pooled', '')}, {class_name}"
+                yield class_metric, class_name, metric._replace(label=label)
 
 
 def _labels(paths: List[str]) -> List[str]:
@@ -213,6 +228,18 @@ def _labels(paths: List[str]) -> List[str]:
             for index, label in enumerate(labels)]
 
 
+def _have_the_same_images(first: Model, other: Model) -> bool:
+    """Whether two models scored the same labelled images, perhaps below different folders; if not, warn."""
+    a, b = first.scores, other.scores
+    if not (a and b and a.truth and b.truth):
+        return True
+    one, two = ({tail(path): truth for path, truth in result.truth.items()} for result in (a, b))
+    if one != two:
+        log.warning("%s and %s are about different images, so that no change is given; score the same", a.source,
+                    b.source)
+    return one == two
+
+
 def _intervals(first: Model, other: Model) -> Dict[str, Tuple[float, float]]:
     """Bounds of the differences by metric; empty unless both models have scores of the same labelled images."""
     a, b = first.scores, other.scores
@@ -220,7 +247,6 @@ def _intervals(first: Model, other: Model) -> Dict[str, Tuple[float, float]]:
         return {}
     truth = a.truth
     if truth != b.truth:
-        log.warning("%s and %s are about different images: no confidence intervals", a.source, b.source)
         return {}
     anomalous, classes = zip(*truth.values())
     if len(set(anomalous)) == 1:

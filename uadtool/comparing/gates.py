@@ -61,7 +61,10 @@ class Gate:
         if self.change and len(labels) == 1:
             raise UadtoolError(f"gate {self} is relative to the first model; add the files of a second model")
         values = rows[metric]["values"]
-        for label, value in list(zip(labels, values))[1 if self.change else 0:]:
+        for model, value in list(zip(record["models"], values))[1 if self.change else 0:]:
+            label = model["label"]
+            if self.change and not model.get("comparable", True) and rows[metric]["change"] == "difference":
+                raise UadtoolError(f"gate {self} cannot be decided for {label}: {labels[0]} scored other images")
             measured = change(self.change, value, values[0]) if self.change else value
             if measured is None:
                 raise UadtoolError(f"gate {self} cannot be decided for {label}: a value of {self.metric} is missing")

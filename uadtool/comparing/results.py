@@ -9,9 +9,17 @@ from pathlib import Path
 from typing import Any, Dict, FrozenSet, Iterator, List, NamedTuple, Optional, Set, Tuple
 
 from uadtool.errors import UadtoolError, reading
-from uadtool.files import refuse_newer
+from uadtool.schemas.json_files import refuse_newer
 from uadtool.schemas.validation import validate
+from uadtool.scoring.thresholds import Thresholds
 from uadtool.terminal import log
+
+BY_CLASS = ("image_auroc", "false_positive_rate", "recall")
+"""Metrics whose value for each class is a metric, too: ``recall.CLASS``."""
+
+
+NO_THRESHOLDS = Thresholds(math.nan)
+"""Of a bench file."""
 
 
 class ScoredImage(NamedTuple):
@@ -19,42 +27,60 @@ class ScoredImage(NamedTuple):
 
     score: float
     raw_score: float
+    threshold: float
     anomalous: bool
+    nearest_class: str
     label: Optional[str]
     class_name: Optional[str]
+
+    @property
+    def margin(self) -> float:
+        """The score above the threshold."""
+        return self.score - self.threshold
 
 
 @dataclass(frozen=True)
 class Result:
     """The figures of one model from one run of ``score`` or ``bench``, or from several merged runs of ``score``.
 
-    ``kind`` is ``scores`` or ``bench``. ``quantization`` is as in the record, empty for a float model. ``runtime`` is
-    its name and version, ``machine`` the board or processor. ``values`` maps metric names to values in the units of
+    ``kind`` is ``scores`` or ``bench``. ``model`` is the object of the record (schemas/common.json). ``runtime`` is its
+    name and version, ``machine`` the board or processor. ``values`` maps metric names to values in the units of
     ``comparing.comparison.METRICS``.
 
-    The other fields are for scores: ``threshold``; ``images`` that have a score, by path; ``pixels``, the counts behind
-    the pixel metrics (``Evaluation.pixels``), None if the file lacks them; ``shards``, the merged files; ``unread``,
-    paths of images that could not be scored; ``shard``, (I, N) of ``--shard I/N``.
+    The other fields are for scores: ``thresholds``; ``images`` that have a score, by path; ``pixels``, the counts
+    behind the pixel metrics (``Evaluation.pixels``), None if the file lacks them; ``shards``, the merged files;
+    ``unread``, paths of images that could not be scored; ``shard``, (I, N) of ``--shard I/N``.
     """
 
     kind: str
     file: str
-    path: str
-    digest: str
-    method: str
-    precision: str
-    quantization: Dict[str, Any]
+    model: Dict[str, Any]
     runtime: str
     machine: str
     tool: str
     started: str
     values: Dict[str, float]
-    threshold: float = math.nan
+    thresholds: Thresholds = NO_THRESHOLDS
     images: Dict[str, ScoredImage] = field(default_factory=dict)
     pixels: Optional[Dict[str, Any]] = None
     shards: Tuple[str, ...] = ()
     unread: FrozenSet[str] = frozenset()
     shard: Optional[Tuple[int, int]] = None
+
+    @property
+    def path(self) -> str:
+        """Of the model file."""
+        return str(self.model["path"])
+
+    @property
+    def digest(self) -> str:
+        """Of the model file."""
+        return str(self.model["digest"])
+
+    @property
+    def quantization(self) -> Dict[str, Any]:
+        """How the model was quantized; empty for a float model."""
+        return dict(self.model.get("quantization") or {})
 
     @property
     def source(self) -> str:
@@ -92,7 +118,8 @@ def read_results(file: str) -> List[Result]:
                 shard = record.get("shard")
                 if shard and shard["index"] > shard["count"]:
                     raise ValueError(f"shard {shard['index']} of {shard['count']} does not exist")
-                run = replace(_result("scores", name, record, record, {}), threshold=float(record["threshold"]),
+                run = replace(_result("scores", name, record, record, {}),
+                              thresholds=Thresholds(float(record["threshold"]), record.get("thresholds") or {}),
                               shard=(shard["index"], shard["count"]) if shard else None)
                 unread = set()
             elif kind == "image" and run:
@@ -101,9 +128,10 @@ def read_results(file: str) -> List[Result]:
                     unread.add(record["path"])
                 else:
                     validate(record, "score#/$defs/image")
-                    run.images[record["path"]] = ScoredImage(float(record["score"]), float(record["raw_score"]),
-                                                             record["anomalous"], record.get("label"),
-                                                             record.get("class"))
+                    run.images[record["path"]] = ScoredImage(
+                        float(record["score"]), float(record["raw_score"]),
+                        float(record.get("threshold", run.thresholds.common)), record["anomalous"],
+                        record["nearest_class"], record.get("label"), record.get("class"))
             elif kind == "summary" and run:
                 validate(record, "score#/$defs/summary")
                 results.append(replace(run, values=score_values(record.get("metrics") or {}),
@@ -151,25 +179,26 @@ _CONTENT = re.compile(r"\S")
 
 def _result(kind: str, file: str, opening: Dict[str, Any], entry: Dict[str, Any], values: Dict[str, float]) -> Result:
     model, runtime, host = entry["model"], entry["runtime"], opening["host"]
-    return Result(kind, file, model["path"], model["digest"], model["method"], model["precision"],
-                  dict(model.get("quantization") or {}), f"{runtime['name']} {runtime['version']}",
-                  host.get("board") or host["cpu"], opening["tool"], opening["started"], values)
+    return Result(kind, file, model, f"{runtime['name']} {runtime['version']}", host.get("board") or host["cpu"],
+                  opening["tool"], opening["started"], values)
 
 
 def score_values(metrics: Dict[str, Any]) -> Dict[str, float]:
     """The values of a ``metrics`` object, by metric name.
 
-    A class named ``pooled`` is left out, because ``image_auroc.pooled`` is the figure over all classes.
+    A class named ``pooled`` is left out of image AUROC, because ``image_auroc.pooled`` is the figure over all classes.
+    Files from before 2026-12 hold ``recall`` and ``false_positive_rate`` as numbers over all classes.
     """
-    image_auroc = metrics.get("image_auroc") or {}
-    per_class = dict(image_auroc.get("per_class", {}))
-    if per_class.pop("pooled", None) is not None:
+    figures = {name: figure if isinstance(figure, dict) else {"pooled": figure} for name, figure in metrics.items()}
+    values = {name: figures.get(name, {}).get("pooled" if name in ("false_positive_rate", "recall") else "mean")
+              for name in ("image_auroc", "average_precision", "f1_max", "pixel_auroc", "aupro", "false_positive_rate",
+                           "recall")}
+    for name in BY_CLASS:
+        values.update({f"{name}.{class_name}": value
+                       for class_name, value in figures.get(name, {}).get("per_class", {}).items()})
+    if "image_auroc.pooled" in values:
         log.warning("the image AUROC of the class 'pooled' is left out: image_auroc.pooled is that over all classes")
-    values = {name: (metrics.get(name) or {}).get("mean")
-              for name in ("image_auroc", "average_precision", "f1_max", "pixel_auroc", "aupro")}
-    values.update({f"image_auroc.{name}": value for name, value in per_class.items()})
-    values["image_auroc.pooled"] = image_auroc.get("pooled")
-    values.update({name: metrics.get(name) for name in ("false_positive_rate", "recall")})
+    values["image_auroc.pooled"] = figures.get("image_auroc", {}).get("pooled")
     return {name: float(value) for name, value in values.items() if value is not None}
 
 

@@ -16,7 +16,7 @@ def merge_shards(results: Iterable[Result]) -> List[Result]:
 
     A merged result stands where its first shard stood. Its figures are those of one run over all images. Runs of
     ``--shard`` are merged from all machines, unless one machine ran all shards. Other runs are merged only if they have
-    one runtime and machine, and no path of one run ends like a path of the other (``_tail``): images of another machine
+    one runtime and machine, and no path of one run ends like a path of the other (``tail``): images of another machine
     or below another folder may be the same images. All other runs of one model stay separate.
 
     Raises:
@@ -57,7 +57,7 @@ class _Group:
     def add(self, result: Result) -> None:
         self.results.append(result)
         self._paths |= result.images.keys()
-        self._tails.update(map(_tail, result.images))
+        self._tails.update(map(tail, result.images))
         self._ends.update(end for path in result.images for end in _ends(path))
         self._shards.add(result.shard)
 
@@ -71,7 +71,7 @@ class _Group:
             return (first.shard[1] == result.shard[1] and not elsewhere and result.shard not in self._shards
                     and self._paths.isdisjoint(result.images))
         return first.machine == result.machine and not any(
-            _tail(path) in self._ends or not self._tails.isdisjoint(_ends(path)) for path in result.images)
+            tail(path) in self._ends or not self._tails.isdisjoint(_ends(path)) for path in result.images)
 
 
 def _place(shard: Result) -> _Place:
@@ -88,7 +88,7 @@ def _complete(results: Iterable[Result]) -> Set[_Place]:
     return {place for place, shards in shards_at.items() if len(shards) == place[1]}
 
 
-def _tail(path: str) -> Tuple[str, ...]:
+def tail(path: str) -> Tuple[str, ...]:
     """The end of a path that identifies an image in any copy of its data set: CLASS/test/DEFECT/FILE.
 
     It is in NFC, since copying a data set from a Mac may change how its names are stored.
@@ -98,8 +98,8 @@ def _tail(path: str) -> Tuple[str, ...]:
 
 def _ends(path: str) -> List[Tuple[str, ...]]:
     """The tails of an image as seen from other folders."""
-    tail = _tail(path)
-    return [tail[start:] for start in range(len(tail))]
+    parts = tail(path)
+    return [parts[start:] for start in range(len(parts))]
 
 
 def _one_model(a: Result, b: Result) -> bool:
@@ -122,14 +122,15 @@ def _merged(shards: List[Result]) -> Result:
 
     first = shards[0]
     for shard in shards:
-        if shard.threshold != first.threshold:
-            raise UadtoolError(f"{first.file} and {shard.file} are shards of one model ({first.path}) with thresholds "
-                               f"{first.threshold:g} and {shard.threshold:g}; score them with one --threshold")
+        if shard.thresholds != first.thresholds:
+            raise UadtoolError(f"{first.file} and {shard.file} are shards of one model ({first.path}) with different "
+                               "thresholds; score all with the same options")
     images = {path: image for shard in shards for path, image in shard.images.items()}
-    evaluation = Evaluation(first.threshold)
+    evaluation = Evaluation()
     for image in images.values():
         if image.label:
-            evaluation.add(image.class_name or "", image.label == "anomalous", image.score, image.raw_score)
+            evaluation.add(image.class_name or "", image.label == "anomalous", image.score, image.raw_score,
+                           image.anomalous)
     without_pixels = [shard.file for shard in shards if shard.truth and shard.pixels is None]
     if not without_pixels:
         for shard in shards:

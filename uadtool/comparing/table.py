@@ -7,7 +7,6 @@ from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 from tabulate import tabulate
 
-from uadtool.comparing.comparison import METRICS
 from uadtool.terminal import printable
 
 DECIMALS = {"": 4, "ms": 2, "images/s": 1, "MB": 1, "mJ": 1, "M": 2, "G": 3}
@@ -53,7 +52,7 @@ def as_table(record: Dict[str, Any], markdown: bool = False) -> str:
                 line.append(_change(change, row["change"], decimals))
                 below.append("..".join(f"{bound:.3f}" for bound in interval or []))
         lines.append(line)
-        if any(below) and (fits or row["metric"] in METRICS):
+        if any(below) and (fits or "class" not in row):
             lines.append([f"{record['confidence']:.0%} interval", *below[1:]])
     style = "pipe" if markdown else "simple"
     alignment = ["left"] + ["right"] * (len(headers) - 1)
@@ -61,9 +60,16 @@ def as_table(record: Dict[str, Any], markdown: bool = False) -> str:
 
 
 def _origins(models: List[Dict[str, Any]]) -> Iterator[Tuple[str, List[str]]]:
-    """Rows of text that describe the models: quantization only if a model is quantized, runtime and machine only if
-    they differ.
+    """Rows of text that describe the models: quantization only if a model is quantized, all but the precision
+    otherwise only if they differ.
     """
+    sizes = [{**model, "image_size": "x".join(map(str, model["image_size"])),
+              "steps": str(model.get("training", {}).get("steps", "-")),
+              "trained": model.get("training", {}).get("started", "-").replace("T", " ")[:16]} for model in models]
+    for label, key in (("method", "method"), ("teacher", "teacher"), ("image size", "image_size"), ("steps", "steps"),
+                       ("trained", "trained")):
+        if len({model[key] for model in sizes}) > 1:
+            yield label, [model[key] for model in sizes]
     yield "precision", [model["precision"] for model in models]
     quantizations = [model.get("quantization", {}) for model in models]
     for label, key in (("quantized by", "method"), ("calibration", "calibration"), ("calibrated on", "source"),

@@ -17,6 +17,7 @@ from typing import Any, BinaryIO, Collection, Dict, Iterator, List, NamedTuple, 
 from urllib.parse import unquote, urlsplit
 
 from uadtool.errors import MissingPackage, UadtoolError, reading, require
+from uadtool.files import WRITTEN
 
 LEFTOVERS = {
     "@eadir", "@recycle", "@tmp", "#recycle", "#snapshot", "$recycle.bin", "recycler", "system volume information",
@@ -88,7 +89,9 @@ Problem = Tuple[str, str]
 
 @dataclass(frozen=True)
 class LocalFolder:
-    """A folder on this machine, without what is ``ignored``. Files are given by their path in it.
+    """A folder on this machine, without what is ``ignored`` and without folders of outputs (``files.WRITTEN``).
+
+    Files are given by their path in it.
 
     Links to folders are followed, but each folder is listed once.
     """
@@ -114,7 +117,8 @@ class LocalFolder:
         """
         with reading(self.place):
             names = [child.name for child in self.place.iterdir()]
-        return sorted(name for name in names if not ignored(name) and (self / name).exists())
+        return sorted(name for name in names if not ignored(name) and (self / name).exists()
+                      and not os.path.exists(self.place / name / WRITTEN))  # noqa: PTH110 as above
 
     def files(self, without: Collection[str] = ()) -> Tuple[List[PurePath], List[Problem]]:
         """All files below this folder, sorted, except those in its folders ``without``; none if it does not exist.
@@ -140,6 +144,9 @@ class LocalFolder:
                     continue
                 seen.add((status.st_dev, status.st_ino))
                 inside = Path(here).relative_to(self.place)
+                if WRITTEN in files and inside.parts:
+                    folders.clear()
+                    continue
                 folders[:] = sorted(name for name in folders
                                     if not ignored(name) and (inside.parts or name not in without))
                 paths += [inside / name for name in files if not ignored(name)]

@@ -13,11 +13,12 @@ import sys
 import threading
 import time
 from pathlib import Path, PurePath
-from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Tuple
+from typing import Any, Dict, Iterator, List, Mapping, NamedTuple, Optional, Tuple
 
 from uadtool.data.samples import SUFFIXES
 from uadtool.data.storage import ignored
 from uadtool.errors import UadtoolError, require
+from uadtool.terminal import log
 
 SCAN_PAUSE = 1.0
 """Least number of seconds between two scans. An image that no event reports takes two scans."""
@@ -51,12 +52,16 @@ class Watch:
     two scans in a row find it unchanged and not empty. Hidden files and folders and files without an image suffix do
     not count: programs that copy files write to such names first.
 
+    Args:
+        known: the images that count from now on only if they change, each with the time (seconds since 1970) when it
+            was known; all that are there if None.
+
     Raises:
         UadtoolError: the folder does not exist or cannot be watched, or is removed or replaced during the iteration.
         MissingPackage: watchdog is not installed.
     """
 
-    def __init__(self, folder: str) -> None:
+    def __init__(self, folder: str, known: Optional[Mapping[str, float]] = None) -> None:
         if not sys.platform.startswith("linux"):
             raise UadtoolError("following a folder requires Linux; pipe paths into: uadtool score MODEL -")
         if not Path(folder).is_dir():
@@ -89,7 +94,10 @@ class Watch:
             self._observer.start()
         except OSError as error:  # for example the limit of inotify
             raise UadtoolError(f"cannot follow {folder}: {error.strerror}") from error
-        seen = {path: Seen(state, 2) for path, state in old.items() if state}
+        new = set() if known is None else {path for path, state in old.items()
+                                           if state and state[0] > 1e9 * known.get(path, -1)}
+        seen = {path: Seen(state, 1 if path in new else 2) for path, state in old.items() if state}
+        log.info("following %s%s", folder, f", with {len(new)} images from before" if new else "")
         threading.Thread(target=self._scan_until_stopped, args=(seen,), daemon=True).start()
 
     def __iter__(self) -> Iterator[str]:

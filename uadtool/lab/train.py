@@ -15,7 +15,7 @@ from uadtool.data.samples import Sample
 from uadtool.data.splits import LEAST_HELD_OUT, balanced, split_held_out
 from uadtool.errors import UadtoolError
 from uadtool.files import file_digest, list_digest
-from uadtool.host import available_cores
+from uadtool.host import available_cores, build_time
 from uadtool.lab.detectors.backbones import DEFAULT_TEACHER
 from uadtool.lab.detectors.complexity import count_macs, count_parameters
 from uadtool.lab.detectors.contract import Detector
@@ -31,7 +31,7 @@ from uadtool.lab.training.data import Teacher, TeacherFeatures, names_digest, pa
 from uadtool.lab.training.loop import BATCH_SIZE, Outcome, Run, steps_per_epoch
 from uadtool.lab.training.precision import autocast, autocast_dtype, choose_device
 from uadtool.metadata import PREPROCESSING, Metadata, Reading
-from uadtool.scoring.thresholds import bounded_scores, threshold_at
+from uadtool.scoring.thresholds import Thresholds, bounded_scores
 from uadtool.terminal import log
 
 
@@ -101,11 +101,11 @@ def train(samples: Sequence[Sample], options: TrainingOptions, checkpoint: Path,
             checkpoint belongs to another run, or processes that train together disagree or are too many.
         KeyboardInterrupt: a signal arrived; the checkpoint is written.
     """
-    began = time.monotonic()
+    began, started = time.monotonic(), build_time()
     torch.manual_seed(options.seed)
     job = _prepare(samples, options, checkpoint, resume)
     outcome = job.detector.fit(job.run)
-    return _finish(job, outcome, samples, options, began) if distributed.rank() == 0 else None
+    return _finish(job, outcome, samples, options, began, started) if distributed.rank() == 0 else None
 
 
 def _prepare(samples: Sequence[Sample], options: TrainingOptions, checkpoint: Path, resume: bool) -> _Job:
@@ -133,7 +133,7 @@ def _prepare(samples: Sequence[Sample], options: TrainingOptions, checkpoint: Pa
               "teacher_ranges": ranges_digest(options.teacher_ranges) if options.teacher_ranges else None,
               "image_size": list(options.image_size),
               "device": device.type, "dtype": str(dtype),
-              "images": list_digest(sample.path for sample in samples)}
+              "image count": len(samples), "images": list_digest(sample.path for sample in samples)}
     distributed.require_same(config)
     processes, batch_size = distributed.world_size(), min(BATCH_SIZE, len(training_samples))
     if processes > batch_size:
@@ -199,7 +199,7 @@ def _teacher(detector: Detector, options: TrainingOptions, samples: Sequence[Sam
 
 
 def _finish(job: _Job, outcome: Outcome, samples: Sequence[Sample], options: TrainingOptions,
-            began: float) -> TrainingResult:
+            began: float, started: str) -> TrainingResult:
     """Bring the trained detector into its deployed form, set its statistics, and describe it."""
     detector, run = job.detector, job.run
     detector.fold_batch_norm()
@@ -223,14 +223,16 @@ def _finish(job: _Job, outcome: Outcome, samples: Sequence[Sample], options: Tra
     step = {
         "command": "train", "tool_version": __version__, "images": run.config["images"], "names": names_digest(samples),
         "teacher_weights": job.weights_source, "teacher_weights_digest": run.config["teacher_weights"],
-        "steps": run.steps, "seed": options.seed, "held_out": options.held_out, "dtype": report["dtype"],
-        "processes": report["processes"], "teacher_int8": options.target if options.teacher_ranges else None,
+        "started": started, "steps": run.steps, "seed": options.seed, "held_out": options.held_out,
+        "dtype": report["dtype"], "processes": report["processes"],
+        "teacher_int8": options.target if options.teacher_ranges else None,
     }
     if (packed := pack_originals(job.inspection.originals)) is not None:
         step["originals"] = packed
+    thresholds = Thresholds.at(options.false_positive_rate, scores)
     metadata = Metadata(
         method=options.method, teacher=options.teacher, classes=job.classes, image_size=options.image_size,
-        map_size=detector.map_size, threshold=threshold_at(scores, options.false_positive_rate),
+        map_size=detector.map_size, threshold=thresholds.common, thresholds=dict(thresholds.by_class),
         false_positive_rate=options.false_positive_rate, good_scores=bounded_scores(scores),
         parameters=count_parameters(detector), macs=count_macs(detector, options.image_size),
         options=job.method_options, tool_version=__version__, provenance=[step],

@@ -95,6 +95,10 @@ def describe(runtime: Runtime) -> Dict[str, Any]:
         "path": runtime.path, "digest": digest, "method": metadata.method, "teacher": metadata.teacher,
         "precision": metadata.precision, "target": metadata.target, "classes": metadata.classes,
         "image_size": list(metadata.image_size)}
+    origin = metadata.provenance[0] if metadata.provenance else {}
+    if training := {name: origin[name] for name, kind in (("started", str), ("steps", int))
+                    if isinstance(origin.get(name), kind)}:
+        model["training"] = training
     if metadata.quantization:
         model["quantization"] = {**dataclasses.asdict(metadata.quantization),
                                  "float_layers": len(metadata.quantization.float_layers)}

@@ -40,6 +40,8 @@ def open_model(path: str, threads: Optional[int] = None, runtime: str = "auto", 
         MissingPackage: the runtime is not installed.
     """
     path = os.fspath(path)
+    if Path(path).is_dir():
+        raise UadtoolError(f"{path} is a folder, not a model; the model comes first")
     if not Path(path).is_file():
         raise UadtoolError(f"{path}: no such model file")
     for _ in range(ATTEMPTS):
@@ -77,7 +79,7 @@ def _require_suitable(path: str, runtime: str) -> None:
     suffix = Path(path).suffix
     if suffix not in (".onnx", ".engine", ".safetensors"):
         raise UadtoolError(f"{path} is not a model that can be run: its name must end in .onnx, .engine or "
-                           ".safetensors")
+                           ".safetensors; the model comes first")
     if suffix == ".safetensors" and runtime != "torch":
         raise UadtoolError(f"{path} cannot be run as it is; export it first: uadtool export {path} -o model.onnx "
                            "(or choose --runtime torch)")

@@ -13,6 +13,9 @@ from uadtool.errors import UadtoolError
 from uadtool.files import atomic_write
 from uadtool.scoring.drawing import BACKGROUND, FAINT, MARGIN, TEXT, draw_text, font, latin, overlay_map
 
+FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+"""Formats of the picture, by suffix."""
+
 TILE = 240
 """Pixels of an image on the contact sheet."""
 
@@ -25,7 +28,7 @@ class ContactSheet:
         self._highest: List[Tuple[float, int, Image.Image]] = []
         self._order = itertools.count()
 
-    def add(self, record: Dict[str, Any], anomaly_map: np.ndarray, threshold: float) -> Dict[str, str]:
+    def add(self, record: Dict[str, Any], anomaly_map: np.ndarray) -> Dict[str, str]:
         """Consider an ``image`` record and its map, float32 [h, w]; adds nothing to the record.
 
         Raises:
@@ -35,9 +38,9 @@ class ContactSheet:
             raise UadtoolError(f"the contact sheet would overwrite the image {self._path}; choose another name")
         rank = record["score"], -next(self._order)
         if len(self._highest) < self._count:
-            heapq.heappush(self._highest, (*rank, _tile(record, anomaly_map, threshold)))
+            heapq.heappush(self._highest, (*rank, _tile(record, anomaly_map)))
         elif rank > self._highest[0][:2]:
-            heapq.heapreplace(self._highest, (*rank, _tile(record, anomaly_map, threshold)))
+            heapq.heapreplace(self._highest, (*rank, _tile(record, anomaly_map)))
         return {}
 
     def save(self) -> None:
@@ -53,14 +56,14 @@ class ContactSheet:
             row, column = divmod(index, columns)
             sheet.paste(tile, (MARGIN + column * (width + MARGIN), MARGIN + row * (height + MARGIN)))
         with atomic_write(self._path) as temporary:
-            sheet.save(temporary, format="PNG")
+            sheet.save(temporary, format=FORMATS[Path(self._path).suffix.lower()])
 
 
-def _tile(record: Dict[str, Any], anomaly_map: np.ndarray, threshold: float) -> Image.Image:
+def _tile(record: Dict[str, Any], anomaly_map: np.ndarray) -> Image.Image:
     """An image of the contact sheet with its caption."""
     tile = Image.new("RGB", (TILE, TILE + 44), BACKGROUND)
     size = fitted(image_size(record["path"]), TILE)
-    overlay = overlay_map(read_image(record["path"], size), upsample(anomaly_map, size), threshold)
+    overlay = overlay_map(read_image(record["path"], size), upsample(anomaly_map, size), record["threshold"])
     tile.paste(Image.fromarray(overlay), ((TILE - size[1]) // 2, (TILE - size[0]) // 2))
     draw = ImageDraw.Draw(tile)
     verdict = "anomalous" if record["anomalous"] else "good"

@@ -16,18 +16,16 @@ IMAGE_METRICS: Dict[str, Callable[[Any, Any], float]] = {
 class Evaluation:
     """Detection figures of labelled images, which are added one by one, in any order.
 
-    A class is identified by its name, or by ``""`` if it is unknown. An image with a score above ``threshold`` counts
-    as anomalous.
+    A class is identified by its name, or by ``""`` if it is unknown.
     """
 
-    def __init__(self, threshold: float) -> None:
-        self._threshold = threshold
-        self._images: List[Tuple[str, bool, float, float]] = []
+    def __init__(self) -> None:
+        self._images: List[Tuple[str, bool, float, float, bool]] = []
         self._pixels: Dict[str, PixelMetrics] = {}
 
-    def add(self, class_name: str, anomalous: bool, score: float, raw_score: float) -> None:
-        """Count an image; ``anomalous`` is its label."""
-        self._images.append((class_name, anomalous, score, raw_score))
+    def add(self, class_name: str, anomalous: bool, score: float, raw_score: float, above: bool) -> None:
+        """Count an image; ``anomalous`` is its label, ``above`` whether its score exceeds its threshold."""
+        self._images.append((class_name, anomalous, score, raw_score, above))
 
     def add_pixels(self, class_name: str, pixels: PixelCounts) -> None:
         """Add the pixels of an image; see ``count_pixels``."""
@@ -53,15 +51,15 @@ class Evaluation:
         """The ``metrics`` object of the summary, as far as the labels and masks allow.
 
         Each figure has its value over all images in one list, or all pixels of classes with masks (``pooled``), for
-        each class with both labels (``per_class``), and their ``mean``. Without any class names, the mean is the pooled
-        value.
+        each class with the labels that it requires (``per_class``), and their ``mean``. Without any class names, the
+        mean is the pooled value.
         """
         if not self._images:
             return {}
-        classes, labels, scores, raw_scores = map(np.array, zip(*self._images))
+        classes, labels, scores, raw_scores, above = map(np.array, zip(*self._images))
+        members = {name: classes == name for name in sorted({name for name, *_ in self._images})}
         figures: Dict[str, Any] = {}
         if labels.any() and not labels.all():
-            members = {name: classes == name for name in sorted({name for name, *_ in self._images})}
             for name, metric in IMAGE_METRICS.items():
                 figures[name] = _figure(metric(labels, scores), {
                     class_name: metric(labels[images], scores[images]) for class_name, images in members.items()
@@ -69,7 +67,9 @@ class Evaluation:
             figures["image_auroc"]["pooled_raw"] = rounded(auroc(labels.tolist(), raw_scores.tolist()))
         for name, images in (("false_positive_rate", ~labels), ("recall", labels)):
             if images.any():
-                figures[name] = rounded(np.mean(scores[images] > self._threshold))
+                figures[name] = _figure(np.mean(above[images]), {
+                    class_name: np.mean(above[images & its_images]) for class_name, its_images in members.items()
+                    if (images & its_images).any()}, members)
         with_masks = {name: pixels for name, pixels in sorted(self._pixels.items()) if pixels.auroc() is not None}
         if with_masks:
             pooled = PixelMetrics()

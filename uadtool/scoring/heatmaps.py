@@ -20,19 +20,19 @@ SCALE_BAR = (160, 14)
 class Heatmaps(OutputFolder):
     """Draws a PNG for each image into ``directory``.
 
-    The colours of all pictures of a run range from 0 to twice the threshold (at least 1), so that they can be compared.
+    The colours range from 0 to twice the image's threshold (at least 1), so that the pictures of a run can be compared.
     """
 
-    def add(self, record: Dict[str, Any], anomaly_map: np.ndarray, threshold: float) -> Dict[str, str]:
+    def add(self, record: Dict[str, Any], anomaly_map: np.ndarray) -> Dict[str, str]:
         """Write the picture for an ``image`` record and its map, float32 [h, w]; returns the record's ``heatmap``."""
-        picture = render(record, anomaly_map, threshold)
+        picture = render(record, anomaly_map)
         path = self.path(record["path"], ".png")
         with atomic_write(path, durable=False) as temporary:
             picture.save(temporary, format="PNG", compress_level=1)  # 5 times as fast as the default, 15 % larger
         return {"heatmap": str(path)}
 
 
-def render(record: Dict[str, Any], anomaly_map: np.ndarray, threshold: float) -> Image.Image:
+def render(record: Dict[str, Any], anomaly_map: np.ndarray) -> Image.Image:
     """The image, the image under its map with a contour around values above the threshold, and a caption.
 
     The panels stand side by side, or one below the other if the image is wide.
@@ -40,10 +40,10 @@ def render(record: Dict[str, Any], anomaly_map: np.ndarray, threshold: float) ->
     size = image_size(record["path"])
     height, width = fitted(size, min(max(max(size), LONGEST_SIDE[0]), LONGEST_SIDE[1]))
     image = read_image(record["path"], (height, width))
-    overlay = overlay_map(image, upsample(anomaly_map, (height, width)), threshold)
+    overlay = overlay_map(image, upsample(anomaly_map, (height, width)), record["threshold"])
     beside = width < 1.5 * height
     second = (width + MARGIN, 0) if beside else (0, height + MARGIN)
-    caption = _caption(record, threshold, max(second[0] + width, CAPTION_WIDTH))
+    caption = _caption(record, max(second[0] + width, CAPTION_WIDTH))
     picture = Image.new("RGB", (caption.width, second[1] + height + caption.height), BACKGROUND)
     left = (caption.width - second[0] - width) // 2
     picture.paste(Image.fromarray(image), (left, 0))
@@ -52,8 +52,8 @@ def render(record: Dict[str, Any], anomaly_map: np.ndarray, threshold: float) ->
     return picture
 
 
-def _caption(record: Dict[str, Any], threshold: float, width: int) -> Image.Image:
-    verdict = "anomalous" if record["anomalous"] else "good"
+def _caption(record: Dict[str, Any], width: int) -> Image.Image:
+    verdict, threshold = "anomalous" if record["anomalous"] else "good", record["threshold"]
     caption = Image.new("RGB", (width, 64), BACKGROUND)
     draw = ImageDraw.Draw(caption)
     draw_text(draw, (MARGIN, 10), f"{verdict}: score {record['score']:.2f}, threshold {threshold:.2f}", TEXT)

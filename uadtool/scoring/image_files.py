@@ -1,5 +1,6 @@
 """A file in a folder for each image: masks of anomalous regions, and copies of the anomalous images."""
 
+import contextlib
 import shutil
 from pathlib import Path
 from typing import Any, Dict
@@ -10,20 +11,24 @@ from PIL import Image
 from uadtool.data.images import ImageError, image_size, upsample
 from uadtool.data.storage import is_url, open_file, without_query
 from uadtool.errors import UadtoolError
-from uadtool.files import atomic_write, check_folder
+from uadtool.files import WRITTEN, atomic_write, check_folder, writing
 from uadtool.terminal import printable
 
 
 class OutputFolder:
     """A folder for one file per image. It is created if necessary; leftovers of killed runs are deleted.
 
-    It must not hold images that are scored, since the files could overwrite them.
+    It must not hold images that are scored, since the files could overwrite them. The file ``WRITTEN`` in it lists what
+    was written, so that the next run can replace all of it, and ``score`` does not take it for images of the user.
+
+    Args:
+        keep: leave the files of earlier runs; otherwise they are deleted.
 
     Raises:
         UadtoolError: the folder cannot be created or written to.
     """
 
-    def __init__(self, directory: str) -> None:
+    def __init__(self, directory: str, keep: bool = False) -> None:
         self._directory = Path(directory)
         self._names: Dict[str, int] = {}  # in use, each with the last number that was added to make it unique
         try:
@@ -32,6 +37,21 @@ class OutputFolder:
             raise UadtoolError(f"cannot create the folder {directory}: {error.strerror}") from error
         self._resolved = self._directory.resolve()
         check_folder(self._directory)
+        self._written = self._directory / WRITTEN
+        if not keep:
+            self._delete_written()
+        self._note("")
+
+    def _delete_written(self) -> None:
+        with writing(self._written), contextlib.suppress(FileNotFoundError):
+            for name in self._written.read_text(encoding="utf-8", errors="replace").splitlines():
+                if name and "/" not in name and not name.startswith("."):
+                    (self._directory / name).unlink(missing_ok=True)
+            self._written.unlink()
+
+    def _note(self, name: str) -> None:
+        with writing(self._written), self._written.open("a", encoding="utf-8") as file:
+            file.write(f"{name}\n" if name else "")
 
     def path(self, image: str, suffix: str) -> Path:
         """A file for an image, named after the end of its path. Every call returns another file.
@@ -55,15 +75,16 @@ class OutputFolder:
         output = self._directory / name
         if output.is_symlink():  # never write through a link
             output.unlink()
+        self._note(name)
         return output
 
 
 class Masks(OutputFolder):
     """Writes a mask of each image as PNG into ``directory``: anomalous pixels are white, in the size of the image."""
 
-    def add(self, record: Dict[str, Any], anomaly_map: np.ndarray, threshold: float) -> Dict[str, str]:
+    def add(self, record: Dict[str, Any], anomaly_map: np.ndarray) -> Dict[str, str]:
         """Write the mask of an ``image`` record and its map, float32 [h, w]; returns the record's ``mask``."""
-        above = upsample(anomaly_map, image_size(record["path"])) > threshold
+        above = upsample(anomaly_map, image_size(record["path"])) > record["threshold"]
         path = self.path(record["path"], ".png")
         with atomic_write(path, durable=False) as temporary:
             Image.fromarray(above).save(temporary, format="PNG")
@@ -73,7 +94,7 @@ class Masks(OutputFolder):
 class AnomalousImages(OutputFolder):
     """Copies anomalous images into ``directory``."""
 
-    def add(self, record: Dict[str, Any], anomaly_map: np.ndarray, threshold: float) -> Dict[str, str]:
+    def add(self, record: Dict[str, Any], anomaly_map: np.ndarray) -> Dict[str, str]:
         """Copy the image of a record if it is anomalous; returns the record's ``copy``."""
         if not record["anomalous"]:
             return {}

@@ -18,6 +18,7 @@ from uadtool.metadata import Metadata
 from uadtool.runtimes.contract import Runtime
 from uadtool.scoring.metrics import rounded
 from uadtool.scoring.pixel_metrics import PixelCounts, count_pixels
+from uadtool.scoring.thresholds import Thresholds
 
 Mask = Union[np.ndarray, UadtoolError, None]
 
@@ -26,7 +27,8 @@ class Prediction(NamedTuple):
     """The result for one image; see ``uadtool.runtimes.contract.Output`` for the units.
 
     ``anomaly_map`` is float32 [h, w]; ``mask`` is the ground truth, bool [H, W], if it is known, or the error of a mask
-    that cannot be read. ``milliseconds`` is the inference time of the batch, which may share the cores with other
+    that cannot be read. The image is anomalous if its score exceeds ``threshold``, the model's for this class.
+    ``milliseconds`` is the inference time of the batch, which may share the cores with other
     streams, divided by the images in it. ``faint`` is whether the image shows nearly nothing. ``pixels`` are set by
     ``with_pixels``.
     """
@@ -36,9 +38,15 @@ class Prediction(NamedTuple):
     nearest_class: str
     anomaly_map: np.ndarray
     mask: Mask
+    threshold: float
     milliseconds: float
     faint: bool = False
     pixels: Optional[PixelCounts] = None
+
+    @property
+    def anomalous(self) -> bool:
+        """The verdict: whether the score exceeds the threshold."""
+        return self.score > self.threshold
 
 
 Predictions = Iterator[Tuple[Sample, Union[Prediction, UadtoolError]]]
@@ -49,8 +57,7 @@ def predict(runtime: Runtime, paths: Union[str, Iterable[str]], batch_size: int 
     """Run a detector over one or several paths: images, folders, data sets and manifests.
 
     Args:
-        runtime: the detector, from ``uadtool.open_model``. An image whose score exceeds ``runtime.metadata.threshold``
-            is anomalous.
+        runtime: the detector, from ``uadtool.open_model``.
         paths: also ``pathlib.Path`` objects. They are read ahead, in threads.
         batch_size: images per inference.
 
@@ -129,5 +136,6 @@ def _prediction(metadata: Metadata, sample: Sample, score: np.float32, raw_score
         return UadtoolError(f"{sample.path}: the model gave a score that is not a finite number")
     if not 0 <= nearest < len(metadata.classes):
         return UadtoolError(f"{sample.path}: the model gave class {nearest} of {len(metadata.classes)}")
-    return Prediction(rounded(score), rounded(raw_score), metadata.classes[nearest], anomaly_map, content[1],
-                      milliseconds, is_faint(content[0]))
+    name = metadata.classes[nearest]
+    return Prediction(rounded(score), rounded(raw_score), name, anomaly_map, content[1],
+                      Thresholds.of_model(metadata).of(name), milliseconds, is_faint(content[0]))

@@ -15,17 +15,18 @@ from uadtool.scoring.cluster import Cluster
 from uadtool.scoring.evaluation import Evaluation
 from uadtool.scoring.metrics import rounded
 from uadtool.scoring.predict import Prediction, predict_samples
-from uadtool.terminal import log
+from uadtool.scoring.thresholds import Thresholds
+from uadtool.terminal import first_of, log
 
 SCHEMA = "uadtool.score/1"
 
 
 Record = Dict[str, Any]
-Output = Callable[[Record, np.ndarray, float], Record]
+Output = Callable[[Record, np.ndarray], Record]
 """Writes a file about an image; see ``score``."""
 
 
-def score(runtime: Runtime, samples: Iterable[Sample], threshold: Optional[float] = None, batch_size: int = 1,
+def score(runtime: Runtime, samples: Iterable[Sample], thresholds: Optional[Thresholds] = None, batch_size: int = 1,
           outputs: Sequence[Output] = (), shard: Optional[Tuple[int, int]] = None, cluster: Optional[Cluster] = None
           ) -> Generator[Record, None, None]:
     """Yield the records of a run (schemas/score.json): ``run``, each ``image`` as soon as it is known, ``summary``.
@@ -34,14 +35,16 @@ def score(runtime: Runtime, samples: Iterable[Sample], threshold: Optional[float
     are rounded to 6 digits.
 
     Args:
-        threshold: images that score above it are anomalous; the model's if None.
-        outputs: are called with each record, its anomaly map, float32 [h, w], and the threshold. What they return joins
-            the record.
+        thresholds: images that score above that of their nearest class are anomalous; the model's if None.
+        outputs: are called with each record and its anomaly map, float32 [h, w]. What they return joins the record.
         shard: (I, N) scores only every N-th sample, from the I-th (1 to N) on.
         cluster: does the work instead of this machine.
     """
-    threshold = runtime.metadata.threshold if threshold is None else threshold
-    run: Record = {"schema": SCHEMA, "type": "run", **host.opening(), **describe(runtime), "threshold": threshold}
+    thresholds = thresholds or Thresholds.of_model(runtime.metadata)
+    run: Record = {"schema": SCHEMA, "type": "run", **host.opening(), **describe(runtime),
+                   "threshold": thresholds.common}
+    if thresholds.by_class:
+        run["thresholds"] = dict(thresholds.by_class)
     if shard:
         run["shard"] = {"index": shard[0], "count": shard[1]}
         samples = islice(samples, shard[0] - 1, None, shard[1])
@@ -51,26 +54,33 @@ def score(runtime: Runtime, samples: Iterable[Sample], threshold: Optional[float
     predict = cluster.predict if cluster else predict_samples
     began = time.perf_counter()
     images = errors = anomalous = faint = 0
-    evaluation = Evaluation(threshold)
+    evaluation = Evaluation()
+    unknown: Dict[str, int] = {}  # images of classes that the model does not have
     for sample, prediction in predict(runtime, samples, batch_size, pixels=True):
         images += 1
         if isinstance(prediction, UadtoolError):
             errors += 1
-            yield {"type": "image", "path": sample.path, "error": str(prediction)}
+            yield {"type": "image", "path": sample.path, "time": host.now_exactly(), "error": str(prediction)}
             continue
-        record = _image_record(sample, prediction, threshold)
+        record = _image_record(sample, prediction, thresholds.of(prediction.nearest_class))
         anomalous += record["anomalous"]
         faint += prediction.faint
         for output in outputs:
             try:
-                record.update(output(record, prediction.anomaly_map, threshold))
+                record.update(output(record, prediction.anomaly_map))
             except ImageError as error:  # the image was deleted after it was read
                 log.warning("%s", error)
         yield record
         if sample.label:
-            evaluate(evaluation, sample, prediction)
+            evaluate(evaluation, record, prediction)
+        if sample.class_name and sample.class_name not in runtime.metadata.classes:
+            unknown[sample.class_name] = unknown.get(sample.class_name, 0) + 1
     seconds = time.perf_counter() - began
     warn_of_faint(faint, images)
+    if unknown:
+        log.warning("%d of %d images are of classes that the model was not trained on (%s); it scores them as the "
+                    "class that they look most like", sum(unknown.values()), images,
+                    first_of(sorted(unknown), "classes"))
     metrics = evaluation.figures()
     yield {"type": "summary", "images": images, "errors": errors, "anomalous": anomalous, "seconds": rounded(seconds),
            "images_per_second": rounded((images - errors) / seconds),
@@ -79,17 +89,18 @@ def score(runtime: Runtime, samples: Iterable[Sample], threshold: Optional[float
 
 
 def _image_record(sample: Sample, prediction: Prediction, threshold: float) -> Record:
-    record = {"type": "image", "path": sample.path, "score": prediction.score, "raw_score": prediction.raw_score,
-              "anomalous": prediction.score > threshold, "nearest_class": prediction.nearest_class,
-              "class": sample.class_name, "label": sample.label, "milliseconds": prediction.milliseconds}
+    record = {"type": "image", "path": sample.path, "time": host.now_exactly(), "score": prediction.score,
+              "raw_score": prediction.raw_score, "threshold": threshold, "anomalous": prediction.score > threshold,
+              "nearest_class": prediction.nearest_class, "class": sample.class_name, "label": sample.label,
+              "milliseconds": prediction.milliseconds}
     return {key: value for key, value in record.items() if value is not None}
 
 
-def evaluate(evaluation: Evaluation, sample: Sample, prediction: Prediction) -> None:
-    """Count an image with a ``label``, and its ``pixels`` if they were counted."""
-    name = sample.class_name or ""
-    evaluation.add(name, sample.label == "anomalous", prediction.score, prediction.raw_score)
+def evaluate(evaluation: Evaluation, record: Record, prediction: Prediction) -> None:
+    """Count a labelled image by its record, and its ``pixels`` if they were counted."""
+    name = record.get("class", "")
+    evaluation.add(name, record["label"] == "anomalous", record["score"], record["raw_score"], record["anomalous"])
     if isinstance(prediction.mask, UadtoolError):
-        log.warning("%s; %s does not count in pixel metrics", prediction.mask, sample.path)
+        log.warning("%s; %s does not count in pixel metrics", prediction.mask, record["path"])
     elif prediction.pixels:
         evaluation.add_pixels(name, prediction.pixels)

@@ -1,22 +1,75 @@
 """Thresholds from the scores of good images."""
 
-from typing import List, Sequence
+from itertools import chain
+from typing import Dict, List, Mapping, NamedTuple, Sequence
+
+from uadtool.metadata import Metadata
 
 MOST_SCORES = 1001
-"""Scores, or quantiles of more scores, that a model file holds at most."""
+"""Scores of a class, or quantiles of more scores, that a model file holds at most."""
+
+PSEUDO_COUNT = 20
+"""Weight, in images, of the common threshold against that of the scores of a class.
+
+On held-out images of four classes, 32 of each, a rate of 0.01 became 0.031 without it, 0.024 with it and 0.015 with the
+common threshold alone; synthetic anomalies were found at a rate of 0.614, 0.607 and 0.598.
+"""
+
+Scores = Mapping[str, Sequence[float]]
+"""Scores of good images by class; those of the class ``""`` only count in the common threshold."""
+
+
+class Thresholds(NamedTuple):
+    """The score above which an image is anomalous: by its nearest class, or the ``common`` one if that has none."""
+
+    common: float
+    by_class: Mapping[str, float] = {}
+
+    @classmethod
+    def of_model(cls, metadata: Metadata) -> "Thresholds":
+        """The thresholds that a model file holds."""
+        return cls(metadata.threshold, metadata.thresholds)
+
+    @classmethod
+    def at(cls, false_positive_rate: float, good_scores: Scores) -> "Thresholds":
+        """The thresholds that this share of good images exceeds.
+
+        A class has few images, and their highest score says little about its rate: it counts as so many images, and the
+        common threshold as ``PSEUDO_COUNT`` more.
+
+        Raises:
+            ValueError: there are no scores.
+        """
+        common = threshold_at(list(chain.from_iterable(good_scores.values())), false_positive_rate)
+        by_class = {name: (len(scores) * threshold_at(scores, false_positive_rate) + PSEUDO_COUNT * common)
+                    / (len(scores) + PSEUDO_COUNT) for name, scores in good_scores.items() if name and scores}
+        return cls(common, {name: float(f"{threshold:.6g}") for name, threshold in by_class.items()})
+
+    def of(self, nearest_class: str) -> float:
+        """The threshold of an image."""
+        return self.by_class.get(nearest_class, self.common)
 
 
 def threshold_at(scores: Sequence[float], false_positive_rate: float) -> float:
     """The lowest of ``scores`` that at most this share of them exceeds.
 
     A rate below 1 / (number of scores) gives the highest score.
+
+    Raises:
+        ValueError: there are no scores.
     """
+    if not scores:
+        raise ValueError("no scores")
     allowed = int(false_positive_rate * len(scores) + 1e-9)
     return sorted(scores)[len(scores) - 1 - allowed]
 
 
-def bounded_scores(scores: Sequence[float]) -> List[float]:
-    """The scores, sorted; of more than ``MOST_SCORES``, as many quantiles."""
+def bounded_scores(scores: Scores) -> Dict[str, List[float]]:
+    """The scores of each class, sorted; of more than ``MOST_SCORES``, as many quantiles."""
+    return {name: _quantiles(values) for name, values in scores.items()}
+
+
+def _quantiles(scores: Sequence[float]) -> List[float]:
     count, ordered = min(len(scores), MOST_SCORES), sorted(scores)
     quantiles = (ordered[round(place * (len(ordered) - 1) / max(1, count - 1))] for place in range(count))
     return [float(f"{score:.6g}") for score in quantiles]

@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any, Dict, Tuple
 
 from uadtool.errors import UadtoolError
-from uadtool.files import atomic_write, file_digest, read_json, write_json
+from uadtool.files import atomic_write, file_digest
 from uadtool.metadata import Metadata
+from uadtool.schemas.json_files import read_json, write_json
 from uadtool.schemas.validation import validate
 from uadtool.tensorrt.builder import Engine
 from uadtool.tensorrt.gpu import current_gpu

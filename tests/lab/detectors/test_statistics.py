@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from uadtool.data.dataset import Sample
 from uadtool.lab.detectors.contract import Detector
 from uadtool.lab.detectors.statistics import _map_statistics, _moments, fit_statistics
-from uadtool.scoring.thresholds import threshold_at
+from uadtool.scoring.thresholds import Thresholds
 
 SIDE, MAPS, NEW = 16, 2, 50
 SPREADS = {"none": 0, "tiny": 0.01, "usual": 0.2, "large": 2}
@@ -30,7 +30,7 @@ class Fields(Detector):
         raise NotImplementedError
 
     def fit_to(self, maps):
-        """Fit the statistics to raw maps [N, M, h, w] of each class; returns the held-out scores, class by class."""
+        """Fit the statistics to raw maps [N, M, h, w] of each class; returns the held-out scores by class."""
         owners = torch.tensor([index for index, members in enumerate(maps) for _ in members])
         samples = [Sample(f"{number}.png", str(owner), "good") for number, owner in enumerate(owners.tolist())]
         names = [str(index) for index in range(len(maps))]
@@ -61,7 +61,7 @@ def simulate(classes, count, spread, runs=40):
     for seed in range(runs):
         random, detector = np.random.default_rng(seed), Fields(classes)
         held_out, new = zip(*(good_images(random, count, spread) for _ in range(classes)))
-        threshold = threshold_at(detector.fit_to(held_out), 0)
+        threshold = Thresholds.at(0, detector.fit_to(held_out)).common
         scores = np.stack([detector.scores(maps, index) for index, maps in enumerate(new)])
         results.append((scores.mean(), scores.std(1).mean(), np.mean(scores > threshold), threshold))
     return np.transpose(results)
@@ -99,7 +99,7 @@ def test_a_class_of_identical_images_scores_near_0_among_others(few):
     held_out, new = zip(*(good_images(random, count, spread) for count, spread in [(few, 0), (20, 0.2), (20, 0.2)]))
     scores = detector.fit_to(held_out)
     assert np.abs(detector.scores(new[0])).max() < 0.01
-    assert np.abs(scores[:few]).max() < 0.01
+    assert np.abs(scores["0"][:-1]).max() < 0.01  # the highest counts as 1
     assert np.abs(detector.scores(new[1], 1)).mean() > 0.5
 
 
@@ -108,8 +108,9 @@ def test_a_class_of_identical_images_scores_near_0_among_others(few):
 def test_copies_of_one_image_do_not_exceed_the_threshold(seed, counts, scale):
     random, detector = np.random.default_rng(seed), Fields(len(counts))
     images = [scale * good_images(random, 1, 0.2)[0] for _ in counts]
-    threshold = threshold_at(detector.fit_to([image.repeat(count, 1, 1, 1) for image, count in zip(images, counts)]), 0)
-    assert threshold == 1  # rounding would lift a copy above 0
+    scores = detector.fit_to([image.repeat(count, 1, 1, 1) for image, count in zip(images, counts)])
+    thresholds = Thresholds.at(0, scores)
+    assert {thresholds.common, *thresholds.by_class.values()} == {1}  # rounding would lift a copy above 0
     for index, image in enumerate(images):
         assert abs(detector.scores(image, index).item()) < 0.2
 
@@ -127,8 +128,8 @@ def test_statistics_are_finite_whatever_the_images(seed, classes):
     held_out = [maps.repeat(-(-count // len(maps)), 1, 1, 1)[:count]
                 for (maps, _), (_, _, count) in zip(images, classes)]
     scores = detector.fit_to(held_out)
-    assert np.isfinite(scores).all()
-    assert max(scores) >= 1
+    assert all(np.isfinite(of_class).all() for of_class in scores.values())
+    assert all(max(of_class) >= 1 for of_class in scores.values())
     assert (detector.score_std > 0).all()
     assert (detector.map_spreads > 0).all()
     for index, (_, new) in enumerate(images):
@@ -142,8 +143,7 @@ def test_the_order_of_the_images_does_not_matter(seed, count):
     maps, _ = good_images(random, count, 0.2)
     order = random.permutation(count)
     one, other = Fields(1), Fields(1)
-    scores = one.fit_to([maps])
-    np.testing.assert_allclose(np.array(scores)[order], other.fit_to([maps[order]]), rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(one.fit_to([maps])["0"], other.fit_to([maps[order]])["0"], rtol=1e-3, atol=1e-3)
     np.testing.assert_allclose(one.score_std, other.score_std, rtol=1e-3)
 
 

@@ -38,7 +38,7 @@ from uadtool.lab.training.data import TeacherFeatures
 from uadtool.lab.training.loop import batch_indices, steps_per_epoch
 from uadtool.lab.training.precision import choose_device, large_depthwise_float
 from uadtool.metadata import Reading
-from uadtool.scoring.thresholds import bounded_scores, threshold_at
+from uadtool.scoring.thresholds import threshold_at
 
 TEACHER = "mobilenetv2_035"
 
@@ -326,14 +326,15 @@ def test_an_interrupted_run_goes_on_to_the_same_result(interrupted, preloaded, t
     ({"seed": 1}, "belongs to a run with seed 0, this run has 1; use the same, or start anew without --resume"),
     ({"method_options": {"fusion": "product"}}, "belongs to a run with option fusion 'sum', this run has 'product'"),
     ({"steps": 61}, "belongs to a run with steps 60, this run has 61"),
-    ({"images": 39}, "belongs to a run with images 'sha256:.*', this run has 'sha256:"),
+    ({"images": slice(39)}, "belongs to a run with image count 40, this run has 39"),
+    ({"images": slice(None, None, -1)}, "belongs to a run with other images: some have been added, removed or renamed"),
 ])
 def test_a_checkpoint_of_another_run_is_refused(interrupted, run, samples, tmp_path, changes, message):
     output, _ = interrupted
     shutil.copy(f"{output}.checkpoint", tmp_path / "checkpoint")
     options = {"steps": 60, **changes}
     with pytest.raises(UadtoolError, match=message):
-        run(samples[:options.pop("images", 40)], resume=True, **options)
+        run(samples[options.pop("images", slice(40))], resume=True, **options)
     assert (tmp_path / "checkpoint").exists()
 
 
@@ -439,27 +440,6 @@ def test_many_images_outweigh_what_is_usual():
     assert found[0] == pytest.approx(narrow.std(), rel=0.05)
     assert found[1] == pytest.approx(wide.std(), rel=0.05)
     assert narrow[:3].std(ddof=1) < found[2] < 0.2
-
-
-@given(st.lists(st.floats(-100, 100), min_size=1, max_size=50), st.floats(0, 0.5))
-def test_the_threshold_is_exceeded_at_the_given_rate(scores, rate):
-    threshold = threshold_at(scores, rate)
-    assert threshold in scores
-    assert np.mean(np.array(scores) > threshold) <= rate + 1e-9
-    lower = [score for score in scores if score < threshold]
-    if lower:  # the next lower score would be exceeded too often
-        assert np.mean(np.array(scores) > max(lower)) > rate - 1e-9
-    assert threshold_at(scores, 0) == threshold_at(scores, 0.99 / len(scores)) == max(scores)
-
-
-def test_very_many_scores_are_kept_as_quantiles():
-    scores = np.random.default_rng(0).normal(size=20_000)
-    kept = bounded_scores(scores)
-    assert len(kept) == 1001
-    assert kept == sorted(kept)
-    for rate in (0, 0.001, 0.01, 0.1, 0.5):
-        assert threshold_at(kept, rate) == pytest.approx(threshold_at(scores, rate), abs=0.02)
-    assert bounded_scores([2.0, 1.0]) == [1.0, 2.0]
 
 
 def test_images_that_do_not_fit_into_memory_give_the_same_batches(samples, monkeypatch):

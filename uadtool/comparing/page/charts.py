@@ -207,12 +207,17 @@ def roc(curves: Sequence[Curve]) -> Markup:
 
 
 class Scores(NamedTuple):
-    """The scores that a model (its index) gives the good and the defective images of a class, and its threshold."""
+    """The scores that a model (its index) gives the good and the defective images of a class, and its threshold.
+
+    ``above`` and ``caught`` count the good and the defective images that it takes for anomalous.
+    """
 
     model: int
     good: np.ndarray
     defective: np.ndarray
     threshold: float
+    above: int
+    caught: int
 
 
 def histograms(name: str, title: str, models: Sequence[Scores]) -> Markup:
@@ -242,16 +247,16 @@ def histograms(name: str, title: str, models: Sequence[Scores]) -> Markup:
                 heights = [base + direction * (panel / 2 - 2) * float(value) / tallest for value in share]
                 outline = svg.steps([x(float(edge)) for edge in edges], heights, base)
                 marks.append(svg.path(list(outline), style, closed=True))
-        above, caught = (int(np.sum(scores > model.threshold)) for scores in (model.good, model.defective))
-        descriptions.append(f"model {model.model + 1}: {above} of {len(model.good)} good above, {caught} of "
-                            f"{len(model.defective)} defective above the threshold of {number(model.threshold, 2)}")
+        descriptions.append(f"model {model.model + 1}: {model.above} of {len(model.good)} good above, "
+                            f"{model.caught} of {len(model.defective)} defective above the threshold of "
+                            f"{number(model.threshold, 2)}")
         at = x(model.threshold)
         marks += [
             svg.line(x.start, base, x.end, base, "axis"),
             svg.line(at, base - panel / 2, at, base + panel / 2, "threshold"),
             svg.badge(9, base, model.model),
-            svg.label(x.end, base - panel / 2 - 5, f"above: {above}/{len(model.good)} good, "
-                      f"{caught}/{len(model.defective)} defective", "end", "small"),
+            svg.label(x.end, base - panel / 2 - 5, f"above: {model.above}/{len(model.good)} good, "
+                      f"{model.caught}/{len(model.defective)} defective", "end", "small"),
         ]
     clipped = float(everything.max()) > high
     marks += [svg.label(x(value), bottom + 16, text, "middle", "soft") for value, text in x.ticks(6)

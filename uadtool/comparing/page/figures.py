@@ -5,7 +5,7 @@ from typing import Any, Dict, Iterable, Iterator, List, NamedTuple, Optional, Se
 import numpy as np
 from markupsafe import Markup
 
-from uadtool.comparing.comparison import METRICS, Model
+from uadtool.comparing.comparison import Model
 from uadtool.comparing.page import charts
 from uadtool.comparing.results import Result, ScoredImage
 from uadtool.scoring.metrics import roc_curve
@@ -20,11 +20,6 @@ class Figure(NamedTuple):
     title: str
     caption: str
     drawing: Markup
-
-
-def class_name(row: Record) -> Optional[str]:
-    """The class that a row of a ``uadtool.compare/1`` record is about, if it is about one."""
-    return None if row["metric"] in METRICS else str(row["metric"][len("image_auroc."):])
 
 
 def accuracy_figures(models: Sequence[Model], record: Record) -> List[Figure]:
@@ -52,35 +47,40 @@ def _roc(models: Sequence[Model]) -> Iterator[Figure]:
     curves = [_curve(index, model.label, model.scores) for index, model in enumerate(models)
               if model.scores and "image_auroc.pooled" in model.scores.values]
     if curves:
-        yield Figure("ROC", "All images in one list, one threshold for all classes: the numbered point.",
-                     charts.roc(curves))
+        yield Figure("ROC", "All images in one list, for one threshold after another. The numbered point is the "
+                     "verdicts; with thresholds for the classes it may lie beside the curve.", charts.roc(curves))
 
 
 def _curve(index: int, label: str, result: Result) -> charts.Curve:
     good, defective = _split(result.images.values())
-    labels = np.repeat([False, True], [len(good), len(defective)])
-    false, true = roc_curve(labels.tolist(), np.concatenate([good, defective]).tolist())
+    labels = [False] * len(good) + [True] * len(defective)
+    false, true = roc_curve(labels, [image.score for image in good + defective])
     return charts.Curve(index, label, false, true, result.values["image_auroc.pooled"],
-                        (float(np.mean(good > result.threshold)), float(np.mean(defective > result.threshold))))
+                        (_above(good) / len(good), _above(defective) / len(defective)))
 
 
-def _split(images: Iterable[ScoredImage]) -> Tuple[np.ndarray, np.ndarray]:
-    """The scores of the good and of the defective images."""
+def _split(images: Iterable[ScoredImage]) -> Tuple[List[ScoredImage], List[ScoredImage]]:
+    """The good and the defective images."""
     images = list(images)
-    good, defective = ([image.score for image in images if image.label == label] for label in ("good", "anomalous"))
-    return np.array(good), np.array(defective)
+    good, defective = ([image for image in images if image.label == label] for label in ("good", "anomalous"))
+    return good, defective
+
+
+def _above(images: Iterable[ScoredImage]) -> int:
+    return sum(image.anomalous for image in images)
 
 
 def _classes(models: Sequence[Model], record: Record) -> Iterator[Figure]:
     """Image AUROC and its change: the mean and each class."""
-    rows = [row for row in record["rows"] if row["metric"] == "image_auroc" or class_name(row)]
+    rows = [row for row in record["rows"]
+            if row["metric"] == "image_auroc" or (row["metric"].startswith("image_auroc.") and "class" in row)]
     columns = [index for index in range(len(models)) if any(row["values"][index] is not None for row in rows)]
     if not columns:
         return
     shown = rows[:max(2, PANELS // len(columns))]
     more = f" The first {len(shown) - 1} of {len(rows) - 1} classes." if len(shown) < len(rows) else ""
     names = [(index, models[index].label) for index in columns]
-    classes = [class_name(row) or "Mean" for row in shown]
+    classes = [row.get("class", "Mean") for row in shown]
     yield Figure("Image AUROC of each class", f"A bar for each model, by its number.{more}",
                  charts.class_bars(classes, names, [[row["values"][index] for index in columns] for row in shown]))
     if any("intervals" in row for row in shown):
@@ -96,14 +96,21 @@ def _change(row: Record, index: int) -> charts.Change:
     return (interval[0], row["changes"][index], interval[1]) if interval else None
 
 
+def _scores(index: int, result: Result, name: Optional[str]) -> charts.Scores:
+    """The scores of the images of a class."""
+    good, defective = _split(image for image in result.images.values() if image.class_name == name)
+    scores = (np.array([image.score for image in images]) for images in (good, defective))
+    return charts.Scores(index, next(scores), next(scores), result.thresholds.of(name or ""), _above(good),
+                         _above(defective))
+
+
 def score_figures(models: Sequence[Model]) -> Tuple[List[Figure], int]:
     """Score histograms of the first classes, and the number of all classes. Images without a class are a class."""
     results = [(index, model.scores) for index, model in enumerate(models) if model.scores]
     classes = sorted({name for _, result in results for _, name in result.truth.values()}, key=lambda name: name or "")
     figures = []
     for place, name in enumerate(classes[:max(1, PANELS // max(1, len(results)))]):
-        scores = [charts.Scores(index, *_split(image for image in result.images.values() if image.class_name == name),
-                                result.threshold) for index, result in results]
+        scores = [_scores(index, result, name) for index, result in results]
         scores = [model for model in scores if len(model.good) or len(model.defective)]
         good, defective = max(len(model.good) for model in scores), max(len(model.defective) for model in scores)
         title = name or "without a class"

@@ -11,7 +11,7 @@ from markupsafe import Markup
 
 from uadtool.comparing.comparison import Model
 from uadtool.comparing.gates import Verdict
-from uadtool.comparing.page.figures import accuracy_figures, class_name, score_figures
+from uadtool.comparing.page.figures import accuracy_figures, score_figures
 from uadtool.comparing.page.svg import model_style, number
 from uadtool.comparing.page.thumbnails import disagreements, thumbnail
 from uadtool.comparing.results import Result
@@ -73,7 +73,7 @@ def as_html(models: Sequence[Model], record: Record, verdicts: Sequence[Verdict]
 
 
 def _row(row: Record) -> Row:
-    label = class_name(row) or row["label"][:1].upper() + row["label"][1:]
+    label = row.get("class") or row["label"][:1].upper() + row["label"][1:]
     intervals = row.get("intervals") or [None] * len(row["values"])
     return Row(label, row["unit"], [_cell(row, *figures) for figures in zip(row["values"], row["changes"], intervals)])
 
@@ -93,8 +93,11 @@ def _cell(row: Record, value: Optional[float], change: Optional[float], interval
 
 def _sections(rows: Sequence[Record]) -> Dict[str, List[str]]:
     """The metrics of the table below their headings."""
-    return {"Accuracy": [row["metric"] for row in rows if row["change"] == "difference" and not class_name(row)],
-            "Image AUROC of each class": [row["metric"] for row in rows if class_name(row)],
+    by_class = {title: [row["metric"] for row in rows if "class" in row and row["metric"].startswith(f"{name}.")]
+                for name, title in (("image_auroc", "Image AUROC of each class"), ("recall", "Recall of each class"),
+                                    ("false_positive_rate", "False-positive rate of each class"))}
+    return {"Accuracy": [row["metric"] for row in rows if row["change"] == "difference" and "class" not in row],
+            **by_class,
             "Speed and size": [row["metric"] for row in rows if row["change"] == "ratio"]}
 
 
@@ -113,9 +116,9 @@ def _subject(models: Sequence[Model]) -> str:
 def _precision(result: Result) -> str:
     quantization = result.quantization
     if not quantization:
-        return result.precision
+        return str(result.model["precision"])
     in_float = f", {quantization['float_layers']} layers in float" if quantization.get("float_layers") else ""
-    return (f"{result.precision}: {quantization.get('method')}, {quantization.get('calibration')} on "
+    return (f"{result.model['precision']}: {quantization.get('method')}, {quantization.get('calibration')} on "
             f"{quantization.get('source')}{in_float}")
 
 

@@ -68,7 +68,7 @@ def disagreements(models: Sequence[Model]) -> List[Group]:
     for title, finding, label, anomalous in (
             (f"Defects that {last} misses", "missed", "anomalous", False),
             (f"False alarms of {last}", "false alarm", "good", True)):
-        wrong = sorted((abs(image.score - result.threshold), path) for path, image in result.images.items()
+        wrong = sorted((abs(image.margin), path) for path, image in result.images.items()
                        if image.label == label and image.anomalous == anomalous)[::-1]
         groups.append(Group(title, [_shown(path, finding, scored) for _, path in wrong[:GROUP]], len(wrong)))
     return groups
@@ -97,7 +97,7 @@ def _shown(path: str, finding: str, scored: Sequence[Tuple[str, Result]]) -> Sho
     image = scored[-1][1].images[path]
     first_and_last = [scored[0], scored[-1]] if len(scored) > 1 else scored
     return Shown(path, image.class_name, image.label, finding, tuple(
-        (label, result.images[path].score, result.threshold) for label, result in first_and_last
+        (label, result.images[path].score, result.images[path].threshold) for label, result in first_and_last
         if path in result.images))
 
 

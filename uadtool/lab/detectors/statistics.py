@@ -15,7 +15,7 @@ from uadtool.lab.training import distributed
 from uadtool.lab.training.data import TeacherFeatures, image_batches, split_again
 from uadtool.metadata import Metadata, Reading
 from uadtool.progress import Progress
-from uadtool.scoring.thresholds import bounded_scores, threshold_at
+from uadtool.scoring.thresholds import Thresholds, bounded_scores
 
 PSEUDO_COUNT = 4
 """Weight, in images, of the average over classes or positions against the few images of one class or position."""
@@ -75,18 +75,22 @@ def fit_prototypes(detector: Detector, classes: Sequence[str], training: Teacher
 
 
 @torch.inference_mode()
-def fit_statistics(detector: Detector, raw_maps: RawMaps, classes: Sequence[str], held_out: Batches) -> list[float]:
-    """Set the map and score statistics of a detector, in place; returns the scores of the held-out images.
+def fit_statistics(detector: Detector, raw_maps: RawMaps, classes: Sequence[str],
+                   held_out: Batches) -> dict[str, list[float]]:
+    """Set the map and score statistics of a detector, in place.
 
     Training images understate the spread, so held-out images are used. Each is scored leave-one-out, because its own
-    contribution to the statistics would lower its score, and thus the threshold. The highest score counts as at least
-    1, one standard deviation.
+    contribution to the statistics would lower its score, and thus the threshold.
 
     Args:
         detector: a detector with prototypes.
         raw_maps: the detector's own ``raw_maps_and_class``, or the corresponding function of its quantized graph.
         classes: the class names, in the order of the prototypes.
         held_out: good images of every class that were not trained on. Their maps must fit into memory.
+
+    Returns:
+        The scores of the held-out images by class, and under ``""`` of those that are taken for another class. The
+        highest of a class counts as at least 1, one standard deviation.
     """
     owners, batches = [], []
     for samples, images in held_out:
@@ -115,14 +119,16 @@ def fit_statistics(detector: Detector, raw_maps: RawMaps, classes: Sequence[str]
     detector.score_mean.copy_(mean)
     detector.score_std.copy_(std)
     normalised = (scores - mean[nearest]) / std[nearest]
+    found: dict[str, list[float]] = {}
+    for owner, nearest_class, score in zip(owners, nearest.tolist(), normalised.tolist()):
+        found.setdefault(classes[owner] if owner == nearest_class else "", []).append(score)
     # Few or identical images do not show their class's spread, and a copy of one must not exceed a threshold of 0.
-    normalised[normalised.argmax()] = normalised.max().clamp(min=1)
-    found: list[float] = normalised.tolist()
-    return found
+    return {name: [*sorted(values)[:-1], max(1.0, *values)] for name, values in found.items()}
 
 
 def fit_statistics_from_files(detector: Detector, raw_maps: RawMaps, classes: Sequence[str],
-                              held_out: Sequence[Sample], reading: Reading, device: torch.device) -> list[float]:
+                              held_out: Sequence[Sample], reading: Reading, device: torch.device
+                              ) -> dict[str, list[float]]:
     """``fit_statistics``, reading the images from files and showing progress."""
     with Progress("score statistics", len(held_out)) as progress:
         def batches() -> Iterator[tuple[Sequence[Sample], Tensor]]:
@@ -141,7 +147,7 @@ def refit_statistics(detector: Detector, raw_maps: RawMaps, metadata: Metadata, 
         samples: the data set, as ``dataset.training_samples`` returns it; it may have moved since.
 
     Returns:
-        The metadata with the new threshold; the last step of the provenance names the images.
+        The metadata with the new thresholds; the last step of the provenance names the images.
 
     Raises:
         ImageError: an image cannot be read.
@@ -151,7 +157,8 @@ def refit_statistics(detector: Detector, raw_maps: RawMaps, metadata: Metadata, 
                                        torch.device("cpu"))
     *earlier_steps, last_step = metadata.provenance
     statistics = {"images": list_digest(sample.path for sample in samples), "count": len(samples)}
-    return metadata.replace(threshold=threshold_at(scores, metadata.false_positive_rate),
+    thresholds = Thresholds.at(metadata.false_positive_rate, scores)
+    return metadata.replace(threshold=thresholds.common, thresholds=dict(thresholds.by_class),
                             good_scores=bounded_scores(scores),
                             provenance=[*earlier_steps, {**last_step, "statistics": statistics}])
 

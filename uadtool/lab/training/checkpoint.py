@@ -11,7 +11,8 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from uadtool.errors import UadtoolError
-from uadtool.files import atomic_write, refuse_newer
+from uadtool.files import atomic_write
+from uadtool.schemas.json_files import refuse_newer
 from uadtool.schemas.validation import validate
 
 KEY = "uadtool-checkpoint"
@@ -48,6 +49,9 @@ def read_checkpoint(path: Path, config: dict[str, Any]) -> tuple[dict[str, Any],
     config = json.loads(json.dumps(config))  # turns tuples into lists, as in the file
     for name, value in config.items():
         if saved_config.get(name) != value:
+            if name == "images":
+                raise UadtoolError(f"{path} belongs to a run with other images: some have been added, removed or "
+                                   "renamed since; start anew without --resume")
             raise UadtoolError(f"{path} belongs to a run with {name} {saved_config.get(name)!r:.200}, this run has "
                                f"{value!r:.200}; use the same, or start anew without --resume")
     return progress, tensors
