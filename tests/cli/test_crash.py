@@ -18,7 +18,7 @@ import torch
 from killing import Commands, Ended
 from PIL import Image
 
-from uadtool.files import check_writable
+from uadtool.files import WRITTEN, check_writable
 
 TEACHER = "mobilenetv2_035"
 CHAIN = ("train", "calibrate", "quantize", "export")
@@ -53,7 +53,7 @@ def lines(commands, textures, tmp_path_factory) -> Dict[str, Line]:
     lines = {}
     for output, *words in (
         (model, "train", textures, "--teacher", TEACHER, "--teacher-weights", weights, "--image-size", 64,
-         "--steps", 3),
+         "--steps", 30),  # int8 loses too much of a network that has learned nothing
         (ranges, "calibrate", model, textures, "--count", 8),
         (int8, "quantize", model, textures, "--ranges", ranges),
         (folder / "m.onnx", "export", int8),
@@ -280,7 +280,7 @@ def test_no_room_for_pictures(commands, detector, mvtec, tmp_path, option):
     ended = commands.run("score", "-q", detector, mvtec, option, tmp_path / "out", limit=50, stdout="/dev/null")
     assert ended.code == 1
     assert re.fullmatch(f"uadtool: error: cannot write {tmp_path}/out.*: File too large\n", ended.stderr)
-    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+    assert [path for path in tmp_path.rglob("*") if path.is_file() and path.name != WRITTEN] == []
 
 
 @pytest.mark.slow
