@@ -277,7 +277,7 @@ def test_a_training_whose_model_finds_no_room_can_be_resumed(commands, lines, tm
 @pytest.mark.slow
 @pytest.mark.parametrize("option", ["--heatmaps", "--masks", "--copy-anomalous", "--contact-sheet"])
 def test_no_room_for_pictures(commands, detector, mvtec, tmp_path, option):
-    ended = commands.run("score", "-q", detector, mvtec, option, tmp_path / "out", limit=50, stdout="/dev/null")
+    ended = commands.run("score", "-q", detector, mvtec, option, tmp_path / "out.png", limit=50, stdout="/dev/null")
     assert ended.code == 1
     assert re.fullmatch(f"uadtool: error: cannot write {tmp_path}/out.*: File too large\n", ended.stderr)
     assert [path for path in tmp_path.rglob("*") if path.is_file() and path.name != WRITTEN] == []
