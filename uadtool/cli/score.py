@@ -159,7 +159,7 @@ def _check_usage(ctx: click.Context, arguments: SimpleNamespace) -> None:
         (not arguments.contact_sheet and options.given(ctx, "top"), "--top requires --contact-sheet."),
         (not (arguments.heatmaps or arguments.masks) and options.given(ctx, "pictures"),
          "--pictures requires --heatmaps or --masks."),
-        (arguments.contact_sheet and not arguments.contact_sheet.lower().endswith((".png", ".jpg", ".jpeg", ".webp")),
+        (arguments.contact_sheet and not _is_picture(arguments.contact_sheet),
          f"{arguments.contact_sheet} must end with .png, .jpg or .webp."),
         (arguments.done and not follow, "--done requires --follow."),
         (follow and (arguments.shard or arguments.ray), "--follow uses one process; leave out --shard and --ray."),
@@ -171,23 +171,28 @@ def _check_usage(ctx: click.Context, arguments: SimpleNamespace) -> None:
     )
 
 
+def _is_picture(name: str) -> bool:
+    from uadtool.scoring.contact_sheet import FORMATS
+
+    return Path(name).suffix.lower() in FORMATS
+
+
 def _thresholds(arguments: SimpleNamespace, metadata: Any) -> Any:
     from uadtool.scoring.thresholds import Thresholds
 
     if isinstance(arguments.threshold, float):
         return Thresholds(arguments.threshold)
-    rate = arguments.false_positive_rate
+    rate, thresholds = arguments.false_positive_rate, Thresholds.of_model(metadata)
     if arguments.threshold_from:
-        from uadtool.comparing.good_images import with_thresholds_from
+        from uadtool.comparing.good_images import good_scores
 
-        thresholds = Thresholds.of_model(with_thresholds_from(metadata, arguments.threshold_from, rate))
-    elif rate is None:
-        thresholds = Thresholds.of_model(metadata)
-    elif metadata.good_scores:
+        scores = good_scores(arguments.threshold_from, metadata)
+        thresholds = Thresholds.at(metadata.false_positive_rate if rate is None else rate, scores)
+    elif rate is not None:
+        if not metadata.good_scores:
+            raise UadtoolError(f"{arguments.model} does not hold the scores of good images; train or quantize it "
+                               "again, or give --threshold-from")
         thresholds = Thresholds.at(rate, metadata.good_scores)
-    else:
-        raise UadtoolError(f"{arguments.model} does not hold the scores of good images; train or quantize it again, or "
-                           "give --threshold-from")
     return Thresholds(thresholds.common) if arguments.threshold == COMMON else thresholds
 
 

@@ -7,20 +7,18 @@ from uadtool.comparing.results import read_results
 from uadtool.errors import UadtoolError
 from uadtool.files import file_digest
 from uadtool.metadata import Metadata
-from uadtool.scoring.thresholds import Thresholds, bounded_scores
+from uadtool.scoring.thresholds import with_thresholds
 
 
-def with_thresholds_from(metadata: Metadata, file: str, false_positive_rate: Optional[float] = None) -> Metadata:
-    """The metadata of a model with thresholds that a share of the good images in a score file exceeds.
+def good_scores(file: str, metadata: Metadata) -> Dict[str, List[float]]:
+    """The scores of the good images in a score file by nearest class, for ``Thresholds.at``.
 
     Images without a label count as good, unless others have one. An image counts for its nearest class, but good images
     that were taken for another class than their own only count in the common threshold.
 
-    Args:
-        false_positive_rate: the share; that of the model if None.
-
     Raises:
-        UadtoolError: the file holds no good images, or scores of another model; or as ``read_results``.
+        UadtoolError: the file holds no good images, or scores of another model than that of the metadata; or as
+            ``read_results``.
     """
     scores: Dict[str, List[float]] = {}
     for result in read_results(file):
@@ -37,10 +35,20 @@ def with_thresholds_from(metadata: Metadata, file: str, false_positive_rate: Opt
                 scores.setdefault(image.nearest_class if recognised else "", []).append(image.score)
     if not scores:
         raise UadtoolError(f"{file} holds no scores of good images; score a folder of good images")
-    rate = metadata.false_positive_rate if false_positive_rate is None else false_positive_rate
-    thresholds = Thresholds.at(rate, scores)
+    return scores
+
+
+def with_thresholds_from(metadata: Metadata, file: str, false_positive_rate: Optional[float] = None) -> Metadata:
+    """The metadata of a model with thresholds that a share of the ``good_scores`` in a file exceeds.
+
+    Args:
+        false_positive_rate: the share; that of the model if None.
+
+    Raises:
+        UadtoolError: as ``good_scores``.
+    """
+    scores = good_scores(file, metadata)
     step = {"command": "export --threshold-from", "tool_version": __version__, "scores": file_digest(file),
             "images": sum(map(len, scores.values()))}
-    return metadata.replace(threshold=thresholds.common, thresholds=dict(thresholds.by_class),
-                            false_positive_rate=rate, good_scores=bounded_scores(scores),
-                            provenance=[*metadata.provenance, step])
+    rate = metadata.false_positive_rate if false_positive_rate is None else false_positive_rate
+    return with_thresholds(metadata, scores, rate).replace(provenance=[*metadata.provenance, step])

@@ -31,7 +31,7 @@ from uadtool.lab.training.data import Teacher, TeacherFeatures, names_digest, pa
 from uadtool.lab.training.loop import BATCH_SIZE, Outcome, Run, steps_per_epoch
 from uadtool.lab.training.precision import autocast, autocast_dtype, choose_device
 from uadtool.metadata import PREPROCESSING, Metadata, Reading
-from uadtool.scoring.thresholds import Thresholds, bounded_scores
+from uadtool.scoring.thresholds import with_thresholds
 from uadtool.terminal import log
 
 
@@ -229,13 +229,11 @@ def _finish(job: _Job, outcome: Outcome, samples: Sequence[Sample], options: Tra
     }
     if (packed := pack_originals(job.inspection.originals)) is not None:
         step["originals"] = packed
-    thresholds = Thresholds.at(options.false_positive_rate, scores)
     metadata = Metadata(
         method=options.method, teacher=options.teacher, classes=job.classes, image_size=options.image_size,
-        map_size=detector.map_size, threshold=thresholds.common, thresholds=dict(thresholds.by_class),
-        false_positive_rate=options.false_positive_rate, good_scores=bounded_scores(scores),
+        map_size=detector.map_size, threshold=0.0, false_positive_rate=options.false_positive_rate,
         parameters=count_parameters(detector), macs=count_macs(detector, options.image_size),
         options=job.method_options, tool_version=__version__, provenance=[step],
         preprocessing={**PREPROCESSING, "grey_bits": job.inspection.grey_bits},
     )
-    return TrainingResult(detector, metadata, report)
+    return TrainingResult(detector, with_thresholds(metadata, scores, options.false_positive_rate), report)

@@ -28,9 +28,8 @@ class Prediction(NamedTuple):
 
     ``anomaly_map`` is float32 [h, w]; ``mask`` is the ground truth, bool [H, W], if it is known, or the error of a mask
     that cannot be read. The image is anomalous if its score exceeds ``threshold``, the model's for this class.
-    ``milliseconds`` is the inference time of the batch, which may share the cores with other
-    streams, divided by the images in it. ``faint`` is whether the image shows nearly nothing. ``pixels`` are set by
-    ``with_pixels``.
+    ``milliseconds`` is the inference time of the batch, which may share the cores with other streams, divided by the
+    images in it. ``faint`` is whether the image shows nearly nothing. ``pixels`` are set by ``with_pixels``.
     """
 
     score: float

@@ -54,7 +54,7 @@ def score(runtime: Runtime, samples: Iterable[Sample], thresholds: Optional[Thre
     predict = cluster.predict if cluster else predict_samples
     began = time.perf_counter()
     images = errors = anomalous = faint = 0
-    evaluation = Evaluation()
+    evaluation, classes = Evaluation(), set(runtime.metadata.classes)
     unknown: Dict[str, int] = {}  # images of classes that the model does not have
     for sample, prediction in predict(runtime, samples, batch_size, pixels=True):
         images += 1
@@ -73,7 +73,7 @@ def score(runtime: Runtime, samples: Iterable[Sample], thresholds: Optional[Thre
         yield record
         if sample.label:
             evaluate(evaluation, record, prediction)
-        if sample.class_name and sample.class_name not in runtime.metadata.classes:
+        if sample.class_name and sample.class_name not in classes:
             unknown[sample.class_name] = unknown.get(sample.class_name, 0) + 1
     seconds = time.perf_counter() - began
     warn_of_faint(faint, images)

@@ -50,6 +50,17 @@ class Thresholds(NamedTuple):
         return self.by_class.get(nearest_class, self.common)
 
 
+def with_thresholds(metadata: Metadata, good_scores: Scores, false_positive_rate: float) -> Metadata:
+    """The metadata with the thresholds that this share of good images exceeds, and with their scores.
+
+    Raises:
+        ValueError: there are no scores.
+    """
+    thresholds = Thresholds.at(false_positive_rate, good_scores)
+    return metadata.replace(threshold=thresholds.common, thresholds=dict(thresholds.by_class),
+                            false_positive_rate=false_positive_rate, good_scores=bounded_scores(good_scores))
+
+
 def threshold_at(scores: Sequence[float], false_positive_rate: float) -> float:
     """The lowest of ``scores`` that at most this share of them exceeds.
 

@@ -15,7 +15,7 @@ from uadtool.lab.training import distributed
 from uadtool.lab.training.data import TeacherFeatures, image_batches, split_again
 from uadtool.metadata import Metadata, Reading
 from uadtool.progress import Progress
-from uadtool.scoring.thresholds import Thresholds, bounded_scores
+from uadtool.scoring.thresholds import with_thresholds
 
 PSEUDO_COUNT = 4
 """Weight, in images, of the average over classes or positions against the few images of one class or position."""
@@ -157,10 +157,8 @@ def refit_statistics(detector: Detector, raw_maps: RawMaps, metadata: Metadata, 
                                        torch.device("cpu"))
     *earlier_steps, last_step = metadata.provenance
     statistics = {"images": list_digest(sample.path for sample in samples), "count": len(samples)}
-    thresholds = Thresholds.at(metadata.false_positive_rate, scores)
-    return metadata.replace(threshold=thresholds.common, thresholds=dict(thresholds.by_class),
-                            good_scores=bounded_scores(scores),
-                            provenance=[*earlier_steps, {**last_step, "statistics": statistics}])
+    return with_thresholds(metadata, scores, metadata.false_positive_rate).replace(
+        provenance=[*earlier_steps, {**last_step, "statistics": statistics}])
 
 
 def _moments(maps: Tensor) -> Tensor:
