@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -12,6 +13,7 @@ from typing import Any, Callable, Dict, List, Optional, Set, Tuple
 
 import numpy as np
 import pytest
+from conftest import run_here
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -158,6 +160,107 @@ def test_a_thumbnail_keeps_its_shape(files):
     assert (image.format, image.size) == ("JPEG", (SIDE, 48))
     assert thumbnail("no/such.png") is None
     assert thumbnail("null\0byte.png") is None
+
+
+@pytest.fixture
+def scored(make_detector, mvtec, tmp_path, monkeypatch) -> Callable[..., str]:
+    """Score the images of ``mvtec`` with two models, each with a folder of heatmaps or None, and make the page.
+
+    The second model misses all defects.
+    """
+    monkeypatch.chdir(tmp_path)
+
+    def run(a: Optional[str], b: Optional[str]) -> str:
+        for name, divisor, folder in (("a", 1.0, a), ("b", 100.0, b)):
+            detector = make_detector(tmp_path / f"{name}.onnx", divisor=divisor)
+            heatmaps = ["--heatmaps", folder] if folder else []
+            Path(f"{name}.jsonl").write_text(run_here("score", "-q", detector, mvtec, "--threshold", 2, *heatmaps))
+        return page("a.jsonl", "b.jsonl")
+
+    return run
+
+
+def alternatives(text: str) -> List[str]:
+    """The alternative texts of the pictures, in order."""
+    return [attributes["alt"] or "" for attributes, _ in Page(text).all("img")]
+
+
+HINT = "anomaly maps here, run score --heatmaps DIR"
+
+
+def hint(text: str) -> bool:
+    (section,) = (text for attributes, text in Page(text).all("section") if attributes["id"] == "images")
+    return HINT in section
+
+
+def test_anomaly_maps_stand_beside_the_images(scored):
+    text = scored("maps/a", "maps/b")
+    moved, missed = (re.findall(r'alt="(.*?)"', group) for group in text.split("<h3>Changed")[1].split("<h3>Defects"))
+    assert len(moved) == 3 * 6
+    assert len(missed) == 2 * 6
+    for image, first, second in zip(*[iter(moved)] * 3):
+        assert image.startswith("defective image of ")
+        assert (first, second) == tuple(f"anomaly map of {name}.onnx for the {image}" for name in ("a", "b"))
+    for image, last in zip(*[iter(missed)] * 2):
+        assert last == f"anomaly map of b.onnx for the {image}"
+    assert not hint(text)
+    assert "twice the threshold" in text
+
+
+def test_an_anomaly_map_is_cut_from_the_heatmap(scored):
+    uris = {attributes["alt"]: attributes["src"] for attributes, _ in Page(scored("a", "b")).all("img")}
+    for name in ("a", "b"):
+        uri = uris[f"anomaly map of {name}.onnx for the defective image of red, test/spot/003.png"]
+        shown = Image.open(io.BytesIO(base64.b64decode(uri.split(",")[1])))
+        assert shown.size == (SIDE, SIDE)
+        heatmap = Image.open(Path(name, "red-test-spot-003.png"))  # two panels of 400 x 400 pixels with 12 between them
+        expected = heatmap.crop((412, 0, 812, 400)).resize((SIDE, SIDE))
+        assert np.abs(np.asarray(shown).astype(int) - np.asarray(expected)).mean() < 6
+
+
+@pytest.mark.parametrize(("folders", "models"), [
+    ((None, None), []),
+    (("maps", "maps"), []),  # the pictures of a were overwritten
+    (("maps/a", None), ["a"]),
+    ((None, "maps/b"), ["b"]),
+])
+def test_without_anomaly_maps_the_page_says_how_to_get_them(scored, folders, models):
+    text = scored(*folders)
+    found = alternatives(text)
+    assert sum(not alternative.startswith("anomaly map") for alternative in found) == 12
+    for name in ("a", "b"):
+        assert any(alternative.startswith(f"anomaly map of {name}.onnx") for alternative in found) == (name in models)
+    assert hint(text)
+
+
+@pytest.mark.parametrize("damage", [
+    Path.unlink, lambda path: path.write_bytes(b"no picture"), lambda path: path.write_bytes(path.read_bytes()[:5000]),
+    lambda path: Image.new("RGB", (400, 400)).save(path)])
+def test_a_heatmap_that_cannot_be_used_leaves_the_image(scored, damage):
+    before = alternatives(scored("maps/a", "maps/b"))
+    heatmap = Path("maps/b/red-test-spot-003.png")
+    damage(heatmap)
+    text = page("a.jsonl", "b.jsonl")
+    lost = "anomaly map of b.onnx for the defective image of red, test/spot/003.png"
+    assert lost in before
+    assert alternatives(text) == [alternative for alternative in before if alternative != lost]
+    assert hint(text)
+    shutil.rmtree("maps")
+    assert alternatives(page("a.jsonl", "b.jsonl")) == [
+        alternative for alternative in before if not alternative.startswith("anomaly map")]
+
+
+def test_any_path_of_a_heatmap(scored, mvtec):
+    scored("maps/a", "maps/b")
+    os.mkfifo("fifo")
+    for heatmap in ("", "\0", "\udcff", HOSTILE, "x" * 5000, "/dev/zero", "fifo", "maps", "a.jsonl", str(
+            mvtec / "red/test/spot/003.png"), "none://a", "http://", "file:///none.png"):
+        records = [json.loads(line) for line in Path("b.jsonl").read_text().splitlines()]
+        Path("any.jsonl").write_text(lines([
+            {**record, **({"heatmap": heatmap} if "heatmap" in record else {})} for record in records]))
+        text = page("any.jsonl")
+        assert len(alternatives(text)) == 6
+        assert hint(text)
 
 
 HOSTILE = "</style><script>alert('x')</script><img src=x onerror=\"alert(1)\">&amp;]]>"

@@ -13,7 +13,7 @@ from uadtool.errors import UadtoolError
 from uadtool.files import WRITTEN
 from uadtool.scoring import drawing
 from uadtool.scoring.contact_sheet import TILE, ContactSheet
-from uadtool.scoring.heatmaps import CAPTION_WIDTH, MARGIN, Heatmaps, render
+from uadtool.scoring.heatmaps import CAPTION_WIDTH, MARGIN, Heatmaps, read_overlay, render
 from uadtool.scoring.image_files import AnomalousImages, Masks, OutputFolder
 
 THRESHOLD = 3.0
@@ -72,6 +72,12 @@ def test_layout(tmp_path, size, panels):
     picture = render(record(tmp_path / "a.png"), np.zeros((4, 4), np.float32))
     assert picture.width == panels[0]
     assert 40 < picture.height - panels[1] < 100  # the caption
+    picture.save(tmp_path / "map.png")
+    overlay = read_overlay(str(tmp_path / "map.png"), str(tmp_path / "a.png"))
+    assert max(overlay.shape) == min(max(*size, 400), 4096)
+    assert not overlay.any()  # black as the image, without a pixel of the background
+    with pytest.raises(ImageError, match="not the heatmap of"):
+        read_overlay(str(tmp_path / "a.png"), str(tmp_path / "a.png"))
 
 
 def test_the_picture_is_upright_like_the_scored_image(tmp_path):

@@ -23,7 +23,11 @@ NO_THRESHOLDS = Thresholds(math.nan)
 
 
 class ScoredImage(NamedTuple):
-    """An ``image`` line. ``anomalous`` is the verdict; ``label`` (good or anomalous) and ``class_name`` if known."""
+    """An ``image`` line.
+
+    ``anomalous`` is the verdict; ``label`` (good or anomalous) and ``class_name`` if known; ``heatmap`` is the path of
+    the picture from ``score --heatmaps``.
+    """
 
     score: float
     raw_score: float
@@ -32,6 +36,7 @@ class ScoredImage(NamedTuple):
     nearest_class: str
     label: Optional[str]
     class_name: Optional[str]
+    heatmap: Optional[str]
 
     @property
     def margin(self) -> float:
@@ -131,7 +136,7 @@ def read_results(file: str) -> List[Result]:
                     run.images[record["path"]] = ScoredImage(
                         float(record["score"]), float(record["raw_score"]),
                         float(record.get("threshold", run.thresholds.common)), record["anomalous"],
-                        record["nearest_class"], record.get("label"), record.get("class"))
+                        record["nearest_class"], record.get("label"), record.get("class"), record.get("heatmap"))
             elif kind == "summary" and run:
                 validate(record, "score#/$defs/summary")
                 results.append(replace(run, values=score_values(record.get("metrics") or {}),

@@ -1,6 +1,7 @@
 """A comparison as one HTML page: table, charts, images and provenance, in one file that needs nothing else.
 
-Its size does not grow with the number of images: it holds histograms, thinned curves and at most 18 thumbnails.
+Its size does not grow with the number of images: it holds histograms, thinned curves, and thumbnails of at most 18
+images and their anomaly maps.
 """
 import re
 from pathlib import Path
@@ -13,7 +14,7 @@ from uadtool.comparing.comparison import Model
 from uadtool.comparing.gates import Verdict
 from uadtool.comparing.page.figures import accuracy_figures, score_figures
 from uadtool.comparing.page.svg import model_style, number
-from uadtool.comparing.page.thumbnails import disagreements, thumbnail
+from uadtool.comparing.page.thumbnails import Group, disagreements, map_thumbnails, thumbnail
 from uadtool.comparing.results import Result
 from uadtool.comparing.table import DECIMALS
 from uadtool.terminal import log
@@ -54,10 +55,16 @@ def as_html(models: Sequence[Model], record: Record, verdicts: Sequence[Verdict]
     rows = {row["metric"]: _row(row) for row in record["rows"]}
     histograms, classes = score_figures(models)
     groups = [group for group in disagreements(models) if group.total]
-    pictures = {path: thumbnail(path) for path in {image.path for group in groups for image in group.images}}
+    images = [image for group in groups for image in group.images]
+    pictures = {path: thumbnail(path) for path in {image.path for image in images}}
+    maps = map_thumbnails(images)
     embedded = sum(picture is not None for picture in pictures.values())
     if embedded:
         log.info("the page holds thumbnails of %d images", embedded)
+
+    def most_pictures(group: Group) -> int:
+        return 1 + max(len(maps[image]) for image in group.images)
+
     environment = Environment(loader=FileSystemLoader(str(FOLDER)), autoescape=True, undefined=StrictUndefined,
                               trim_blocks=True, lstrip_blocks=True)
     return environment.get_template("page.html.jinja").render(
@@ -66,7 +73,9 @@ def as_html(models: Sequence[Model], record: Record, verdicts: Sequence[Verdict]
         table=[(title, [rows[name] for name in names]) for title, names in _sections(record["rows"]).items() if names],
         with_interval=[any(row.cells[index].interval for row in rows.values()) for index in range(len(models))],
         accuracy=accuracy_figures(models, record), histograms=histograms, classes=classes,
-        groups=groups, pictures=pictures, numbers={model.label: index for index, model in enumerate(models)},
+        groups=groups, pictures=pictures, maps=maps, most_pictures=most_pictures,
+        maps_missing=any(len(maps[image]) < len(image.heatmaps) for image in images),
+        numbers={model.label: index for index, model in enumerate(models)},
         css=Markup((FOLDER / "page.css").read_text(encoding="utf-8")),
         breakable=_breakable, model_style=model_style, number=number, precision=_precision,
     )

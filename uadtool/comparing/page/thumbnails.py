@@ -1,9 +1,13 @@
-"""Thumbnails of the images about which models disagree most, and which the last model gets most wrong."""
+"""Thumbnails of the images about which models disagree most, and which the last model gets most wrong.
+
+Beside them stand thumbnails of their anomaly maps, if the models were scored with ``--heatmaps``.
+"""
 
 import base64
 import io
+from functools import lru_cache
 from pathlib import PurePath
-from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple
 
 from PIL import Image
 
@@ -11,6 +15,7 @@ from uadtool.comparing.comparison import Model, changed
 from uadtool.comparing.results import Result
 from uadtool.data.images import fitted, image_size, read_image
 from uadtool.errors import UadtoolError
+from uadtool.scoring.heatmaps import read_overlay
 
 GROUP = 6
 """Images of a group at most."""
@@ -20,13 +25,17 @@ SIDE = 160
 
 
 class Shown(NamedTuple):
-    """An image worth a look: the finding in words, and a model label, a score and a threshold for each model."""
+    """An image worth a look: the finding in words, and a model label, a score and a threshold for each model.
+
+    ``heatmaps`` holds the label of each model whose anomaly map is of interest, and the path of its picture if known.
+    """
 
     path: str
     class_name: Optional[str]
     label: Optional[str]
     finding: str
     scores: Tuple[Tuple[str, float, float], ...]
+    heatmaps: Tuple[Tuple[str, Optional[str]], ...]
 
     @property
     def kind(self) -> str:
@@ -82,6 +91,7 @@ def _moved(models: Sequence[Model]) -> List[Shown]:
         records = changed(models)
     except UadtoolError:  # the models scored different images, and the comparison has warned about it
         return []
+    scored = [(model.label, model.scores) for model in models if model.scores]
     shown: Dict[str, Shown] = {}
     for record in records:
         path, label = record["path"], record.get("label")
@@ -89,7 +99,8 @@ def _moved(models: Sequence[Model]) -> List[Shown]:
         if path in shown:
             shown[path] = shown[path]._replace(scores=(*shown[path].scores, other))
         else:
-            shown[path] = Shown(path, record.get("class"), label, findings[other[1] > other[2], label], (first, other))
+            shown[path] = Shown(path, record.get("class"), label, findings[other[1] > other[2], label], (first, other),
+                                _heatmaps(path, record["models"], scored))
     return list(shown.values())
 
 
@@ -98,16 +109,47 @@ def _shown(path: str, finding: str, scored: Sequence[Tuple[str, Result]]) -> Sho
     first_and_last = [scored[0], scored[-1]] if len(scored) > 1 else scored
     return Shown(path, image.class_name, image.label, finding, tuple(
         (label, result.images[path].score, result.images[path].threshold) for label, result in first_and_last
-        if path in result.images))
+        if path in result.images), _heatmaps(path, [scored[-1][0]], scored))
+
+
+def _heatmaps(path: str, labels: Sequence[str], scored: Sequence[Tuple[str, Result]]
+              ) -> Tuple[Tuple[str, Optional[str]], ...]:
+    """``Shown.heatmaps`` of an image for the models with these labels.
+
+    A file that two models name is left out, because the run that came first no longer has its picture there.
+    """
+    files = {label: result.images[path].heatmap for label, result in scored if path in result.images}
+    named = list(files.values())
+    return tuple((label, files[label] if named.count(files[label]) == 1 else None) for label in labels)
 
 
 def thumbnail(path: str) -> Optional[str]:
     """A JPEG of at most ``SIDE`` x ``SIDE`` pixels as a data URI; None if the image can no longer be read."""
     try:
         size = image_size(path)
-        pixels = read_image(path, fitted(size, min(SIDE, max(size))))
+        return _jpeg(Image.fromarray(read_image(path, fitted(size, min(SIDE, max(size))))))
     except (UadtoolError, ValueError):  # ValueError: a path with a null byte
         return None
+
+
+def map_thumbnails(images: Iterable[Shown]) -> Dict[Shown, List[Tuple[str, str]]]:
+    """For each image the anomaly maps that can be read: the label of the model, and a JPEG as a data URI."""
+    read = lru_cache(maxsize=None)(_map_thumbnail)  # an image may be in two groups
+    found = {image: [(label, read(image.path, heatmap)) for label, heatmap in image.heatmaps if heatmap]
+             for image in images}
+    return {image: [(label, uri) for label, uri in maps if uri] for image, maps in found.items()}
+
+
+def _map_thumbnail(path: str, heatmap: str) -> Optional[str]:
+    try:
+        overlay = Image.fromarray(read_overlay(heatmap, path))
+    except (UadtoolError, ValueError):  # as above
+        return None
+    return _jpeg(overlay.resize(fitted(overlay.size, SIDE), Image.Resampling.BILINEAR))
+
+
+def _jpeg(image: Image.Image) -> str:
+    """The image as a data URI."""
     jpeg = io.BytesIO()
-    Image.fromarray(pixels).save(jpeg, "JPEG", quality=75)
+    image.save(jpeg, "JPEG", quality=75)
     return "data:image/jpeg;base64," + base64.b64encode(jpeg.getvalue()).decode()
