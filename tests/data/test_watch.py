@@ -71,7 +71,7 @@ def follow(monkeypatch):
 
 
 def test_images_from_before_are_found_unless_they_are_known(follow, tmp_path, caplog):
-    caplog.set_level("INFO")
+    caplog.set_level("INFO", "uadtool")
     for name in ("known.jpg", "changed.jpg", "new.jpg"):
         (tmp_path / name).write_text("old")
         os.utime(tmp_path / name, (1000, 1000))
