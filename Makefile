@@ -12,8 +12,7 @@ help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 28
 
 demo: demo/solar-cells ## train, quantize and compare on real images of solar cells (about 7 minutes on 2 cores)
-	@$(MAKE) --no-print-directory -f examples/Makefile UADTOOL=$(BIN)/uadtool DATA=demo/solar-cells OUT=demo \
-		TRAIN_OPTIONS='--steps 360'
+	@$(MAKE) --no-print-directory -f examples/Makefile UADTOOL=$(BIN)/uadtool DATA=demo/solar-cells OUT=demo
 
 demo/solar-cells: examples/solar_cells.py | $(VENV)/.demo
 	mkdir -p demo

@@ -301,7 +301,8 @@ def run_after(prelude: str, *line: object) -> "subprocess.CompletedProcess[str]"
 
 @pytest.fixture(scope="session")
 def trained(step: Callable[..., Step], textures: Path) -> Step:
-    return step("train", textures, "--image-size", 64, "--epochs", 20, output="fp32.safetensors", alone=True)
+    return step("train", textures, "--method", "stfpm", "--image-size", 64, "--epochs", 20,
+                output="fp32.safetensors", alone=True)
 
 
 @pytest.fixture(scope="session")

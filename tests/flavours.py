@@ -44,7 +44,7 @@ FLOAT_LAYERS = {"tf_efficientnet_lite0": ("*.conv_stem", "student.blocks.1.*"),
                 "stfpm-shared": ("teacher.layer1.*", "student.layer2.*"),
                 "rd": ("teacher.conv1.0", "student.fuse.*"), "us": ("teacher.conv1", "student.0.*"),
                 "dinomaly": ("teacher.conv1.0", "teacher.layer1.*"), "dinomaly-vit": ("teacher.patch_embed.*",),
-                "duet": ("teacher.conv1.0", "small.*")}
+                "duet": ("teacher.conv1.0", "memories.0")}
 
 
 class Flavour(NamedTuple):
@@ -67,9 +67,10 @@ def _plan(name: str) -> Tuple[QuantizationPlan, Ranges, torch.Tensor]:
 
 
 def _duet() -> Duet:
-    duet = Duet(SMALL, SIZE, 2, small=100, large=600)
-    for memory in (duet.small, duet.large):
-        memory.fill(torch.randn(memory.entries, memory.project.out_channels))
+    duet = Duet(SMALL, SIZE, 2, entries=200)
+    for memory in duet.memories:
+        for row in range(2):
+            memory.fit(row, torch.randn(300, memory.weight.shape[1]), torch.arange(300) // 10)
     return duet
 
 

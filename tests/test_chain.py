@@ -90,7 +90,8 @@ def test_digests_tie_the_steps_together(trained, calibrated, quantized, fp32, in
 
 def test_training_reports_what_it_did(trained, calibrated):
     record = trained.record
-    assert record["classes"] == {name: {"training": 16, "held_out": 4, "copies": 0} for name in ("dots", "stripes")}
+    counts = {"training": 16, "held_out": 4, "copies": 0, "recognised": 4}
+    assert record["classes"] == {"dots": counts, "stripes": counts}
     assert (record["steps"], record["epochs"]) == (40, 20)
     assert 1 <= record["best_step"] <= 40
     assert calibrated.record["images"] == 30

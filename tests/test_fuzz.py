@@ -84,7 +84,8 @@ def test_metadata_beyond_bounds(text: str, message: str) -> None:
     {"method": "dinomaly", "options": {"depth": 1_000_000}}, {"options": {"fusion": "\x1b[31m"}},
     {"options": {"fusion": -1}},
     {"method": "rd", "options": {"width": -5}}, {"method": "us", "options": {"width": 0.5}}, {"method": "os.system"},
-    {"method": "duet", "options": {"small": 0}}, {"method": "duet", "options": {"small": 10**6, "components": 10**6}},
+    {"method": "duet", "options": {"entries": 0}}, {"method": "memory", "options": {"strides": "16,8"}},
+    {"method": "duet", "options": {"entries": 10**6, "components": 10**6}},
 ])
 def test_a_model_that_claims_to_be_huge(changes: Any, tmp_path: Path) -> None:
     """It is refused before memory is allocated for it."""

@@ -49,7 +49,7 @@ def chain(parts: Path) -> Path:
     folder = parts.parent
     float_model, ranges, int8 = folder / "m.safetensors", folder / "r.json", folder / "int8.safetensors"
     torch.save(timm.create_model("test_resnet").state_dict(), folder / "teacher.pth")
-    trained = run("train", parts, "--image-size", 64, "--steps", 2, "--teacher", "test_resnet", "--teacher-weights",
+    trained = run("train", parts, "--image-size", 64, "--teacher", "test_resnet", "--teacher-weights",
                   folder / "teacher.pth", "--classes", f'"{NAME}", BOLT', "-o", float_model)
     assert trained.returncode == 0, trained.stderr
     assert set(json.loads(trained.stdout)["classes"]) == {"BOLT", NAME}

@@ -27,7 +27,7 @@ def main(folder: Path) -> None:
     if not parts.exists():
         draw(parts)
     if not model.exists():
-        uadtool("train", parts, "-o", model, "--image-size", 128, "--steps", 100)
+        uadtool("train", parts, "-o", model, "--image-size", 128)
     if not detector.exists():
         uadtool("export", model, "-o", detector, "--images", parts)
     images = [parts / name.replace("/", "/test/", 1) for name in SHOWN]

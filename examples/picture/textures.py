@@ -93,6 +93,6 @@ def _save(image: Image.Image, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
+    if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
         sys.exit(__doc__)
     draw(Path(sys.argv[1]))

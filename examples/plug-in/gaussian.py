@@ -1,16 +1,19 @@
 """A detection method in 30 lines: how unusual is each channel of the teacher's features at stride 8?"""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from uadtool.lab.detectors.backbones import build_backbone, feature_shapes, normalization
-from uadtool.lab.detectors.contract import Detector, pooled_descriptor
-from uadtool.lab.training.loop import Outcome, Run
+from uadtool.lab.detectors.contract import Detector
+from uadtool.lab.training.loop import Run
 
 
 class Gaussian(Detector):
     """Mean squared deviation of each channel from the training images, in units of its variance (floor: ``least``)."""
 
+    one_pass = True
     mean: Tensor
     weight: Tensor
 
@@ -23,12 +26,10 @@ class Gaussian(Detector):
         self.register_buffer("mean", torch.zeros(1, channels, 1, 1))
         self.register_buffer("weight", torch.ones(1, channels, 1, 1))
 
-    def fit(self, run: Run) -> Outcome:
+    def fit(self, run: Run) -> None:
         values = torch.cat([features[1].float() for _, features in run.training.batches()])
         self.mean.copy_(values.mean((0, 2, 3), keepdim=True))
         self.weight.copy_(1 / values.var((0, 2, 3), keepdim=True).clamp(min=self.least))
-        return Outcome(best_step=run.steps, held_out_loss=0.0)
 
-    def raw_maps_and_descriptor(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        features = self.teacher(pixels)
-        return ((features[1] - self.mean).square() * self.weight).mean(1, keepdim=True), pooled_descriptor(features)
+    def raw_maps(self, pixels: Tensor, features: Sequence[Tensor], nearest: Tensor) -> Tensor:
+        return ((features[1] - self.mean).square() * self.weight).mean(1, keepdim=True)

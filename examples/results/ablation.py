@@ -23,7 +23,8 @@ from uadtool.scoring.evaluation import Evaluation
 from uadtool.scoring.pixel_metrics import count_pixels
 
 NAMES: dict[str, Sequence[str]] = {
-    "duet": ("small patches", "large patches", "head"), "stfpm": ("stride 4", "stride 8", "stride 16"),
+    "memory": ("stride 4", "stride 8", "stride 16"), "duet": ("stride 4", "stride 8", "stride 16", "head"),
+    "stfpm": ("stride 4", "stride 8", "stride 16"),
     "rd": ("stride 4", "stride 8", "stride 16")}
 
 

@@ -50,7 +50,8 @@ def lines(commands, textures, tmp_path_factory) -> Dict[str, Line]:
     weights = folder / "teacher.pth"
     torch.save(timm.create_model(TEACHER).state_dict(), weights)
     model, ranges, int8 = (folder / name for name in ("m.safetensors", "r.json", "q.safetensors"))
-    training = ["train", textures, "--teacher", TEACHER, "--teacher-weights", weights, "--image-size", 64]
+    training = ["train", textures, "--method", "stfpm", "--teacher", TEACHER, "--teacher-weights", weights,
+                "--image-size", 64]
     # Of a network that has learned nothing, int8 loses too much to be exported.
     assert commands.run(*training, "--steps", 30, "-o", model).code == 0
     lines = {}
@@ -265,8 +266,8 @@ def test_no_room_for_the_output(crash, name):
 @pytest.mark.slow
 def test_a_training_whose_model_finds_no_room_can_be_resumed(commands, lines, tmp_path):
     """The memory banks of duet are in the model, but not in the checkpoint, which is smaller."""
-    words = [*lines["train"].words, "--method", "duet", "--option", "large=4000", "--option", "small=16", "--option",
-             "width=8", "-o", tmp_path / "m"]
+    words = [*lines["train"].words, "--method", "duet", "--option", "entries=4000", "--option", "width=8", "-o",
+             tmp_path / "m"]
     ended = commands.run(*words, limit=600_000)
     assert ended.code == 1
     assert ended.stderr.endswith(f"uadtool: error: cannot write {tmp_path}/m: File too large\n")

@@ -117,14 +117,15 @@ def dataset(folder: Path, items: List[Item]) -> Path:
 @pytest.fixture(scope="module")
 def model(step: Callable[..., Step], textures: Path) -> Path:
     """The smallest model, since each item loads it."""
-    return step("train", textures, "--image-size", 32, "--steps", 1, output="smallest.safetensors").path
+    return step("train", textures, "--method", "stfpm", "--image-size", 32, "--steps", 1,
+                output="smallest.safetensors").path
 
 
 def test_train_and_calibrate_use_each_readable_image(model: Path, tmp_path: Path) -> None:
     data = dataset(tmp_path / "data", READABLE)
     report = json.loads(run_here("train", data, "--check"))
     assert (report["classes"]["part"]["train"], report["unreadable"]) == ({"good": 2 + len(READABLE)}, [])
-    record = json.loads(run_here("train", data, "--image-size", 32, "--steps", 1, "-o", tmp_path / "m.safetensors"))
+    record = json.loads(run_here("train", data, "--image-size", 32, "-o", tmp_path / "m.safetensors"))
     copies = sum(len(group) - 1 for group in report["copies"])
     assert record["classes"]["part"]["copies"] == copies
     assert record["classes"]["part"]["training"] > len(READABLE) - copies  # copies are trained on
@@ -137,7 +138,7 @@ def test_train_and_calibrate_use_each_readable_image(model: Path, tmp_path: Path
     pytest.param(item, marks=[] if item.name in KINDS else pytest.mark.slow, id=ascii(item.name)) for item in REFUSED])
 def test_train_and_calibrate_name_an_unreadable_image(item: Item, model: Path, tmp_path: Path) -> None:
     data, output = dataset(tmp_path / "data", [item]), tmp_path / "output"
-    for line in (["train", data, "--image-size", 32, "--steps", 1], ["calibrate", model, data, "--classes", "part"]):
+    for line in (["train", data, "--image-size", 32], ["calibrate", model, data, "--classes", "part"]):
         with pytest.raises(UadtoolError) as error:
             run_here(*line, "-o", output)
         assert str(item.path(data / "part/train/good")) in str(error.value)

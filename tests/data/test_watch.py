@@ -12,6 +12,7 @@ import pytest
 
 from uadtool.data import watch
 from uadtool.data.watch import Watch
+from uadtool.files import WRITTEN
 
 pytest.importorskip("watchdog")
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="inotify")
@@ -82,6 +83,15 @@ def test_images_from_before_are_found_unless_they_are_known(follow, tmp_path, ca
     assert followed.found(1) == [str(tmp_path / "known.jpg")]
 
 
+def test_pictures_that_a_command_writes_are_no_images(follow, tmp_path):
+    (tmp_path / "heatmaps").mkdir()
+    (tmp_path / "heatmaps" / WRITTEN).touch()
+    followed = follow(tmp_path)
+    (tmp_path / "heatmaps/a.jpg").write_text("drawn")
+    (tmp_path / "b.jpg").write_text("new")
+    assert followed.found(1) == [str(tmp_path / "b.jpg")]
+
+
 def test_images_that_cause_no_events_are_found_by_scans(follow, tmp_path):
     (tmp_path / "inner").mkdir()
     for name in ("old.jpg", "inner/old.jpg"):
@@ -89,7 +99,9 @@ def test_images_that_cause_no_events_are_found_by_scans(follow, tmp_path):
     followed = follow(tmp_path).without_events()
     (tmp_path / ".hidden").mkdir()
     (tmp_path / "new").mkdir()
-    for name in ("a.jpg", "inner/b.PNG", "new/c.jpg", "notes.txt", ".d.jpg", ".hidden/e.jpg"):
+    (tmp_path / "heatmaps").mkdir()
+    (tmp_path / "heatmaps" / WRITTEN).touch()
+    for name in ("a.jpg", "inner/b.PNG", "new/c.jpg", "notes.txt", ".d.jpg", ".hidden/e.jpg", "heatmaps/f.jpg"):
         (tmp_path / name).write_text("new")
     (tmp_path / "empty.jpg").touch()  # has just been created
     assert followed.found(3) == [str(tmp_path / name) for name in ("a.jpg", "inner/b.PNG", "new/c.jpg")]

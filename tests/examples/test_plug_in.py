@@ -48,7 +48,8 @@ def points(monkeypatch):
 
 def test_unknown_methods_are_refused_with_a_list_of_methods(points):
     points(("gaussian", "gaussian:Gaussian"))
-    with pytest.raises(UadtoolError, match="unknown method 'x'; take one of stfpm, rd, us, dinomaly, duet, gaussian"):
+    known = "stfpm, rd, us, dinomaly, memory, duet, gaussian"
+    with pytest.raises(UadtoolError, match=f"unknown method 'x'; take one of {known}"):
         find_method("x")
 
 
@@ -65,17 +66,17 @@ def test_a_built_in_method_cannot_be_replaced(points):
 
 def test_options_have_the_types_of_their_defaults():
     assert method_options("stfpm", {}) == {"fusion": "sum", "dcam": False, "shared_stages": 0}
-    options = method_options("duet", {"small": "12"})
-    assert options == {"small": 12, "large": 12000, "components": 64, "width": 96}
+    options = method_options("duet", {"entries": "12"})
+    assert options == {"entries": 12, "components": 112, "width": 96}
 
 
 @pytest.mark.parametrize(("given", "message"), [
     ({"fusions": "sum"}, "stfpm has no option 'fusions'; it has fusion, dcam, shared_stages"),
-    ({"small": "many"}, "option small of duet must be of type int, not 'many'"),
+    ({"entries": "many"}, "option entries of duet must be of type int, not 'many'"),
     ({"width": "inf"}, "option width of us must be finite, not inf"),
     ({"width": "nan"}, "option width of us must be finite, not nan"),
 ])
 def test_wrong_options_are_refused(given, message):
-    method = {"fusions": "stfpm", "small": "duet", "width": "us"}
+    method = {"fusions": "stfpm", "entries": "duet", "width": "us"}
     with pytest.raises(UadtoolError, match=message):
         method_options(method[next(iter(given))], given)

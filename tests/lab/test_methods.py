@@ -19,7 +19,7 @@ from torch import nn
 
 from uadtool.data.dataset import scoring_samples, training_samples
 from uadtool.lab.detectors.backbones import DEFAULT_TEACHER
-from uadtool.lab.detectors.contract import OutputTensors
+from uadtool.lab.detectors.contract import OutputTensors, pooled_descriptor
 from uadtool.lab.detectors.registry import BUILT_IN, build_detector, find_method, method_options
 from uadtool.lab.models import load_model, save_model
 from uadtool.lab.quantization.targets import TARGETS
@@ -32,7 +32,9 @@ SIZE = (64, 96)
 
 
 class Row(NamedTuple):
-    """A method with options that make it small, what it reaches on the textures in ``steps``, and in int8."""
+    """A method with options that make it small, what it reaches on the textures in ``steps``, if it takes any, and in
+    int8.
+    """
 
     method: str
     options: Dict[str, str]
@@ -50,7 +52,9 @@ ROWS = {
     "us": Row("us", {}, 200, 2.0, 0.9),
     "dinomaly": Row("dinomaly", {"width": "64", "depth": "2"}, 60, 1.7, 0.9),
     "dinomaly-vit": Row("dinomaly", {"width": "64", "depth": "2"}, 60, 1.7, 0.7, "test_vit"),
-    "duet": Row("duet", {"small": "100", "large": "200"}, 30, 1.0, 0.95, int8=0.03),
+    "memory": Row("memory", {"entries": "200"}, 0, 0.0, 0.95, int8=0.03),
+    "memory-vit": Row("memory", {"entries": "200"}, 0, 0.0, 0.7, "test_vit"),
+    "duet": Row("duet", {"entries": "200"}, 30, 1.0, 0.95, int8=0.03),
 }
 
 
@@ -106,8 +110,14 @@ def test_folding_batch_norm_keeps_the_maps_and_descriptors(detector):
     detector = copy.deepcopy(detector)
     with torch.inference_mode():
         pixels = detector.normalize(images(3))
-        before = detector.raw_maps_and_descriptor(pixels)
-        after = detector.fold_batch_norm().raw_maps_and_descriptor(pixels)
+
+        def features_and_maps():
+            features = detector.features(pixels)
+            return [*features, detector.raw_maps(pixels, features, torch.tensor([0, 1, 2]))]
+
+        before = features_and_maps()
+        detector.fold_batch_norm()
+        after = features_and_maps()
     assert not any(isinstance(module, nn.BatchNorm2d) for module in detector.modules())
     for expected, actual in zip(before, after):
         torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-3)
@@ -115,7 +125,8 @@ def test_folding_batch_norm_keeps_the_maps_and_descriptors(detector):
 
 def test_outputs_have_the_types_and_shapes_of_the_contract(detector):
     with torch.inference_mode():
-        raw, descriptor = detector.raw_maps_and_descriptor(detector.normalize(images(2)))
+        descriptor = pooled_descriptor(detector.features(detector.normalize(images(2))))
+        raw, _ = detector.raw_maps_and_class(images(2))
         output = detector(images(2))
     assert raw.min() >= 0
     assert raw.shape == (2, detector.expected_maps.shape[1], *detector.map_size)
@@ -143,6 +154,8 @@ def test_everything_stays_on_the_device(detector):
 
 
 def test_an_interrupted_run_resumes_to_the_same_bytes(row, teacher_weights, textures, tmp_path, monkeypatch):
+    if not row.steps:
+        pytest.skip("the method takes no steps")
     options = TrainingOptions(method=row.method, method_options=row.options, teacher=row.teacher,
                               teacher_weights=teacher_weights(row.teacher), image_size=(64, 64), steps=3)
 
@@ -168,7 +181,12 @@ def test_an_interrupted_run_resumes_to_the_same_bytes(row, teacher_weights, text
 
 @pytest.fixture(scope="module")
 def model(name, row, teacher_weights, step, textures):
-    return step(*train_words(row, textures, teacher_weights), "--steps", row.steps, output=f"{name}.safetensors")
+    return step(*train_words(row, textures, teacher_weights), *steps(row, row.steps), output=f"{name}.safetensors")
+
+
+def steps(row, count):
+    """The option, for a method that takes steps."""
+    return ["--steps", count] if row.steps else []
 
 
 def train_words(row, textures, teacher_weights):
@@ -180,7 +198,8 @@ def train_words(row, textures, teacher_weights):
 
 def test_training_is_recorded(row, model):
     validate(model.record, "train")
-    assert model.record["held_out_loss"] < row.held_out_loss
+    assert model.record.get("held_out_loss", -1) < row.held_out_loss
+    assert model.record["steps"] == row.steps
     detector, metadata = load_model(model.path)
     assert (metadata.method, metadata.teacher) == (row.method, row.teacher)
     assert metadata.options == method_options(row.method, row.options)
@@ -255,6 +274,8 @@ def test_exported_int8_detects_as_well(name, row, model, ranges, float_auroc, st
 
 @pytest.mark.slow
 def test_fine_tuning_moves_only_the_trained_network(name, row, model, ranges, step, textures):
+    if not row.steps:
+        pytest.skip("the method trains no network")
     tuned = step("quantize", model.path, textures, "--ranges", ranges.path, "--scope", "student", "--qat", "--steps", 1,
                  output=f"{name}-qat.safetensors")
     validate(tuned.record, "quantize")
@@ -280,7 +301,7 @@ def chain_in_a_process(row, teacher_weights, textures, folder, hash_seed):
     folder.mkdir()
     fp32, ranges, int8 = (folder / name for name in ("m.safetensors", "r.json", "q.safetensors"))
     lines = [
-        [*train_words(row, textures, teacher_weights), "--steps", 3, "-o", fp32],
+        [*train_words(row, textures, teacher_weights), *steps(row, 3), "-o", fp32],
         ["calibrate", fp32, textures, "-o", ranges, "--count", 8, "--source", "good", "--source",
          "synthetic-anomalies"],
         ["quantize", fp32, textures, "--ranges", ranges, "-o", int8, "--keep-float", "auto:1"],

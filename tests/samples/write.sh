@@ -10,8 +10,8 @@ cd "$1"
 trap 'rm -f teacher.pth' EXIT
 python -c "import timm, torch; torch.manual_seed(0)
 torch.save(timm.create_model('test_efficientnet').state_dict(), 'teacher.pth')"
-uadtool train ../parts -o model.safetensors --teacher test_efficientnet --teacher-weights teacher.pth \
-    --image-size 32 --steps 3 > train.json
+uadtool train ../parts -o model.safetensors --method stfpm --teacher test_efficientnet \
+    --teacher-weights teacher.pth --image-size 32 --steps 3 > train.json
 uadtool calibrate model.safetensors ../parts -o ranges.json > calibrate.json
 uadtool quantize model.safetensors --ranges ranges.json -o int8.safetensors > quantize.json
 uadtool export int8.safetensors -o int8.onnx > export.json

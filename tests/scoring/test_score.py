@@ -314,10 +314,13 @@ def test_images_are_answered_as_they_appear(following, mvtec, number):
         (folder / name).write_bytes(pixels)
         answer = json.loads(process.stdout.readline())
         assert (answer["path"], answer["anomalous"]) == (str(folder / name), True)
+    (folder / "broken.png").write_bytes(pixels[:100])
+    assert "error" in json.loads(process.stdout.readline())
     process.send_signal(number)
     summary = json.loads(process.stdout.readline())
-    assert (summary["type"], summary["images"], summary["errors"]) == ("summary", 3, 0)
+    assert (summary["type"], summary["images"], summary["errors"]) == ("summary", 4, 1)
     assert process.wait(30) == 0
+    assert "1 of 4 images could not be scored" in process.stderr.read().decode()
 
 
 @pytest.mark.parametrize("remove", [shutil.rmtree, lambda folder: folder.rename(f"{folder}.old")])
@@ -404,7 +407,7 @@ def test_a_half_written_image_is_waited_for(following, mvtec, name):
     assert all("error" not in answer for answer in answers)
 
 
-def test_a_restart_goes_on_where_the_last_run_ended(detector, mvtec, tmp_path):
+def test_a_restart_goes_on_where_the_last_run_ended(uadtool, detector, mvtec, tmp_path):
     folder, log = tmp_path / "incoming", tmp_path / "scores.jsonl"
     folder.mkdir()
     images = sorted((mvtec / "red/test/spot").glob("*.png"))
@@ -419,7 +422,16 @@ def test_a_restart_goes_on_where_the_last_run_ended(detector, mvtec, tmp_path):
             process.send_signal(signal.SIGKILL if begun == 1 else signal.SIGINT)
             _, stderr = process.communicate(timeout=60)
         assert stderr == ""
-    scored = [line for line in map(json.loads, log.read_text().splitlines()) if line["type"] == "image"]
+        if begun == 1:
+            log.write_text(log.read_text() + '{"type": "im')  # what a power failure leaves
+    half, = (number for number, line in enumerate(log.read_text().splitlines(), 1) if line.endswith('"im'))
+    thresholds = uadtool("score", detector, images[0], "--threshold-from", log)
+    assert thresholds.returncode == 0
+    assert f"{log}:{half}: the line is cut short and left out" in thresholds.stderr
+    assert f"too few good images in {log} (2): a share of 0.05 requires at least 20" in thresholds.stderr
+    lines = log.read_text().splitlines()
+    del lines[half - 1]
+    scored = [line for line in map(json.loads, lines) if line["type"] == "image"]
     assert [line["path"] for line in scored] == [str(folder / image.name) for image in images[:2]]
     for line in scored:
         validate(line, "score")

@@ -59,6 +59,19 @@ def csv_writer(stdout: TextIO) -> Writer:
     return write
 
 
+def end_line(file: str, stdout: TextIO) -> None:
+    """End the last line of ``file`` if stdout appends to it: a run that was killed leaves half a line.
+
+    Raises:
+        UadtoolError: the file cannot be read.
+    """
+    with reading(file), Path(file).open("rb") as content:
+        if os.fstat(content.fileno()).st_size and os.path.sameopenfile(content.fileno(), stdout.fileno()):
+            content.seek(-1, os.SEEK_END)
+            if content.read() != b"\n":
+                print(file=stdout, flush=True)
+
+
 def scored_images(file: str) -> Dict[str, float]:
     """The images in the JSON output of earlier runs, each with the time when it was scored (seconds since 1970).
 

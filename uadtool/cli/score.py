@@ -106,7 +106,7 @@ def score(ctx: click.Context, /, **values: Any) -> None:
     _check_usage(ctx, arguments)
     arguments.paths = arguments.paths or ("-",)
     # Imported here and below, as needed: NumPy would slow down --help, and drawing would slow down scoring.
-    from uadtool.cli.lines import csv_writer, json_writer
+    from uadtool.cli.lines import csv_writer, end_line, json_writer
     from uadtool.progress import Progress
     from uadtool.runtimes.opening import open_model
     from uadtool.scoring.records import score as score_images
@@ -118,6 +118,8 @@ def score(ctx: click.Context, /, **values: Any) -> None:
     samples, total = _samples(arguments)
     outputs, sheet = _outputs(arguments)
     stdout = sys.stdout  # while a cluster is connected, sys.stdout is another file
+    if arguments.done:
+        end_line(arguments.done, stdout)
     write = json_writer(stdout) if arguments.layout == "jsonl" else csv_writer(stdout)
     result = Result(arguments.fail_anomalous, arguments.fail_above)
     with contextlib.ExitStack() as stack:
@@ -137,7 +139,7 @@ def score(ctx: click.Context, /, **values: Any) -> None:
                     progress.update()
     if sheet:
         sheet.save()
-    result.check(may_be_empty=arguments.follow or arguments.shard is not None)
+    result.check(arguments.follow, may_be_empty=arguments.follow or arguments.shard is not None)
 
 
 def _check_usage(ctx: click.Context, arguments: SimpleNamespace) -> None:
@@ -186,8 +188,8 @@ def _thresholds(arguments: SimpleNamespace, metadata: Any) -> Any:
     if arguments.threshold_from:
         from uadtool.comparing.good_images import good_scores
 
-        scores = good_scores(arguments.threshold_from, metadata)
-        thresholds = Thresholds.at(metadata.false_positive_rate if rate is None else rate, scores)
+        rate = metadata.false_positive_rate if rate is None else rate
+        thresholds = Thresholds.at(rate, good_scores(arguments.threshold_from, metadata, rate))
     elif rate is not None:
         if not metadata.good_scores:
             raise UadtoolError(f"{arguments.model} does not hold the scores of good images; train or quantize it "
@@ -264,7 +266,7 @@ class Result:
             self._above += 1
             self._worst = max(self._worst, (record["score"], record["path"]))
 
-    def check(self, may_be_empty: bool) -> None:
+    def check(self, may_have_errors: bool, may_be_empty: bool) -> None:
         """Raise the error that the run ends with, if any."""
         unscored = f"{self._errors} of {self._images} images could not be scored; first: {self._first_error}"
         if self._above:
@@ -273,7 +275,9 @@ class Result:
             finding = "are anomalous" if self._limit is None else f"score above {self._limit:g}"
             raise GateFailed(f"{self._above} of {self._images} images {finding}; worst: {self._worst[1]} with "
                              f"{self._worst[0]:g}")
-        if self._errors:
+        if self._errors and may_have_errors:
+            log.warning("%s", unscored)
+        elif self._errors:
             raise UadtoolError(unscored)
         if not self._images and not may_be_empty:
             raise UadtoolError("no images to score")

@@ -30,13 +30,14 @@ def _pairs(ctx: click.Context, param: click.Parameter, value: Tuple[str, ...]) -
 @click.command()
 @click.argument("data", metavar="DATA")
 @options.output("The model to write (.safetensors).", required=False)
-@click.option("--method", default="stfpm", show_default=True, metavar="NAME",
-              help="Detection method: stfpm, rd, us, dinomaly, duet, or one that an installed package adds.")
+@click.option("--method", default="memory", show_default=True, metavar="NAME",
+              help="Detection method: memory, duet, stfpm, rd, us, dinomaly, or one that an installed package adds.")
 @click.option("--option", "method_options", metavar="NAME=VALUE", multiple=True, callback=_pairs,
-              help="Option of the method: stfpm has fusion, dcam and shared_stages; rd and us have width; dinomaly has "
-                   "width, depth, bottleneck and dropout; duet has small, large, components and width.")
+              help="Option of the method: memory has entries, components and strides; duet has entries, components "
+                   "and width; stfpm has fusion, dcam and shared_stages; rd and us have width; dinomaly has width, "
+                   "depth, bottleneck and dropout.")
 @click.option("--teacher", default="tf_efficientnet_lite0", show_default=True, metavar="NAME",
-              help="Name of a timm CNN; dinomaly also takes a vision transformer.")
+              help="Name of a timm CNN; dinomaly and memory also take a vision transformer.")
 @click.option("--teacher-weights", metavar="FILE", type=click.Path(exists=True, dir_okay=False),
               help="ImageNet weights of the teacher (.pth, .safetensors)  [default: from an installed package or timm]")
 @click.option("--image-size", default="256", show_default=True, metavar="SIZE", callback=_size,
@@ -45,7 +46,8 @@ def _pairs(ctx: click.Context, param: click.Parameter, value: Tuple[str, ...]) -
               help="Bits of the values in 16-bit grey files; auto takes for each class the fewest that fit.")
 @options.max_pixels
 @options.classes
-@click.option("--epochs", type=click.IntRange(1), default=40, show_default=True, help="Passes over the images.")
+@click.option("--epochs", type=click.IntRange(1),
+              help="Passes over the images, for methods that take steps  [default: 40]")
 @click.option("--steps", type=click.IntRange(1), help="Batches of 16 images to train on, instead of --epochs.")
 @click.option("--held-out", type=options.Share(0.01, 0.9), default=0.2, show_default=True, metavar="SHARE",
               help="Share of the good images to hold out; they choose the checkpoint and set the threshold.")
@@ -65,8 +67,9 @@ def _pairs(ctx: click.Context, param: click.Parameter, value: Tuple[str, ...]) -
 @click.pass_context
 def train(ctx: click.Context, data: str, output: Optional[str], method: str, method_options: Dict[str, str],
           teacher: str, teacher_weights: Optional[str], image_size: Tuple[int, int], grey_bits: str,
-          classes: Optional[List[str]], epochs: int, steps: Optional[int], held_out: float, false_positive_rate: float,
-          teacher_ranges: Optional[str], target: str, device: str, seed: int, resume: bool, check: bool) -> None:
+          classes: Optional[List[str]], epochs: Optional[int], steps: Optional[int], held_out: float,
+          false_positive_rate: float, teacher_ranges: Optional[str], target: str, device: str, seed: int,
+          resume: bool, check: bool) -> None:
     """Train one detector for all classes of DATA, only from good images.
 
     DATA is a folder in MVTec layout (CLASS/train/good), one such class folder, or a manifest (CSV, JSONL). An
@@ -77,13 +80,13 @@ def train(ctx: click.Context, data: str, output: Optional[str], method: str, met
     Examples:
       uadtool train mvtec/ --check
       uadtool train mvtec/ -o unified.safetensors
-      uadtool train mvtec/ -o unified.safetensors --resume
+      uadtool train mvtec/ -o duet.safetensors --method duet --resume
       uadtool train parts.csv -o r18.safetensors --teacher resnet18 --teacher-weights resnet18.pth
-      uadtool train mvtec/ -o first.safetensors --teacher-int8 ranges.json
-      torchrun --nproc-per-node 4 -m uadtool train mvtec/ -o unified.safetensors
+      uadtool train mvtec/ -o first.safetensors --method stfpm --teacher-int8 ranges.json
+      torchrun --nproc-per-node 4 -m uadtool train mvtec/ -o duet.safetensors --method duet
     """
     options.refuse(
-        (steps and options.given(ctx, "epochs"), "--epochs and --steps are mutually exclusive."),
+        (steps and epochs, "--epochs and --steps are mutually exclusive."),
         (check and output, "--check writes no model; leave out -o."),
         (not check and not output, "Missing option '-o' / '--output'."),
         (not teacher_ranges and options.given(ctx, "target"),

@@ -99,8 +99,12 @@ class Result:
                 for path, image in self.images.items() if image.label}
 
 
-def read_results(file: str) -> List[Result]:
+def read_results(file: str, interrupted: bool = False) -> List[Result]:
     """The results in a score file, a bench file, or several of them one after another; ``-`` is stdin.
+
+    Args:
+        interrupted: accept runs of ``score`` that go on or were killed. Their results have no ``values``, and a line
+            that was cut short is left out.
 
     Raises:
         UadtoolError: it cannot be read, is cut short, or holds other records; the message names the line.
@@ -115,9 +119,12 @@ def read_results(file: str) -> List[Result]:
     run: Optional[Result] = None  # the run whose lines are being read
     unread: Set[str] = set()  # of that run
     line = 0
-    for line, record in _objects(text, name):
+    for line, record in _objects(text, name, interrupted):
         try:
             kind = record.get("schema") or record.get("type")
+            if interrupted and run and kind == "uadtool.score/1":
+                results.append(replace(run, unread=frozenset(unread)))
+                run = None
             if kind == "uadtool.score/1" and not run:
                 validate(record, "score#/$defs/run")
                 shard = record.get("shard")
@@ -151,14 +158,16 @@ def read_results(file: str) -> List[Result]:
                 raise ValueError(f"{kind!r:.80} is not expected here" if kind else "it lacks type")
         except ValueError as error:
             raise UadtoolError(f"{name}:{line}: not a record of a score or bench file: {error}") from error
-    if run:
+    if run and interrupted:
+        results.append(replace(run, unread=frozenset(unread)))
+    elif run:
         raise UadtoolError(f"{name}:{line}: the summary line is missing: the run was interrupted; score again")
     if not results:
         raise UadtoolError(f"{name} holds no results; give score files (JSONL) or bench files (JSON)")
     return results
 
 
-def _objects(text: str, name: str) -> Iterator[Tuple[int, Dict[str, Any]]]:
+def _objects(text: str, name: str, interrupted: bool) -> Iterator[Tuple[int, Dict[str, Any]]]:
     """The JSON objects in ``text``, in any layout, each with the line it starts on."""
     decoder = json.JSONDecoder()
     line, start = 1, 0
@@ -169,6 +178,11 @@ def _objects(text: str, name: str) -> Iterator[Tuple[int, Dict[str, Any]]]:
         try:
             value, end = decoder.raw_decode(text, start)
         except json.JSONDecodeError as error:
+            end = text.find("\n", start)
+            if interrupted and line > 1:
+                log.warning("%s:%d: the line is cut short and left out", name, line)
+                content = _CONTENT.search(text, end) if end >= 0 else None
+                continue
             raise UadtoolError(f"{name}:{error.lineno}: not JSON, or cut short: {error.msg}") from error
         except (RecursionError, ValueError) as error:  # ValueError: a number has thousands of digits
             reason = "it is nested too deeply" if isinstance(error, RecursionError) else error

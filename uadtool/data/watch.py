@@ -18,6 +18,7 @@ from typing import Any, Dict, Iterator, List, Mapping, NamedTuple, Optional, Tup
 from uadtool.data.samples import SUFFIXES
 from uadtool.data.storage import ignored
 from uadtool.errors import UadtoolError, require
+from uadtool.files import WRITTEN
 from uadtool.terminal import log
 
 SCAN_PAUSE = 1.0
@@ -50,7 +51,7 @@ class Watch:
 
     A file counts once its writer has closed it, and again after it is rewritten. If no event reports it, it counts once
     two scans in a row find it unchanged and not empty. Hidden files and folders and files without an image suffix do
-    not count: programs that copy files write to such names first.
+    not count: programs that copy files write to such names first. Nor do folders of outputs (``files.WRITTEN``).
 
     Args:
         known: the images that count from now on only if they change, each with the time (seconds since 1970) when it
@@ -108,10 +109,13 @@ class Watch:
                 continue
             with contextlib.suppress(OSError):  # if the share does not answer: the image's record will say so
                 state = _state(path)
-                if state is None or state == self._yielded.get(path):
+                if state is None or state == self._yielded.get(path) or self._is_output(inside):
                     continue
                 self._yielded[path] = state
             yield path
+
+    def _is_output(self, inside: Path) -> bool:
+        return any(Path(self._folder, parent, WRITTEN).exists() for parent in inside.parents if parent.parts)
 
     def _scan_until_stopped(self, seen: Dict[str, Seen]) -> None:
         took = 0.0
@@ -196,7 +200,8 @@ def _images(folder: str) -> Tuple[Dict[str, Optional[State]], List[str]]:
                     if ignored(entry.name):
                         continue
                     if entry.is_dir(follow_symlinks=False):
-                        folders.append(entry.path)
+                        if not os.path.exists(f"{entry.path}{os.sep}{WRITTEN}"):  # noqa: PTH110 as in _state
+                            folders.append(entry.path)
                     elif PurePath(entry.name).suffix.lower() in SUFFIXES:
                         try:
                             state = _state(entry.path)

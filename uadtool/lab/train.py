@@ -20,7 +20,7 @@ from uadtool.lab.detectors.backbones import DEFAULT_TEACHER
 from uadtool.lab.detectors.complexity import count_macs, count_parameters
 from uadtool.lab.detectors.contract import Detector
 from uadtool.lab.detectors.registry import find_method, method_options
-from uadtool.lab.detectors.statistics import fit_prototypes, fit_statistics_from_files
+from uadtool.lab.detectors.statistics import HeldOut, fit_prototypes, fit_statistics_from_files
 from uadtool.lab.detectors.weights import load_teacher_weights
 from uadtool.lab.quantization.bias_correction import CORRECTION_IMAGES
 from uadtool.lab.quantization.ranges import Ranges, ranges_digest
@@ -34,25 +34,31 @@ from uadtool.metadata import PREPROCESSING, Metadata, Reading
 from uadtool.scoring.thresholds import with_thresholds
 from uadtool.terminal import log
 
+EPOCHS = 40
+"""Epochs of a training unless it says otherwise."""
+MOST_CONFUSED = 0.01
+"""Share of the held-out images of two classes that may be taken for the other without a warning."""
+
 
 @dataclass(frozen=True)
 class TrainingOptions:
     """Everything that decides the result of a training run, besides the images.
 
-    ``steps``, batches of 16, replace ``epochs`` when given. ``held_out`` is the share of good images of each class that
+    ``steps``, batches of 16, replace ``epochs``, which are 40 by default; a method that takes no steps has neither.
+    ``held_out`` is the share of good images of each class that
     is held out: it chooses the checkpoint and sets the score statistics and the threshold, which held-out images exceed
     at ``false_positive_rate``. ``image_size`` is (height, width). ``grey_bits`` are those of the values in 16-bit grey
     files; None takes for each class the fewest that fit. With ``teacher_ranges`` the student learns the
     features of the teacher in int8, as ``target`` rounds it.
     """
 
-    method: str = "stfpm"
+    method: str = "memory"
     teacher: str = DEFAULT_TEACHER
     teacher_weights: Optional[str] = None
     image_size: tuple[int, int] = (256, 256)
     grey_bits: Optional[int] = None
     method_options: Mapping[str, str] = field(default_factory=dict)
-    epochs: int = 40
+    epochs: Optional[int] = None
     steps: Optional[int] = None
     held_out: float = 0.2
     false_positive_rate: float = 0.01
@@ -141,6 +147,8 @@ def _prepare(samples: Sequence[Sample], options: TrainingOptions, checkpoint: Pa
                            f"most {batch_size}")
 
     detector = find_method(options.method)(options.teacher, options.image_size, len(classes), **all_options)
+    if detector.one_pass and (options.steps or options.epochs):
+        raise UadtoolError(f"{options.method} learns in one pass over the images; leave out --steps and --epochs")
     pretrained = detector.pretrained()
     weights_source = load_teacher_weights(pretrained, options.teacher, options.teacher_weights)
     log.info("teacher %s with weights of %s", options.teacher, weights_source)
@@ -150,9 +158,10 @@ def _prepare(samples: Sequence[Sample], options: TrainingOptions, checkpoint: Pa
 
     teacher = _teacher(detector, options, training_samples, reading, device, dtype)
     cores = distributed.own_cores()
-    training, held_out = (TeacherFeatures(images, reading, teacher, cores, len(samples))
+    keep = 0 if detector.one_pass else len(samples)
+    training, held_out = (TeacherFeatures(images, reading, teacher, cores, keep)
                           for images in (training_samples, held_out_samples))
-    steps = options.steps or options.epochs * steps_per_epoch(len(training))
+    steps = 0 if detector.one_pass else options.steps or (options.epochs or EPOCHS) * steps_per_epoch(len(training))
     run = Run(training, held_out, steps, options.seed, device, dtype, checkpoint, config, resume)
     return _Job(detector, classes, all_options, weights_source, inspection, reading, run)
 
@@ -179,6 +188,22 @@ def _warn_of_similar(classes: Sequence[str]) -> None:
         log.warning("classes whose names differ only in case are trained as separate classes: %s", ", ".join(similar))
 
 
+def _warn_of_confused(held_out: HeldOut) -> None:
+    """Warn of each pair of classes of which more than ``MOST_CONFUSED`` are taken for the other."""
+    totals: Counter[str] = Counter()
+    confused: Counter[tuple[str, ...]] = Counter()
+    for (name, nearest), count in held_out.taken_for.items():
+        totals[name] += count
+        if name != nearest:
+            confused[tuple(sorted((name, nearest)))] += count
+    for pair, count in confused.most_common():
+        total = sum(totals[name] for name in pair)
+        if count > MOST_CONFUSED * total:
+            log.warning("%d of %d held-out images of %s are taken for the other of the two: what is normal for one "
+                        "passes in the other; make them one class if their images are alike", count, total,
+                        " and ".join(pair))
+
+
 def _teacher(detector: Detector, options: TrainingOptions, samples: Sequence[Sample], reading: Reading,
              device: torch.device, dtype: torch.dtype) -> Teacher:
     """The float teacher, or the quantized teacher with biases corrected on images of the samples."""
@@ -198,24 +223,27 @@ def _teacher(detector: Detector, options: TrainingOptions, samples: Sequence[Sam
     return teacher
 
 
-def _finish(job: _Job, outcome: Outcome, samples: Sequence[Sample], options: TrainingOptions,
+def _finish(job: _Job, outcome: Optional[Outcome], samples: Sequence[Sample], options: TrainingOptions,
             began: float, started: str) -> TrainingResult:
     """Bring the trained detector into its deployed form, set its statistics, and describe it."""
     detector, run = job.detector, job.run
     detector.fold_batch_norm()
-    fit_prototypes(detector, job.classes, run.training)
-    scores = fit_statistics_from_files(detector, detector.raw_maps_and_class, job.classes, run.held_out.samples,
-                                       job.reading, run.device)
+    fit_prototypes(detector, job.classes, run)
+    found = fit_statistics_from_files(detector, detector.raw_maps_and_class, job.classes, run.held_out.samples,
+                                      job.reading, run.device)
+    _warn_of_confused(found)
     detector.to(device="cpu", memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     training, held_out = (Counter(sample.class_name for sample in images.samples)
                           for images in (run.training, run.held_out))
     copies = Counter(samples[number].class_name for number, original in enumerate(job.inspection.originals)
                      if number != original)
     report = {
-        "classes": {name: {"training": training[name], "held_out": held_out[name], "copies": copies[name]}
+        "classes": {name: {"training": training[name], "held_out": held_out[name], "copies": copies[name],
+                           "recognised": found.taken_for[name, name]}
                     for name in job.classes},
-        "steps": run.steps, "epochs": round(run.steps / steps_per_epoch(len(run.training)), 2),
-        "best_step": outcome.best_step, "held_out_loss": outcome.held_out_loss,
+        "steps": run.steps,
+        "epochs": round(run.steps / steps_per_epoch(len(run.training)), 2) if run.steps else 1,
+        **(asdict(outcome) if outcome else {}),
         "seconds": round(time.monotonic() - began, 1), "device": run.device.type,
         "dtype": str(run.dtype).removeprefix("torch."), "processes": distributed.world_size(),
         "teacher_weights": job.weights_source,
@@ -236,4 +264,4 @@ def _finish(job: _Job, outcome: Outcome, samples: Sequence[Sample], options: Tra
         options=job.method_options, tool_version=__version__, provenance=[step],
         preprocessing={**PREPROCESSING, "grey_bits": job.inspection.grey_bits},
     )
-    return TrainingResult(detector, with_thresholds(metadata, scores, options.false_positive_rate), report)
+    return TrainingResult(detector, with_thresholds(metadata, found.scores, options.false_positive_rate), report)

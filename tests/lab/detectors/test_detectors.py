@@ -45,7 +45,7 @@ class Head(Detector):
     def fit(self, run):
         raise NotImplementedError
 
-    def raw_maps_and_descriptor(self, pixels):
+    def raw_maps(self, pixels, features, nearest):
         raise NotImplementedError
 
 
@@ -61,9 +61,9 @@ def run(detector, pixels):
         return detector(pixels)
 
 
-def raw_maps_and_descriptor(detector, pixels):
+def raw_maps(detector, pixels):
     with torch.inference_mode():
-        return detector.raw_maps_and_descriptor(detector.normalize(pixels))
+        return detector.raw_maps_and_class(pixels)[0]
 
 
 def feature_map(shape):
@@ -108,7 +108,7 @@ def test_loss_adds_the_mean_distances_of_the_maps():
 
 
 def test_raw_maps_are_those_of_three_feature_maps_or_their_product(stfpm):
-    raw, _ = raw_maps_and_descriptor(stfpm, images(2))
+    raw = raw_maps(stfpm, images(2))
     with torch.inference_mode():
         pixels = stfpm.normalize(images(2))
         maps = [F.interpolate(cosine_distance(t, s), MAP_SIZE, mode="bilinear")[:, 0].numpy()
@@ -122,7 +122,7 @@ def test_raw_maps_are_those_of_three_feature_maps_or_their_product(stfpm):
 def test_a_student_that_equals_its_teacher_sees_no_anomaly(stfpm):
     student, teacher = stfpm.student.state_dict(), stfpm.teacher.state_dict()
     stfpm.student.load_state_dict(teacher)
-    raw, _ = raw_maps_and_descriptor(stfpm, images(2))
+    raw = raw_maps(stfpm, images(2))
     stfpm.student.load_state_dict({name: student[name] for name in teacher})
     torch.testing.assert_close(raw, torch.zeros_like(raw), rtol=0, atol=1e-5)
 
@@ -131,7 +131,7 @@ def test_the_nearest_class_normalises_the_map_and_the_score(stfpm):
     pixels = images(3)
     output = run(stfpm, pixels)
     assert output.nearest_class.tolist() == [0, 1, 2]  # each is its own prototype
-    raw, _ = raw_maps_and_descriptor(stfpm, pixels)
+    raw = raw_maps(stfpm, pixels)
     np.testing.assert_allclose(output.raw_score, highest_mean(raw.sum(1).numpy()), rtol=1e-4)
     for index, (anomaly_map, score) in enumerate(zip(output.anomaly_map, output.score)):
         expected, spread = (F.interpolate(grid[index][None], MAP_SIZE, mode="bilinear")[0]
@@ -198,14 +198,14 @@ def test_complexity_counts_all_layers():
 
 def test_the_help_of_train_names_every_option():
     (text,) = [option.help for option in train.params if option.name == "method_options"]
-    for part, method in zip(text.split(";"), ("stfpm", "rd", "dinomaly", "duet")):
+    for part, method in zip(text.split(";"), ("memory", "duet", "stfpm", "rd", "dinomaly")):
         assert method in part
         assert all(name in part for name in method_options(method, {}))
     assert method_options("us", {}).keys() == method_options("rd", {}).keys()
 
 
 @pytest.mark.parametrize(("changes", "message"), [
-    ({"method": "oracle"}, "unknown method 'oracle'; take one of stfpm, rd, us, dinomaly, duet"),
+    ({"method": "oracle"}, "unknown method 'oracle'; take one of stfpm, rd, us, dinomaly, memory, duet"),
     ({"teacher": "none"}, "timm .* has no model 'none'"),
 ])
 def test_metadata_that_this_version_cannot_build_are_refused(changes, message):

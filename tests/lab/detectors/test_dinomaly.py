@@ -32,9 +32,8 @@ def test_the_decoder_gives_maps_of_the_encoders_shapes(detector):
 
 def test_the_raw_maps_are_those_of_the_groups_smoothed(detector):
     with torch.inference_mode():
-        pixels = detector.normalize(images())
-        raw, _ = detector.raw_maps_and_descriptor(pixels)
-        maps = detector.teacher(pixels)
+        raw, _ = detector.raw_maps_and_class(images())
+        maps = detector.teacher(detector.normalize(images()))
         distances = [F.interpolate(cosine_distance(m, r), size=detector.map_size, mode="bilinear")[:, 0].numpy()
                      for m, r in zip(maps, detector.decoder(maps))]
     deviation = 4 * detector.map_size[0] / SIZE[0]

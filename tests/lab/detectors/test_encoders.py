@@ -27,7 +27,7 @@ def test_a_transformer_gives_the_means_of_its_lower_and_upper_middle_layers(name
     nn.init.normal_(original.pos_embed)
     torch.save(original.state_dict(), tmp_path / "weights.pth")
     size = (56, 84) if "patch14" in name else (64, 96)
-    encoder = build_encoder(name, size).eval()
+    encoder = build_encoder(name, size, (8, 16)).eval()
     assert load_teacher_weights(encoder, name, str(tmp_path / "weights.pth")) == "weights.pth"
     expected = timm.create_model(name, img_size=size).eval()
     expected.load_state_dict(checkpoint_filter_fn(original.state_dict(), expected))
@@ -40,14 +40,14 @@ def test_a_transformer_gives_the_means_of_its_lower_and_upper_middle_layers(name
 
 
 def test_an_encoder_has_no_layer_above_its_outputs():
-    names = {name for name, _ in build_encoder(TRANSFORMERS[0], (64, 64)).named_parameters()}
+    names = {name for name, _ in build_encoder(TRANSFORMERS[0], (64, 64), (8, 16)).named_parameters()}
     assert any(name.startswith("blocks.4.") for name in names)
     assert not [name for name in names if name.startswith(("blocks.5.", "norm.", "head."))]
 
 
-def test_a_cnn_gives_its_feature_maps_at_strides_8_and_16():
+def test_a_cnn_gives_its_feature_maps_at_the_strides():
     torch.manual_seed(0)
-    encoder = build_encoder("mobilenetv2_035", (64, 96)).eval()
+    encoder = build_encoder("mobilenetv2_035", (64, 96), (8, 16)).eval()
     backbone = build_backbone("mobilenetv2_035", (64, 96)).eval()
     backbone.load_state_dict(encoder.state_dict())
     assert [shape[1:] for shape in feature_shapes(encoder, (64, 96))] == [(8, 12), (4, 6)]
@@ -71,15 +71,15 @@ def test_layer_norm_is_torchs():
     ("mobilenetv2_035", (72, 72), "multiples of 16; take --image-size 64")])
 def test_an_image_size_that_does_not_fit_is_refused(name, size, advice):
     with pytest.raises(UadtoolError, match=advice):
-        build_encoder(name, size)
+        build_encoder(name, size, (8, 16))
 
 
 def test_an_unknown_name_is_refused_with_near_ones():
     with pytest.raises(UadtoolError, match="no model 'vit_tiny_patch16_22'; it has vit_tiny_patch16_224"):
-        build_encoder("vit_tiny_patch16_22", (64, 64))
+        build_encoder("vit_tiny_patch16_22", (64, 64), (8, 16))
 
 
 def test_weights_that_cannot_be_fetched_are_asked_for():
-    encoder = build_encoder(TRANSFORMERS[0], (64, 64))
+    encoder = build_encoder(TRANSFORMERS[0], (64, 64), (8, 16))
     with pytest.raises(UadtoolError, match="offline, give --teacher-weights FILE"):
         load_teacher_weights(encoder, TRANSFORMERS[0])

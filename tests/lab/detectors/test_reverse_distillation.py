@@ -27,8 +27,8 @@ def pixels(detector):
 
 def test_the_raw_maps_are_smoothed(detector, pixels):
     with torch.inference_mode():
-        raw, _ = detector.raw_maps_and_descriptor(pixels)
-        features = detector.teacher(pixels)
+        features = detector.features(pixels)
+        raw = detector.raw_maps(pixels, features, torch.zeros(3))
         maps = [nn.functional.interpolate(cosine_distance(t, s), size=detector.map_size, mode="bilinear")[:, 0].numpy()
                 for t, s in zip(features, detector.student(*features))]
     assert raw.shape[1] == 3
@@ -41,7 +41,7 @@ def test_the_bottleneck_is_at_stride_32(detector, pixels):
     sizes = []
     hook = detector.student.squeeze.register_forward_hook(lambda module, inputs, result: sizes.append(result.shape[2:]))
     with torch.inference_mode():
-        detector.raw_maps_and_descriptor(pixels)
+        detector.raw_maps(pixels, detector.features(pixels), torch.zeros(3))
     hook.remove()
     assert sizes == [(SIZE[0] // 32, SIZE[1] // 32)]
 

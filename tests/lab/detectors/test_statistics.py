@@ -26,7 +26,7 @@ class Fields(Detector):
     def fit(self, run):
         raise NotImplementedError
 
-    def raw_maps_and_descriptor(self, pixels):
+    def raw_maps(self, pixels, features, nearest):
         raise NotImplementedError
 
     def fit_to(self, maps):
@@ -34,7 +34,7 @@ class Fields(Detector):
         owners = torch.tensor([index for index, members in enumerate(maps) for _ in members])
         samples = [Sample(f"{number}.png", str(owner), "good") for number, owner in enumerate(owners.tolist())]
         names = [str(index) for index in range(len(maps))]
-        return fit_statistics(self, lambda images: (images, owners), names, [(samples, torch.cat(maps))])
+        return fit_statistics(self, lambda images: (images, owners), names, [(samples, torch.cat(maps))]).scores
 
     def scores(self, maps, index=0):
         """Scores of new images of this class."""

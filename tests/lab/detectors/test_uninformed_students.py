@@ -7,6 +7,7 @@ from sklearn.decomposition import PCA
 from torch import nn
 
 from uadtool.errors import UadtoolError
+from uadtool.lab.detectors.contract import pooled_descriptor
 from uadtool.lab.detectors.uninformed_students import PatchNetwork, UninformedStudents, _crop, whitened_components
 from uadtool.lab.quantization.calibration import calibrate
 from uadtool.lab.quantization.plan import QuantizationPlan
@@ -51,7 +52,8 @@ def test_width_1_is_the_papers_network():
 
 def test_the_raw_maps_are_error_and_variance(detector):
     with torch.inference_mode():
-        raw, descriptor = detector.raw_maps_and_descriptor(pixels())
+        features = detector.features(pixels())
+        raw = detector.raw_maps(pixels(), features, torch.zeros(2))
         teacher = detector.teacher(pixels()).double().numpy()
         students = np.stack([student(pixels()).double().numpy() for student in detector.student])
     error = ((students.mean(0) - teacher) ** 2).mean(1)
@@ -59,7 +61,7 @@ def test_the_raw_maps_are_error_and_variance(detector):
     assert variance.min() > 0
     assert raw.shape == (2, 2, *detector.map_size) == (2, 2, 16, 24)
     np.testing.assert_allclose(raw, np.stack([error, variance], axis=1), rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(descriptor, teacher.mean((2, 3)), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(pooled_descriptor(features), teacher.mean((2, 3)), rtol=1e-4, atol=1e-5)
 
 
 def test_components_are_the_whitened_ones_of_scikit_learn():

@@ -43,8 +43,8 @@ def run(samples, tmp_path_factory):
     torch.save(timm.create_model(TEACHER).state_dict(), folder / "teacher.pth")
 
     def run(**options):
-        chosen = TrainingOptions(teacher=TEACHER, teacher_weights=str(folder / "teacher.pth"), image_size=SIZE,
-                                 steps=4, **options)
+        chosen = TrainingOptions(method="stfpm", teacher=TEACHER, teacher_weights=str(folder / "teacher.pth"),
+                                 image_size=SIZE, steps=4, **options)
         return train(samples, chosen, folder / "checkpoint")
 
     return run
@@ -117,8 +117,9 @@ def test_a_rounding_that_the_student_did_not_learn_is_reported(run, ranges, tmp_
 
 def test_the_command_line_refuses_ranges_of_another_teacher(uadtool, textures, calibrated, tmp_path, run):
     torch.save(timm.create_model("resnet18").state_dict(), tmp_path / "resnet18.pth")
-    done = uadtool("train", "-q", textures, "--image-size", 64, "--teacher", "resnet18", "--teacher-weights",
-                   tmp_path / "resnet18.pth", "--teacher-int8", calibrated.path, "-o", tmp_path / "m.safetensors")
+    done = uadtool("train", "-q", textures, "--method", "stfpm", "--image-size", 64, "--teacher", "resnet18",
+                   "--teacher-weights", tmp_path / "resnet18.pth", "--teacher-int8", calibrated.path,
+                   "-o", tmp_path / "m.safetensors")
     assert done.returncode == 1
     assert "run calibrate again" in done.stderr
     assert done.stderr.count("\n") == 1

@@ -68,8 +68,8 @@ def test_copies_in_the_chain(textures: Path, tmp_path: Path) -> None:
     for path in sorted(good.iterdir())[:10]:
         Image.open(path).save(good / f"{path.stem}-again.bmp")
     model = tmp_path / "m.safetensors"
-    record = json.loads(run_here("train", tmp_path / "data", "--image-size", 64, "--steps", 2, "-o", model))
-    assert record["classes"]["stripes"] == {"training": 16, "held_out": 4, "copies": 0}
+    record = json.loads(run_here("train", tmp_path / "data", "--image-size", 64, "-o", model))
+    assert record["classes"]["stripes"] == {"training": 16, "held_out": 4, "copies": 0, "recognised": 4}
     assert (record["classes"]["dots"]["held_out"], record["classes"]["dots"]["copies"]) == (4, 10)
     samples = training_samples(str(tmp_path / "data"))
     training, held_out = split_again(load_model(str(model))[1], samples)
@@ -98,8 +98,8 @@ def test_twelve_bits_are_read_as_such_from_training_to_scores(textures: Path, tm
     twelve = read_images(samples, metadata.reading, 1).int()
     eight = read_images(plain, Reading((64, 64)), 1).int()
     assert (twelve - eight).abs().max() <= 1
-    run_here("train", tmp_path / "twelve", "--image-size", 64, "--steps", 2, "-o", tmp_path / "m.safetensors")
+    run_here("train", tmp_path / "twelve", "--image-size", 64, "-o", tmp_path / "m.safetensors")
     assert load_model(str(tmp_path / "m.safetensors"))[1].preprocessing["grey_bits"] == {"dots": 12, "stripes": 12}
-    run_here("train", tmp_path / "twelve", "--image-size", 64, "--steps", 2, "-o", tmp_path / "m.safetensors",
+    run_here("train", tmp_path / "twelve", "--image-size", 64, "-o", tmp_path / "m.safetensors",
              "--grey-bits", 16)
     assert load_model(str(tmp_path / "m.safetensors"))[1].reading == Reading((64, 64), (16,))

@@ -26,7 +26,7 @@ METHODS = {
     "rd": ["--steps", 60],
     "us": ["--steps", 60, "--option", "width=0.06"],
     "dinomaly": ["--steps", 60],
-    "duet": ["--steps", 60, "--option", "small=100", "--option", "large=200"],
+    "duet": ["--steps", 60, "--option", "entries=200"],
 }
 SHOP_FLOOR, CLASSES = Path(__file__).parents[4] / "shared/data/shop-floor", ("commutator", "magnetic_tile")
 
@@ -53,7 +53,8 @@ def messages(stderr):
 
 
 def train(data, output, *options):
-    return ["-m", "uadtool", "train", data, "-o", output, "--image-size", 64, *options]
+    method = [] if "--method" in options else ["--method", "stfpm"]
+    return ["-m", "uadtool", "train", data, "-o", output, "--image-size", 64, *method, *options]
 
 
 # The parts

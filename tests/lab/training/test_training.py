@@ -1,4 +1,5 @@
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -6,6 +7,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -56,7 +58,7 @@ def weights(tmp_path_factory):
 def run(weights, tmp_path):
     """Train for a few steps with the tiny teacher."""
     def run(samples, resume=False, **options):
-        chosen = {"teacher": TEACHER, "teacher_weights": weights, "image_size": (64, 64), "steps": 3}
+        chosen = {"method": "stfpm", "teacher": TEACHER, "teacher_weights": weights, "image_size": (64, 64), "steps": 3}
         return train(samples, TrainingOptions(**{**chosen, **options}), tmp_path / "checkpoint", resume)
 
     return run
@@ -105,6 +107,8 @@ def test_the_file_records_how_it_was_made(run, samples):
     assert (metadata.classes, metadata.image_size, metadata.map_size) == (["dots", "stripes"], (64, 64), (16, 16))
     assert (metadata.precision, metadata.target) == ("fp32", None)
     assert metadata.options == {"fusion": "product", "dcam": False, "shared_stages": 0}
+    for found in result.report["classes"].values():
+        assert 0 <= found.pop("recognised") <= 10  # of a teacher with random weights
     counts = {"training": 10, "held_out": 10, "copies": 0}
     assert result.report["classes"] == dict.fromkeys(metadata.classes, counts)
     (step,) = metadata.provenance
@@ -178,13 +182,16 @@ class Described(Detector):
 
     def __init__(self, descriptors, classes=2, map_size=(8, 8)):
         super().__init__(classes, descriptors.shape[1], map_size, [0.5] * 3, [0.5] * 3)
-        self.descriptors = iter(descriptors.split(32))
+        self.all_descriptors = iter(descriptors.split(32))
 
     def fit(self, run):
         raise NotImplementedError
 
-    def raw_maps_and_descriptor(self, pixels):
-        return pixels, next(self.descriptors)
+    def raw_maps(self, pixels, features, nearest):
+        raise NotImplementedError
+
+    def features(self, pixels):
+        return [next(self.all_descriptors)[:, :, None, None]]
 
 
 def test_a_channel_that_is_dead_on_training_images_does_not_drown_the_others(samples):
@@ -193,7 +200,8 @@ def test_a_channel_that_is_dead_on_training_images_does_not_drown_the_others(sam
     descriptors[:, 3] = 0
     descriptors[20:, 0] += 10
     detector = Described(descriptors)
-    fit_prototypes(detector, ["dots", "stripes"], TeacherFeatures(samples, Reading((64, 64)), lambda images: [], 1, 40))
+    images = TeacherFeatures(samples, Reading((64, 64)), lambda images: [], 1, 0)
+    fit_prototypes(detector, ["dots", "stripes"], SimpleNamespace(training=images))
     awake = torch.cat([descriptors[:, :3], torch.full((40, 1), 0.2)], dim=1)
     assert torch.equal(detector.nearest_class(awake), torch.tensor([0] * 20 + [1] * 20))
 
@@ -242,6 +250,18 @@ def test_the_networks_do_not_depend_on_the_classes(run, samples, monkeypatch):
     assert torch.equal(one.detector.score_mean, two.detector.score_mean.flip(0))
 
 
+def test_classes_that_are_taken_for_each_other_are_named(run, samples, caplog):
+    # Every other image of the dots is called spots.
+    alike = [replace(s, class_name="spots") if s.class_name == "dots" and number % 2 else s
+             for number, s in enumerate(samples)]
+    result = run(alike, steps=2, held_out=0.5)
+    classes = result.report["classes"]
+    confused = [classes[name]["held_out"] - classes[name]["recognised"] for name in ("dots", "spots")]
+    assert sum(confused) > 0
+    found = re.search(r"(\d+) of 10 held-out images of dots and spots are taken for the other of the two", caplog.text)
+    assert 0 < int(found[1]) <= sum(confused)
+
+
 @pytest.mark.parametrize("counts", [{"dots": 5}, {"dots": 1, "stripes": 6}, {"dots": 1, "stripes": 1}, {"dots": 1}])
 def test_few_images_are_enough(run, samples, counts, caplog):
     chosen = [s for name, count in counts.items() for s in [s for s in samples if s.class_name == name][:count]]
@@ -250,6 +270,7 @@ def test_few_images_are_enough(run, samples, counts, caplog):
     for name, count in counts.items():
         found = result.report["classes"][name]
         held_out = {1: 1, 5: 2, 6: 3}[count]
+        assert 0 <= found.pop("recognised") <= held_out
         assert found == {"training": max(1, count - held_out), "held_out": held_out, "copies": 0}
     few = ", ".join(sorted(name for name, count in counts.items() if count < 6))
     assert f"too few good images to learn what is normal: {few};" in caplog.text
@@ -282,7 +303,7 @@ def test_an_image_that_cannot_be_read_stops_training(run, samples, tmp_path):
 
 def command(textures, weights, output, *options):
     return [sys.executable, "-m", "uadtool", "train", str(textures), "-o", str(output), "--image-size", "64",
-            "--steps", "60", "--teacher", TEACHER, "--teacher-weights", weights, *options]
+            "--method", "stfpm", "--steps", "60", "--teacher", TEACHER, "--teacher-weights", weights, *options]
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from uadtool.errors import UadtoolError
+from uadtool.lab.detectors.patch_memory import PatchMemory
 
 DEFAULT_TEACHER = "tf_efficientnet_lite0"
 REDUCTIONS = (4, 8, 16)
@@ -51,7 +52,7 @@ class Tracer(fx.Tracer):
     """Keeps our layers, and batch norms with a built-in activation (timm's BatchNormAct2d), as single modules."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        layers = (PaddedConv2d, LayerNorm, nn.BatchNorm2d)
+        layers = (PaddedConv2d, LayerNorm, PatchMemory, nn.BatchNorm2d)
         return isinstance(m, layers) or super().is_leaf_module(m, module_qualified_name)
 
 

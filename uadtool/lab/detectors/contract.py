@@ -3,7 +3,7 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple, Optional
 
 import torch
 from torch import Tensor, fx, nn
@@ -39,16 +39,16 @@ class OutputTensors(NamedTuple):
 class Detector(nn.Module, ABC):
     """A method's networks plus what all methods share: pixel normalisation, class statistics, the image score.
 
-    A subclass computes one or more raw maps and a descriptor, and trains its networks.
+    A subclass computes one or more raw maps, and trains its networks.
     No class label is used at run time: the nearest class prototype (mean descriptor of the class's good training
-    images) selects the class statistics. ``expected_maps`` and ``map_spreads``, the mean and spread of each raw map at
-    each position (a student is always wrong about the rim of a part), standardise the maps. This makes positions, and
-    maps of different kinds, comparable; then the maps are summed. ``score_mean`` and ``score_std`` of the sum make the
-    classes comparable.
+    images) selects what the detector knows of the class, such as its statistics. ``expected_maps`` and ``map_spreads``,
+    the mean and spread of each raw map at each position (a student is always wrong about the rim of a part),
+    standardise the maps. This makes positions, and maps of different kinds, comparable; then the maps are summed.
+    ``score_mean`` and ``score_std`` of the sum make the classes comparable.
 
     Args:
         classes: number of prototypes.
-        descriptor_size: length of the descriptor.
+        descriptor_size: channels of all feature maps.
         map_size: (height, width) of the anomaly map.
         mean, std: of pixel values in 0..1, per RGB channel, as the teacher expects them.
         maps: number of raw maps.
@@ -58,6 +58,8 @@ class Detector(nn.Module, ABC):
     """Name of the submodule that int8 of scope ``student`` and quantization-aware training change."""
     float_teacher: ClassVar[bool] = False
     """Training requires the teacher's features in fp32, even where bfloat16 would be faster."""
+    one_pass: ClassVar[bool] = False
+    """Training takes no steps, but sees each image once."""
     teacher: fx.GraphModule
     """The network whose features the maps are computed from."""
     pixel_mean: Tensor
@@ -84,8 +86,8 @@ class Detector(nn.Module, ABC):
         self.register_buffer("score_std", torch.ones(classes))
 
     @abstractmethod
-    def fit(self, run: Run) -> Outcome:
-        """Train everything except ``pretrained()``, in place."""
+    def fit(self, run: Run) -> Optional[Outcome]:
+        """Train everything except ``pretrained()``, in place; None if no steps were taken."""
 
     def fold_batch_norm(self: Self) -> Self:
         """Turn the trained networks into their deployed form, in place: in graphs, batch norms are folded."""
@@ -99,9 +101,26 @@ class Detector(nn.Module, ABC):
         """The network that gets ImageNet weights; training uses its features."""
         return self.teacher
 
+    def features(self, pixels: Tensor) -> Sequence[Tensor]:
+        """Normalised pixels [N, 3, H, W] -> the teacher's feature maps, each [N, C, h, w]."""
+        features: Sequence[Tensor] = self.teacher(pixels)
+        return features
+
     @abstractmethod
-    def raw_maps_and_descriptor(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Normalised pixels [N, 3, H, W] -> raw anomaly maps [N, M, h, w], >= 0, and descriptors [N, D]."""
+    def raw_maps(self, pixels: Tensor, features: Sequence[Tensor], nearest: Tensor) -> Tensor:
+        """Raw anomaly maps [N, M, h, w], >= 0.
+
+        Args:
+            pixels: normalised, [N, 3, H, W].
+            features: ``features(pixels)``.
+            nearest: indices [N] of the nearest classes.
+        """
+
+    def descriptors(self, run: Run) -> Tensor:
+        """Of the training images, in order: [N, D]. They make the prototypes of the deployed detector."""
+        device = self.prototypes.device
+        return torch.cat([pooled_descriptor(self.features(self.normalize(images.to(device))))
+                          for images, _ in run.training.batches()])
 
     def normalize(self, image: Tensor) -> Tensor:
         """uint8 [N, H, W, 3] -> float32 [N, 3, H, W] as the teacher expects it."""
@@ -120,13 +139,14 @@ class Detector(nn.Module, ABC):
 
     def raw_maps_and_class(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """uint8 [N, H, W, 3] -> raw anomaly maps [N, M, h, w] and indices of the nearest classes, int64 [N]."""
-        raw, descriptor = self.raw_maps_and_descriptor(self.normalize(image))
-        return raw, self.nearest_class(descriptor)
+        pixels = self.normalize(image)
+        features = self.features(pixels)
+        nearest = self.nearest_class(pooled_descriptor(features))
+        return self.raw_maps(pixels, features, nearest), nearest
 
     def nearest_class(self, descriptor: Tensor) -> Tensor:
         """Index [N] of the prototype at the smallest scaled Euclidean distance from the descriptor [N, D]."""
-        differences = (descriptor[:, None] - self.prototypes) * self.descriptor_scale
-        return differences.square().sum(2).argmin(1)
+        return nearest_prototype(descriptor, self.prototypes, self.descriptor_scale)
 
     def standardize_maps(self, raw: Tensor, nearest: Tensor) -> Tensor:
         """Standardise raw maps [N, M, h, w] with the map statistics of the classes ``nearest`` [N]."""
@@ -174,6 +194,13 @@ def standardize(raw: Tensor, expected: Tensor, spread: Tensor) -> Tensor:
     return (raw - expected) / spread
 
 
+@fx.wrap  # so that the names of other nodes do not depend on it
+def nearest_prototype(descriptor: Tensor, prototypes: Tensor, scale: Tensor) -> Tensor:
+    """Index [N] of the prototype [C, D] at the smallest Euclidean distance, each channel scaled by ``scale`` [D]."""
+    return ((descriptor[:, None] - prototypes) * scale).square().sum(2).argmin(1)
+
+
+@fx.wrap
 def pooled_descriptor(features: Sequence[Tensor]) -> Tensor:
     """Spatial mean of each channel of each feature map, concatenated: [N, D]."""
     return torch.cat([feature_map.mean((2, 3)) for feature_map in features], dim=1)

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from uadtool.errors import UadtoolError
 from uadtool.lab.detectors.backbones import LayerNorm, feature_shapes, normalization
-from uadtool.lab.detectors.contract import Detector, Smoothing, pooled_descriptor
+from uadtool.lab.detectors.contract import Detector, Smoothing
 from uadtool.lab.detectors.encoders import build_encoder
 from uadtool.lab.detectors.stfpm import cosine_distance, distance_maps, distillation_loss
 from uadtool.lab.training.loop import Outcome, Run
@@ -25,6 +25,8 @@ LEARNING_RATE, WEIGHT_DECAY, GRADIENT_NORM = 2e-3, 1e-4, 0.1
 EASY, EASY_GRADIENT, RAMP = 0.9, 0.1, 0.1
 """Share of the places, the best reconstructed, whose gradients are scaled down; the factor; and the part of the run in
 which the share grows to its value (sections 3.5 and 4.1)."""
+STRIDES = (8, 16)
+"""Strides of the feature maps of a CNN."""
 HEAD = 32
 """Channels of an attention head."""
 
@@ -53,7 +55,7 @@ class Dinomaly(Detector):
             raise UadtoolError(f"dinomaly cannot have width {width}, depth {depth}, bottleneck {bottleneck}, dropout "
                                f"{dropout}; take a width that is a multiple of {HEAD}, an even depth up to 100, a "
                                "bottleneck of at least 1, a dropout of at least 0 and below 1")
-        encoder = build_encoder(teacher, image_size)
+        encoder = build_encoder(teacher, image_size, STRIDES)
         shapes = feature_shapes(encoder, image_size)
         map_size = shapes[0][1:]
         super().__init__(classes, sum(shape[0] for shape in shapes), map_size, *normalization(teacher),
@@ -62,9 +64,9 @@ class Dinomaly(Detector):
         self.decoder = Decoder(shapes, width, depth, bottleneck, dropout)
         self.smooth = Smoothing(len(shapes), map_size[0] / image_size[0])
 
-    def raw_maps_and_descriptor(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        features = self.teacher(pixels)
-        return self.smooth(distance_maps(features, self.decoder(features), self.map_size)), pooled_descriptor(features)
+    def raw_maps(self, pixels: Tensor, features: Sequence[Tensor], nearest: Tensor) -> Tensor:
+        smooth: Tensor = self.smooth(distance_maps(features, self.decoder(features), self.map_size))
+        return smooth
 
     def fit(self, run: Run) -> Outcome:
         parameters = list(self.decoder.parameters())

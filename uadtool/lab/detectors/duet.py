@@ -1,11 +1,11 @@
-"""Duet: memory banks of good patches and a head that segments synthetic defects, on one frozen teacher.
+"""Duet: memories of good patches and a head that segments synthetic defects, on one frozen teacher.
 
-They complement each other: a memory finds patches unseen in training, the head finds patches in the wrong place. A
-memory of small patches finds other defects than a memory of large patches; together they beat a single larger memory.
+They complement each other: a memory finds patches unseen in training, the head finds patches in the wrong place.
 """
 
 import math
 from collections.abc import Sequence
+from typing import Optional
 
 import numpy as np
 import torch
@@ -13,9 +13,8 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from uadtool.errors import UadtoolError
-from uadtool.lab.detectors.backbones import build_backbone, feature_shapes, fold_batch_norm, normalization, plain_graph
-from uadtool.lab.detectors.contract import Detector, pooled_descriptor
-from uadtool.lab.detectors.memory import PatchMemory
+from uadtool.lab.detectors.backbones import fold_batch_norm, plain_graph
+from uadtool.lab.detectors.memory import Memory
 from uadtool.lab.training import distributed
 from uadtool.lab.training.data import CHUNK
 from uadtool.lab.training.loop import Outcome, Run
@@ -34,16 +33,12 @@ HELD_OUT_BATCHES = 32
 """Most held-out batches whose features stay in memory while the head trains. If there are more, a part is used."""
 
 
-class Duet(Detector):
-    """Memories of small patches (the teacher's features at stride 8) and of large patches (stride 16), and a head.
+class Duet(Memory):
+    """The memories of ``Memory`` at strides 4, 8 and 16, and a head.
 
     Args:
         teacher: name of a timm CNN.
-        image_size: (height, width) of the input in pixels.
-        classes: number of classes.
-        small: size of the memory of small patches.
-        large: size of the memory of large patches, each the mean of 3 x 3 positions.
-        components: most principal components of the features that a memory stores.
+        image_size, classes, entries, components: as for ``Memory``.
         width: channels of the head.
 
     Raises:
@@ -51,40 +46,28 @@ class Duet(Detector):
     """
 
     trained_network = "head"
-    float_teacher = True
+    one_pass = False
+    other_maps = 1
 
-    def __init__(self, teacher: str, image_size: tuple[int, int], classes: int, small: int = 3000, large: int = 12000,
-                 components: int = 64, width: int = 96) -> None:
-        for name, value in (("small", small), ("large", large), ("components", components), ("width", width)):
-            if value < 1:
-                raise UadtoolError(f"the option {name} of duet must be at least 1, not {value}")
-        backbone = build_backbone(teacher, image_size)
-        shapes = feature_shapes(backbone, image_size)
-        channels = [shape[0] for shape in shapes]
-        super().__init__(classes, sum(channels), shapes[1][1:], *normalization(teacher), maps=3)
-        self.teacher = backbone
-        self.small = PatchMemory(channels[1], components, small, context=1)
-        self.large = PatchMemory(channels[2], components, large, context=3)
-        self.head: nn.Module = Head(channels, width)
+    def __init__(self, teacher: str, image_size: tuple[int, int], classes: int, entries: int = 2000,
+                 components: int = 112, width: int = 96) -> None:
+        if width < 1:
+            raise UadtoolError(f"the option width must be at least 1, not {width}")
+        super().__init__(teacher, image_size, classes, entries, components)
+        if len(self.channels) != 3:
+            raise UadtoolError(f"{teacher!r} is not a CNN, as duet needs; memory takes it")
+        self.head: nn.Module = Head(self.channels, width)
 
-    def raw_maps_and_descriptor(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        features = self.teacher(pixels)
+    def raw_maps(self, pixels: Tensor, features: Sequence[Tensor], nearest: Tensor) -> Tensor:
         # Plus 1: the least spread of a map is a share of its mean, and the head's output is near 0 on good images.
         probability = 1 + self.head(features[0], features[1], features[2]).sigmoid()
-        maps = torch.cat([self.small(features[1]), _double(self.large(features[2])), probability], dim=1)
-        return maps, pooled_descriptor(features)
+        return torch.cat([super().raw_maps(pixels, features, nearest), probability], dim=1)
 
-    def fit(self, run: Run) -> Outcome:
+    def fit(self, run: Run) -> Optional[Outcome]:
         outcome = self.fit_head(run)
-        if distributed.rank() == 0:  # only the first process finishes the detector
-            self.fit_memories(run)
+        super().fit(run)
         self.fold_batch_norm()
         return outcome
-
-    def fit_memories(self, run: Run) -> None:
-        """Fill the memories with patches of the training images."""
-        for index, memory in ((1, self.small), (2, self.large)):
-            memory.fit((features[index] for _, features in run.training.batches()), len(run.training), run.seed)
 
     def fit_head(self, run: Run) -> Outcome:
         """Train the head on synthetic anomalies."""

@@ -1,5 +1,6 @@
 """Encoders: a timm CNN or vision transformer as a torch.fx graph, from an image to feature maps."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import timm
@@ -16,16 +17,14 @@ from uadtool.lab.detectors.backbones import (
     plain_graph,
 )
 
-STRIDES = (8, 16)
-"""Strides of the feature maps of a CNN."""
 TRANSFORMERS = ("vision_transformer", "deit")
 """timm's modules of plain vision transformers."""
 
 
-def build_encoder(name: str, image_size: tuple[int, int]) -> fx.GraphModule:
+def build_encoder(name: str, image_size: tuple[int, int], strides: Sequence[int]) -> fx.GraphModule:
     """Build timm's ``name`` with random weights as a graph: image [N, 3, H, W] -> feature maps, finest first.
 
-    A CNN gives feature maps at strides 8 and 16. A vision transformer, ``vit_*`` or ``deit_*``, gives two maps at the
+    A CNN gives feature maps at these strides. A vision transformer, ``vit_*`` or ``deit_*``, gives two maps at the
     stride of its patches: the means of the lower and of the upper half of its middle layers, without class and
     register tokens. Parameters have timm's names.
 
@@ -35,8 +34,8 @@ def build_encoder(name: str, image_size: tuple[int, int]) -> fx.GraphModule:
     check_name(name)
     if timm.models.is_model_in_modules(name, TRANSFORMERS):
         return _build_transformer(name, image_size)
-    encoder = build_backbone(name, image_size, STRIDES)
-    check_size(name, image_size, STRIDES[-1])
+    encoder = build_backbone(name, image_size, strides)
+    check_size(name, image_size, strides[-1])
     return encoder
 
 

@@ -1,111 +1,122 @@
-"""A compact memory bank of good patches inside the graph: PatchCore (Roth et al., CVPR 2022, arXiv 2106.08265)."""
+"""Memory: a bank of good patches for each class, at several strides of one frozen teacher. Nothing is trained.
 
-from collections.abc import Iterable
+The nearest class chooses the bank. So a class costs a row of tables and no time, and a patch that is normal for one
+class is an anomaly in another.
+"""
+
+from collections.abc import Sequence
+from typing import ClassVar, Optional, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-PATCHES = 60_000
-"""Candidates that a memory chooses from; every image contributes the same number."""
-CHUNK = 500
-"""Entries whose distances are computed at once. They then stay in the cache, which is ten times faster."""
+from uadtool.errors import UadtoolError
+from uadtool.lab.detectors.backbones import feature_shapes, normalization
+from uadtool.lab.detectors.contract import Detector, pooled_descriptor
+from uadtool.lab.detectors.encoders import build_encoder
+from uadtool.lab.detectors.patch_memory import PatchMemory, sample_patches
+from uadtool.lab.training import distributed
+from uadtool.lab.training.data import chunks
+from uadtool.lab.training.loop import Outcome, Run
+from uadtool.progress import Progress
+
+CANDIDATES = 20_000
+"""Patches of a class that a bank chooses from. Every image of the class contributes the same number."""
+STRIDES = ("4", "8", "16", "32")
+"""Strides that a CNN may have."""
+MAP_STRIDE = 8
+"""Stride of the anomaly map. Finer feature maps are averaged to it; the distances of coarser ones are enlarged."""
 
 
-class PatchMemory(nn.Module):
-    """Distance of each patch to the nearest entry: features [N, C, h, w] -> [N, 1, h, w].
+class Memory(Detector):
+    """Memories of the teacher's feature maps.
 
-    A patch is the mean of ``context`` x ``context`` positions, in at most ``components`` principal components of the
-    standardised channels.
-    min |x - c|^2 over entries c is |x|^2 - max (2 x.c - |c|^2): a matrix product and a maximum, which are fast in every
-    runtime. ``parts`` hold 2 c and -|c|^2: [components + 1, up to 500 entries] each.
+    Args:
+        teacher: name of a timm CNN or plain vision transformer.
+        image_size: (height, width) of the input in pixels.
+        classes: number of classes.
+        entries: size of a bank at the coarsest stride; those of finer strides have half of it.
+        components: most principal components of a patch that a bank stores.
+        strides: of the feature maps of a CNN, separated by commas. The two maps of a vision transformer, means of its
+            lower and of its upper layers, have the stride of its patches.
+
+    Raises:
+        UadtoolError: the teacher is unknown or unsuitable, or an option is out of range.
     """
 
-    def __init__(self, channels: int, components: int, entries: int, context: int) -> None:
-        super().__init__()
-        size = min(channels, components)
-        self.project = nn.Conv2d(channels, size, 1)
-        self.entries, self.context = entries, context
-        self.parts = nn.ParameterList(nn.Parameter(torch.zeros(size + 1, min(CHUNK, entries - start)), False)
-                                      for start in range(0, entries, CHUNK))
+    float_teacher = True
+    one_pass = True
+    other_maps: ClassVar[int] = 0
+    """Raw maps besides those of the memories."""
 
-    def forward(self, features: Tensor) -> Tensor:
-        x = self._average(self.project(features)).permute(0, 2, 3, 1)
-        extended = torch.cat([x, torch.ones_like(x[..., :1])], dim=3).flatten(1, 2)
-        nearest = torch.stack([(extended @ entries).amax(2) for entries in self.parts]).amax(0)
-        squared = (x * x).sum(3) - nearest.view(x.shape[0], x.shape[1], x.shape[2])
-        return squared.clamp(min=0).sqrt().unsqueeze(1)
+    def __init__(self, teacher: str, image_size: tuple[int, int], classes: int, entries: int = 2000,
+                 components: int = 112, strides: str = "4,8,16") -> None:
+        for name, value in (("entries", entries), ("components", components)):
+            if value < 1:
+                raise UadtoolError(f"the option {name} must be at least 1, not {value}")
+        encoder = build_encoder(teacher, image_size, _strides(strides))
+        shapes = feature_shapes(encoder, image_size)
+        coarse = [shape[1:] for shape in shapes if shape[1] <= image_size[0] // MAP_STRIDE]
+        map_size = coarse[0] if coarse else (image_size[0] // MAP_STRIDE, image_size[1] // MAP_STRIDE)
+        super().__init__(classes, sum(shape[0] for shape in shapes), map_size, *normalization(teacher),
+                         maps=len(shapes) + self.other_maps)
+        self.teacher = encoder
+        self.channels = [shape[0] for shape in shapes]
+        self.factors = [shape[1] / map_size[0] for shape in shapes]
+        """Height of each feature map relative to the anomaly map."""
+        self.memories = nn.ModuleList(
+            PatchMemory(classes, channels, components, entries if height == shapes[-1][1] else max(1, entries // 2))
+            for channels, height, _ in shapes)
+        self._descriptors = torch.empty(0)
 
-    @torch.no_grad()
-    def fit(self, features: Iterable[Tensor], images: int, seed: int) -> None:
-        """Choose principal components and entries, in place, from batches of feature maps of ``images`` good images."""
-        per_image = max(1, PATCHES // images)
-        generator = torch.Generator().manual_seed(seed)
-        candidates = []
-        for batch in features:
-            for values in self._average(batch.float()).flatten(2):
-                positions = torch.randperm(values.shape[1], generator=generator)[:per_image]
-                candidates.append(values[:, positions].T)
-        patches = torch.cat(candidates)
-        weight, bias = standardized_components(patches, self.project.out_channels)
-        self.project.weight.copy_(weight[:, :, None, None])
-        assert self.project.bias is not None
-        self.project.bias.copy_(bias)
-        stored = patches @ weight.T + bias
-        entries = stored[coreset(stored, self.entries)]
-        missing = self.entries - len(entries)  # from few images; copies of the first entry fill the memory
-        self.fill(torch.cat([entries, entries[:1].expand(missing, -1)]))
+    def raw_maps(self, pixels: Tensor, features: Sequence[Tensor], nearest: Tensor) -> Tensor:
+        maps = [memory(one, nearest) for memory, one in zip(self.memories, self.patches(features))]
+        return torch.cat([one if factor >= 1 else F.interpolate(one, size=self.map_size, mode="bilinear")
+                          for one, factor in zip(maps, self.factors)], dim=1)
 
-    @torch.no_grad()
-    def fill(self, entries: Tensor) -> None:
-        """Set the entries [entries, components]."""
-        linear = torch.cat([2 * entries, -entries.square().sum(1, keepdim=True)], dim=1)
-        for parameter, values in zip(self.parts, torch.split(linear, CHUNK)):
-            parameter.copy_(values.T)
+    def patches(self, features: Sequence[Tensor]) -> list[Tensor]:
+        """What the memories see: finer feature maps averaged to the anomaly map, coarser ones over 3 x 3 positions."""
+        return [F.avg_pool2d(one, int(factor)) if factor > 1 else
+                F.avg_pool2d(one, 3, 1, 1, count_include_pad=False) if factor < 1 else one
+                for one, factor in zip(features, self.factors)]
 
-    def _average(self, values: Tensor) -> Tensor:
-        """Mean over the context, which is smaller at the border."""
-        if self.context == 1:
-            return values
-        return F.avg_pool2d(values, self.context, 1, self.context // 2, count_include_pad=False)
+    def fit(self, run: Run) -> Optional[Outcome]:
+        if distributed.rank() == 0:  # the others are not needed for a minute's work
+            self.fit_memories(run)
+        return None
 
+    def fit_memories(self, run: Run) -> None:
+        """Fill the tables, class by class, so that only the patches of one class are in memory."""
+        memories = cast(Sequence[PatchMemory], self.memories)
+        self._descriptors = torch.empty(len(run.training), self.prototypes.shape[1])
+        samples = run.training.samples
+        with Progress("memories", len(samples)) as progress:
+            for row, name in enumerate(sorted({str(sample.class_name) for sample in samples})):
+                generator = torch.Generator().manual_seed(run.seed)
+                members = [number for number, sample in enumerate(samples) if sample.class_name == name]
+                parts: list[list[Tensor]] = [[] for _ in memories]
+                for chunk in chunks(len(members)):
+                    chosen = members[chunk.start:chunk.stop]
+                    _, features = run.training.batch(chosen)
+                    self._descriptors[chosen] = pooled_descriptor(features)
+                    for part, one in zip(parts, self.patches(features)):
+                        part.append(sample_patches(one, max(1, CANDIDATES // len(members)), generator))
+                    progress.update(len(chosen))
+                for memory, part in zip(memories, parts):
+                    patches = torch.cat(part)
+                    if not patches.isfinite().all():
+                        raise UadtoolError("the teacher's features are not all finite numbers; check its weights")
+                    each = len(patches) // len(members)
+                    memory.fit(row, patches, torch.arange(len(patches)) // each)
 
-@torch.inference_mode()
-def coreset(patches: Tensor, count: int) -> Tensor:
-    """Indices of up to ``count`` of the patches [N, D] that represent the others.
-
-    Greedy k-centre: first the patch with the greatest distance to the mean, then always the patch with the greatest
-    distance to those chosen so far.
-    """
-    count = min(count, len(patches))
-    norms = patches.square().sum(1)
-    distances = (patches - patches.mean(0)).square().sum(1)
-    indices = torch.empty(count, dtype=torch.long)
-    for number in range(count):
-        index = int(distances.argmax())
-        indices[number] = index
-        new_distances = (norms + norms[index]).addmv_(patches, patches[index], alpha=-2)
-        distances = new_distances if number == 0 else torch.minimum(distances, new_distances)
-        distances[index] = -1  # never chosen again, even if patches are equal
-    return indices
-
-
-@torch.inference_mode()
-def principal_components(patches: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Mean [D] and the first principal components [count, D] of patches [N, D]."""
-    mean = patches.mean(0)
-    centred = (patches - mean).double()
-    _, vectors = torch.linalg.eigh(centred.T @ centred)
-    return mean, vectors.flip(1)[:, :count].T.float()
+    def descriptors(self, run: Run) -> Tensor:
+        return self._descriptors
 
 
-@torch.inference_mode()
-def standardized_components(patches: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The first principal components of standardised patches, as a linear map of the patches [N, D].
-
-    Returns:
-        The weight [count, D] and the bias [count], with which the components have mean 0.
-    """
-    scale = 1 / patches.std(0).clamp(min=1e-6)
-    mean, vectors = principal_components(patches * scale, count)
-    return vectors * scale, -(vectors @ mean)
+def _strides(text: str) -> tuple[int, ...]:
+    """``4,8,16`` as numbers."""
+    parts = text.split(",")
+    if not set(parts) <= set(STRIDES) or sorted(parts, key=int) != parts or len(set(parts)) < len(parts):
+        raise UadtoolError(f"the option strides must be some of {','.join(STRIDES)}, ascending, not {text!r}")
+    return tuple(map(int, parts))

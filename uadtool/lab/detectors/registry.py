@@ -10,6 +10,7 @@ from uadtool.errors import UadtoolError
 from uadtool.lab.detectors.contract import Detector
 from uadtool.lab.detectors.dinomaly import Dinomaly
 from uadtool.lab.detectors.duet import Duet
+from uadtool.lab.detectors.memory import Memory
 from uadtool.lab.detectors.reverse_distillation import ReverseDistillation
 from uadtool.lab.detectors.stfpm import STFPM
 from uadtool.lab.detectors.uninformed_students import UninformedStudents
@@ -19,7 +20,7 @@ Method = Callable[..., Detector]
 """A subclass of ``Detector``, called with (teacher, image_size, classes, **options). Every option has a default."""
 
 BUILT_IN: dict[str, Method] = {"stfpm": STFPM, "rd": ReverseDistillation, "us": UninformedStudents,
-                               "dinomaly": Dinomaly, "duet": Duet}
+                               "dinomaly": Dinomaly, "memory": Memory, "duet": Duet}
 
 PLUG_INS = "uadtool.detectors"
 """Entry point group in which other packages add methods: name -> subclass of ``Detector``."""

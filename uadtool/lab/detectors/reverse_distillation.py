@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from uadtool.errors import UadtoolError
 from uadtool.lab.detectors.backbones import build_backbone, check_size, feature_shapes, normalization
-from uadtool.lab.detectors.contract import Detector, Smoothing, pooled_descriptor
+from uadtool.lab.detectors.contract import Detector, Smoothing
 from uadtool.lab.detectors.stfpm import distance_maps, distillation_loss
 from uadtool.lab.training.loop import Outcome, Run
 
@@ -46,10 +46,10 @@ class ReverseDistillation(Detector):
         self.student: nn.Module = Student(channels, width)
         self.smooth = Smoothing(3, map_size[0] / image_size[0])
 
-    def raw_maps_and_descriptor(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        features = self.teacher(pixels)
+    def raw_maps(self, pixels: Tensor, features: Sequence[Tensor], nearest: Tensor) -> Tensor:
         maps = distance_maps(features, self.student(features[0], features[1], features[2]), self.map_size)
-        return self.smooth(maps), pooled_descriptor(features)
+        smooth: Tensor = self.smooth(maps)
+        return smooth
 
     def fit(self, run: Run) -> Outcome:
         optimizer = torch.optim.Adam(self.student.parameters(), LEARNING_RATE, BETAS, weight_decay=WEIGHT_DECAY)

@@ -1,5 +1,6 @@
 """The statistics of good images that make maps and scores comparable across classes."""
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple, Optional
 
@@ -12,7 +13,8 @@ from uadtool.data.samples import Sample
 from uadtool.files import list_digest
 from uadtool.lab.detectors.contract import PATCH, Detector, standardize
 from uadtool.lab.training import distributed
-from uadtool.lab.training.data import TeacherFeatures, image_batches, split_again
+from uadtool.lab.training.data import image_batches, split_again
+from uadtool.lab.training.loop import Run
 from uadtool.metadata import Metadata, Reading
 from uadtool.progress import Progress
 from uadtool.scoring.thresholds import with_thresholds
@@ -39,6 +41,17 @@ class ScoreStatistics(NamedTuple):
     std: float
 
 
+class HeldOut(NamedTuple):
+    """What held-out good images showed.
+
+    ``scores`` are those by class, and under ``""`` of images that are taken for another class. The highest of a class
+    counts as at least 1, one standard deviation. ``taken_for`` counts the images by class and nearest class.
+    """
+
+    scores: dict[str, list[float]]
+    taken_for: Counter[tuple[str, str]]
+
+
 def class_statistics(scores: Sequence[Sequence[float]]) -> list[ScoreStatistics]:
     """Mean and standard deviation of each class's scores, from few images each.
 
@@ -57,26 +70,24 @@ def class_statistics(scores: Sequence[Sequence[float]]) -> list[ScoreStatistics]
 
 
 @torch.inference_mode()
-def fit_prototypes(detector: Detector, classes: Sequence[str], training: TeacherFeatures) -> None:
+def fit_prototypes(detector: Detector, classes: Sequence[str], run: Run) -> None:
     """Set the prototypes of a deployed detector, in place, to the mean descriptors of each class's training images.
 
     Args:
         classes: the class names, in the order of the prototypes.
     """
-    device = detector.prototypes.device
-    descriptors = torch.cat([detector.raw_maps_and_descriptor(detector.normalize(images.to(device)))[1]
-                             for images, _ in training.batches()])
+    descriptors = detector.descriptors(run)
     spreads = descriptors.std(dim=0, correction=0)
     # A channel that is dead on the training images must not drown the others on images that activate it.
     detector.descriptor_scale.copy_(1 / spreads.clamp(min=LEAST_SPREAD * spreads.mean() + 1e-6))
     for index, name in enumerate(classes):
-        members = [number for number, sample in enumerate(training.samples) if sample.class_name == name]
+        members = [number for number, sample in enumerate(run.training.samples) if sample.class_name == name]
         detector.prototypes[index] = descriptors[members].mean(dim=0)
 
 
 @torch.inference_mode()
 def fit_statistics(detector: Detector, raw_maps: RawMaps, classes: Sequence[str],
-                   held_out: Batches) -> dict[str, list[float]]:
+                   held_out: Batches) -> HeldOut:
     """Set the map and score statistics of a detector, in place.
 
     Training images understate the spread, so held-out images are used. Each is scored leave-one-out, because its own
@@ -87,10 +98,6 @@ def fit_statistics(detector: Detector, raw_maps: RawMaps, classes: Sequence[str]
         raw_maps: the detector's own ``raw_maps_and_class``, or the corresponding function of its quantized graph.
         classes: the class names, in the order of the prototypes.
         held_out: good images of every class that were not trained on. Their maps must fit into memory.
-
-    Returns:
-        The scores of the held-out images by class, and under ``""`` of those that are taken for another class. The
-        highest of a class counts as at least 1, one standard deviation.
     """
     owners, batches = [], []
     for samples, images in held_out:
@@ -123,12 +130,14 @@ def fit_statistics(detector: Detector, raw_maps: RawMaps, classes: Sequence[str]
     for owner, nearest_class, score in zip(owners, nearest.tolist(), normalised.tolist()):
         found.setdefault(classes[owner] if owner == nearest_class else "", []).append(score)
     # Few or identical images do not show their class's spread, and a copy of one must not exceed a threshold of 0.
-    return {name: [*sorted(values)[:-1], max(1.0, *values)] for name, values in found.items()}
+    scores_found = {name: [*sorted(values)[:-1], max(1.0, *values)] for name, values in found.items()}
+    return HeldOut(scores_found, Counter(zip(*([classes[index] for index in indices]
+                                               for indices in (owners, nearest.tolist())))))
 
 
 def fit_statistics_from_files(detector: Detector, raw_maps: RawMaps, classes: Sequence[str],
                               held_out: Sequence[Sample], reading: Reading, device: torch.device
-                              ) -> dict[str, list[float]]:
+                              ) -> HeldOut:
     """``fit_statistics``, reading the images from files and showing progress."""
     with Progress("score statistics", len(held_out)) as progress:
         def batches() -> Iterator[tuple[Sequence[Sample], Tensor]]:
@@ -153,11 +162,11 @@ def refit_statistics(detector: Detector, raw_maps: RawMaps, metadata: Metadata, 
         ImageError: an image cannot be read.
     """
     _, held_out = split_again(metadata, samples)
-    scores = fit_statistics_from_files(detector, raw_maps, metadata.classes, held_out, metadata.reading,
-                                       torch.device("cpu"))
+    found = fit_statistics_from_files(detector, raw_maps, metadata.classes, held_out, metadata.reading,
+                                      torch.device("cpu"))
     *earlier_steps, last_step = metadata.provenance
     statistics = {"images": list_digest(sample.path for sample in samples), "count": len(samples)}
-    return with_thresholds(metadata, scores, metadata.false_positive_rate).replace(
+    return with_thresholds(metadata, found.scores, metadata.false_positive_rate).replace(
         provenance=[*earlier_steps, {**last_step, "statistics": statistics}])
 
 

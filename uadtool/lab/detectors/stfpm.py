@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from uadtool.errors import UadtoolError
 from uadtool.lab.detectors.backbones import build_backbone, cut_after, feature_shapes, normalization
-from uadtool.lab.detectors.contract import Detector, pooled_descriptor
+from uadtool.lab.detectors.contract import Detector
 from uadtool.lab.detectors.dcam import Attended, spatial_divergence
 from uadtool.lab.training.loop import Outcome, Run
 
@@ -67,11 +67,10 @@ class STFPM(Detector):
 
         return run.distill(network, optimizer, loss)
 
-    def raw_maps_and_descriptor(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        features = self.teacher(pixels)
+    def raw_maps(self, pixels: Tensor, features: Sequence[Tensor], nearest: Tensor) -> Tensor:
         predictions = self.student([pixels, *features][self.shared_stages])
         maps = distance_maps(features[self.shared_stages:], predictions, self.map_size)
-        return maps if self.fusion == "sum" else maps.prod(1, keepdim=True), pooled_descriptor(features)
+        return maps if self.fusion == "sum" else maps.prod(1, keepdim=True)
 
 
 def cosine_distance(teacher: Tensor, student: Tensor) -> Tensor:

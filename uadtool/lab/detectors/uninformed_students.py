@@ -16,8 +16,8 @@ from torch.nn import functional as F
 
 from uadtool.errors import UadtoolError
 from uadtool.lab.detectors.backbones import build_backbone, feature_shapes, normalization
-from uadtool.lab.detectors.contract import Detector, pooled_descriptor
-from uadtool.lab.detectors.memory import standardized_components
+from uadtool.lab.detectors.contract import Detector
+from uadtool.lab.detectors.patch_memory import standardized_components
 from uadtool.lab.training.loop import Outcome, Run
 from uadtool.lab.training.precision import autocast
 
@@ -59,15 +59,16 @@ class UninformedStudents(Detector):
         assert self.backbone is not None, "a deployed detector has no backbone"
         return self.backbone
 
-    def raw_maps_and_descriptor(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Maps: squared error of the students' mean, and their variance (eq. 8-10), as means over channels. Descriptor:
-        the mean of the teacher's descriptors.
-        """
-        descriptors = self.teacher(pixels)
-        differences = torch.stack([student(pixels) for student in self.student]) - descriptors
+    def features(self, pixels: Tensor) -> Sequence[Tensor]:
+        """The teacher's descriptors of all patches, as one map."""
+        return [self.teacher(pixels)]
+
+    def raw_maps(self, pixels: Tensor, features: Sequence[Tensor], nearest: Tensor) -> Tensor:
+        """Squared error of the students' mean, and their variance (eq. 8-10), as means over channels."""
+        differences = torch.stack([student(pixels) for student in self.student]) - features[0]
         differences = differences.permute(0, 1, 3, 4, 2)  # every runtime sums fastest over the last axis
         error = differences.mean(0).square().mean(3)
-        return torch.stack([error, differences.square().mean((0, 4)) - error], dim=1), pooled_descriptor([descriptors])
+        return torch.stack([error, differences.square().mean((0, 4)) - error], dim=1)
 
     def fit(self, run: Run) -> Outcome:
         """Train the teacher and, towards its current descriptors, the students."""

@@ -5,7 +5,7 @@ from collections.abc import Callable, Collection, Iterable
 
 from torch import fx, nn
 
-from uadtool.lab.quantization.modules import Layer
+from uadtool.lab.quantization.modules import Quantizable
 from uadtool.lab.quantization.plan import QuantizationPlan
 from uadtool.lab.quantization.targets import Target
 
@@ -60,9 +60,10 @@ def _compute_in_half(model: fx.GraphModule, operations: set[fx.Node]) -> fx.Grap
     names = {node.name for node in operations}
     for node in list(model.graph.nodes):
         half = node.name in names
-        if half and node.op == "call_module" and isinstance(layer := model.get_submodule(str(node.target)), Layer):
+        layer = model.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if half and isinstance(layer, Quantizable):
             model.set_submodule(str(node.target), copy.deepcopy(layer).half())
-        readers = [reader for reader in node.users if (reader.name in names) != half]
+        readers = [reader for reader in node.users if reader.args[0] is node and (reader.name in names) != half]
         if readers:
             with model.graph.inserting_after(node):
                 cast = model.graph.call_method("float" if half else "half", (node,))

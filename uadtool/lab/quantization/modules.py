@@ -11,6 +11,7 @@ from torch.onnx.ops import symbolic
 from typing_extensions import Self
 
 from uadtool.errors import UadtoolError
+from uadtool.lab.detectors.patch_memory import PatchMemory, distances
 
 WEIGHT_LIMIT = 127
 """Weights use the codes -127..127: integer kernels require symmetric weights."""
@@ -18,8 +19,12 @@ WEIGHT_LIMIT = 127
 MOST_BIAS = 1 << 30
 """Largest bias, in units of s32; it leaves room for the products of 33,000 input and weight codes."""
 
+UNIT, CENTRE, EXTRA = 100, 128, 16
+"""Of a ``QuantizedMemory``: the code of 1, the zero point, and the components that hold -|c|^2 / 2."""
+
 Layer = nn.Conv2d | nn.Linear
-"""A layer whose weights can be quantized."""
+"""A layer whose weights can be quantized, one scale per output channel."""
+Quantizable = Layer | PatchMemory
 
 
 class ActivationQuantizer(nn.Module):
@@ -132,6 +137,49 @@ class QuantizedConv2d(QuantizedLayer):
         return F.conv2d(values, self.dequantized_weight(), self.bias, self.stride, padding, self.dilation, self.groups)
 
 
+class QuantizedMemory(nn.Module):
+    """A ``PatchMemory`` with codes of 8 bits for projections, banks and components.
+
+    The projection of a class has a scale for each component. Components and banks have one scale for all, since entries
+    are within -1..1: 1 is ``UNIT`` codes, and a component may be a quarter greater before it is cut off. A code of the
+    bank cannot hold -|c|^2 / 2, so ``EXTRA`` components share it: those of a query are 127 each, but the last is 1.
+
+    Codes are u8 around 128, in which the integer kernels of ONNX Runtime are exact on every processor.
+    """
+
+    weight: Tensor
+    weight_unit: Tensor
+    weight_scale: Tensor
+    bias: Tensor
+    bank: Tensor
+
+    def __init__(self, memory: PatchMemory) -> None:
+        super().__init__()
+        projection, entries = memory.weight.detach()[:, :, :-1], memory.bank.detach()[:, :-1]
+        scale = projection.abs().amax(1, keepdim=True).clamp(min=1e-8) / WEIGHT_LIMIT
+        extra = torch.full((EXTRA,), WEIGHT_LIMIT, dtype=torch.float32, device=entries.device)
+        extra[-1] = 1
+        codes = (entries * UNIT).round()
+        half = (codes.square().sum(1, keepdim=True) / 2).round()
+        self.register_buffer("weight", _centred(F.pad(projection / scale, (0, EXTRA))))
+        self.register_buffer("weight_unit", torch.ones(()))
+        self.register_buffer("weight_scale", F.pad(scale, (0, EXTRA), value=1.0))
+        self.register_buffer("bias", torch.cat([memory.bias.detach()[:, :, :-1],
+                                                (extra / UNIT).expand(len(scale), 1, EXTRA)], dim=2))
+        self.register_buffer("bank", _centred(torch.cat([codes, *_shares(-half)], dim=1)))
+        self.query = ActivationQuantizer()
+        self.query.scale.fill_(1 / UNIT)
+        self.query.zero_point.fill_(CENTRE)
+        self.constant = (WEIGHT_LIMIT**2 * (EXTRA - 1) + 1) / UNIT**2
+
+    def forward(self, patches: Tensor, nearest: Tensor) -> Tensor:
+        projection = _dequantize(self.weight[nearest], self.weight_unit, self.query.zero_point)
+        z = patches.flatten(2).transpose(1, 2) @ projection * self.weight_scale[nearest] + self.bias[nearest]
+        z = self.query(z)
+        products = z @ _dequantize(self.bank[nearest], self.query.scale, self.query.zero_point)
+        return distances(z, products, self.constant).view(-1, 1, *patches.shape[2:])
+
+
 class RoundingLayer(nn.Module):
     """Computes with rounded weights, as ``QuantizedLayer`` does, and passes gradients to the float weights."""
 
@@ -148,9 +196,33 @@ class RoundingLayer(nn.Module):
         return result
 
 
-def quantized_layer(layer: Layer) -> QuantizedLayer:
+def quantized_layer(layer: Quantizable) -> nn.Module:
     """The layer with quantized weights."""
+    if isinstance(layer, PatchMemory):
+        return QuantizedMemory(layer)
     return QuantizedConv2d(layer) if isinstance(layer, nn.Conv2d) else QuantizedLinear(layer)
+
+
+def _centred(codes: Tensor) -> Tensor:
+    """Signed codes as u8 around 128."""
+    return (codes.round().clamp(-WEIGHT_LIMIT, WEIGHT_LIMIT) + CENTRE).to(torch.uint8)
+
+
+def _shares(total: Tensor) -> list[Tensor]:
+    """Codes whose products with the extra components of a query add up to the ``total``."""
+    shares = []
+    for _ in range(EXTRA - 1):
+        shares.append((total / WEIGHT_LIMIT).trunc().clamp(-WEIGHT_LIMIT, WEIGHT_LIMIT))
+        total = total - WEIGHT_LIMIT * shares[-1]
+    return [*shares, total]
+
+
+def _dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+    """The values of codes that are chosen at run time."""
+    if is_in_onnx_export():
+        return symbolic("DequantizeLinear", (codes, scale, zero_point), dtype=torch.float32, shape=codes.shape,
+                        version=1)
+    return (codes.float() - zero_point) * scale
 
 
 def weight_scale(weight: Tensor) -> Tensor:

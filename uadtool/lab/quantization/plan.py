@@ -1,7 +1,8 @@
 """Where a detector is quantized: at the tensors that integer kernels read or write.
 
-Layers are convolutions and linear layers. The output of a linear layer stays float: normalisation, attention and the
-residual sums of a transformer compute in float, so only the input has a point.
+Layers are convolutions, linear layers and memories. The output of the latter two stays float, so only the input has a
+point: normalisation, attention and the residual sums of a transformer compute in float, and so does what follows a
+memory.
 
 A point lies after the activation that follows a convolution or an addition, never between the two: a quantizer before a
 ReLU6 spends its codes on values that the ReLU6 cuts off, which costs up to 0.15 AUROC.
@@ -19,7 +20,8 @@ from torch.nn import functional as F
 
 from uadtool.errors import UadtoolError
 from uadtool.lab.detectors.backbones import Tracer
-from uadtool.lab.quantization.modules import Layer
+from uadtool.lab.detectors.patch_memory import PatchMemory
+from uadtool.lab.quantization.modules import Quantizable
 from uadtool.lab.quantization.targets import Target
 
 _ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.Hardswish, nn.SiLU, nn.GELU)
@@ -31,16 +33,18 @@ class QuantizationPlan:
     """Which tensors of a detector can be quantized; ``quantization.graph`` makes new graphs from it.
 
     A plan is read-only; batch norm must be folded. ``traced`` is the detector as a graph, which shares its layers and
-    buffers. ``layers`` are the names of the convolutions and linear layers, in execution order. ``points`` are the
-    nodes whose output may be quantized, in execution order, with the names of their points. A name stands for the same
-    tensor in every run with the same detector configuration. The score head has no points and stays float.
+    buffers. ``layers`` are the names of the convolutions, linear layers and memories, in execution order; ``memories``
+    are the last kind. ``points`` are the nodes whose output may be quantized, in execution order, with the names of
+    their points. A name stands for the same tensor in every run with the same detector configuration. The score head
+    has no points and stays float.
     """
 
     def __init__(self, detector: nn.Module) -> None:
         self.detector = detector
         self.traced = fx.GraphModule(detector, Tracer().trace(detector), class_name=type(detector).__name__)
         self._modules = dict(self.traced.named_modules())
-        self.layers = tuple(str(node.target) for node in self.traced.graph.nodes if self._is(node, Layer))
+        self.layers = tuple(str(node.target) for node in self.traced.graph.nodes if self._is(node, Quantizable))
+        self.memories = tuple(str(node.target) for node in self.traced.graph.nodes if self._is(node, PatchMemory))
         self.points: Mapping[fx.Node, str] = self._find_points()
 
     def matching_layers(self, patterns: Sequence[str]) -> list[str]:
@@ -80,7 +84,7 @@ class QuantizationPlan:
                 elif reader.target in _ADDITIONS:
                     quantized = reader in integer and self._fused_branch(reader) not in (None, node)
                 else:
-                    quantized = reader in integer and self._is(reader, Layer)
+                    quantized = reader in integer and self._is(reader, Quantizable)
                 if quantized:
                     yield node, reader
 
@@ -88,7 +92,7 @@ class QuantizationPlan:
         """The operations that integer kernels compute when these layers stay float."""
         operations, integer = self.operations(), set[fx.Node]()
         for node in self.traced.graph.nodes:
-            if self._is(node, Layer):
+            if self._is(node, Quantizable):
                 quantized = node.target not in float_layers
             else:
                 quantized = node in operations and all(source in integer for source in node.all_input_nodes)
@@ -98,9 +102,9 @@ class QuantizationPlan:
 
     def operations(self) -> set[fx.Node]:
         """The operations of the networks: layers, their additions and pools, and the activations after them."""
-        operations = {node for node in self.traced.graph.nodes if self._is(node, Layer)
+        operations = {node for node in self.traced.graph.nodes if self._is(node, Quantizable)
                       or (node.target in _ADDITIONS and self._activated(node) in self.points)
-                      or (self._selects(node) and node in self.points)}
+                      or (self._pools(node) and node in self.points)}
         return operations | {self._activated(node) for node in operations}
 
     def _find_points(self) -> dict[fx.Node, str]:
@@ -108,12 +112,12 @@ class QuantizationPlan:
         for node in self.traced.graph.nodes:
             inputs = node.all_input_nodes
             result = self._activated(node)
-            if self._is(node, Layer):
+            if self._is(node, Quantizable):
                 points.setdefault(inputs[0], inputs[0].name)
             addition = node.target in _ADDITIONS and len(inputs) == 2 and all(n in points for n in inputs)
             if addition or self._is(node, nn.Conv2d):
                 points[result] = result.name
-            elif self._selects(node) and inputs[0] in points:
+            elif self._pools(node) and inputs[0] in points:
                 points[node] = points[inputs[0]]
         return points
 
@@ -126,11 +130,11 @@ class QuantizationPlan:
         order = list(self.traced.graph.nodes)
         return max(branches, key=order.index, default=None)
 
-    def _selects(self, node: fx.Node) -> bool:
-        """Whether its results are values of its input, which need no range of their own."""
+    def _pools(self, node: fx.Node) -> bool:
+        """Whether its results are values of its input, or between them, which need no range of their own."""
         if node.target is F.interpolate:
             return bool(node.kwargs.get("mode", "nearest") == "nearest")
-        return self._is(node, nn.MaxPool2d)
+        return node.target is F.avg_pool2d or self._is(node, nn.MaxPool2d)
 
     def _is(self, node: fx.Node, kind: type[nn.Module] | UnionType | tuple[type[nn.Module], ...]) -> bool:
         return node.op == "call_module" and isinstance(self._modules.get(str(node.target)), kind)

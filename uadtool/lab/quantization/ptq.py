@@ -8,7 +8,7 @@ from torch import fx, nn
 from uadtool.errors import UadtoolError
 from uadtool.lab.quantization.bias_correction import BiasCorrection
 from uadtool.lab.quantization.graph import in_half_precision, insert_quantizers
-from uadtool.lab.quantization.modules import ActivationQuantizer, Layer, QuantizedConv2d, quantized_layer
+from uadtool.lab.quantization.modules import ActivationQuantizer, Quantizable, QuantizedConv2d, quantized_layer
 from uadtool.lab.quantization.plan import QuantizationPlan
 from uadtool.lab.quantization.ranges import Ranges
 from uadtool.lab.quantization.targets import TARGETS, Target
@@ -49,14 +49,16 @@ def empty_quantized(plan: QuantizationPlan, precision: str, target: Target,
 
 def quantized_graph(plan: QuantizationPlan, quantizer: Callable[[str], ActivationQuantizer], target: Target,
                     float_layers: Collection[str],
-                    quantized: Callable[[str, Layer], nn.Module] = lambda name, layer: quantized_layer(layer),
+                    quantized: Callable[[str, Quantizable], nn.Module] = lambda name, layer: quantized_layer(layer),
                     ) -> fx.GraphModule:
     """The graph with ``quantizer(name)`` at its points and ``quantized(name, layer)`` for each layer in int8."""
+    if target.half:  # TensorRT takes no integer tables
+        float_layers = {*float_layers, *plan.memories}
     model = insert_quantizers(plan, quantizer, target, float_layers)
     for name in plan.layers:
         if name not in float_layers:
             layer = model.get_submodule(name)
-            assert isinstance(layer, Layer)
+            assert isinstance(layer, Quantizable)
             model.set_submodule(name, quantized(name, layer))
     return model.eval()
 

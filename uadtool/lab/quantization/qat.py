@@ -21,7 +21,14 @@ from uadtool.data.samples import Sample
 from uadtool.host import available_cores
 from uadtool.lab.detectors.contract import Detector, OutputTensors
 from uadtool.lab.quantization.bias_correction import BiasCorrection
-from uadtool.lab.quantization.modules import ActivationQuantizer, Layer, QuantizedLayer, RoundingLayer, quantized_layer
+from uadtool.lab.quantization.modules import (
+    ActivationQuantizer,
+    Layer,
+    Quantizable,
+    QuantizedLayer,
+    RoundingLayer,
+    quantized_layer,
+)
 from uadtool.lab.quantization.plan import QuantizationPlan
 from uadtool.lab.quantization.ptq import quantize, quantized_graph
 from uadtool.lab.quantization.ranges import Ranges
@@ -103,8 +110,10 @@ def trainable(plan: QuantizationPlan, ranges: Ranges, target: Target, float_laye
             learned.most = max(0.0, math.log(limits[name] / learned.range()[1]))
         return learned
 
-    def quantized(name: str, layer: Layer) -> nn.Module:
-        return RoundingLayer(layer) if name.startswith(f"{network}.") else quantized_layer(layer)
+    def quantized(name: str, layer: Quantizable) -> nn.Module:
+        if name.startswith(f"{network}.") and isinstance(layer, Layer):
+            return RoundingLayer(layer)
+        return quantized_layer(layer)
 
     target = replace(target, half=False)  # too coarse for gradients
     return quantized_graph(plan, quantizer, target, float_layers, quantized)

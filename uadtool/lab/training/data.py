@@ -124,21 +124,23 @@ def chunks(total: int) -> list[range]:
 class TeacherFeatures:
     """Images and the teacher's feature maps, by index.
 
-    If they fit into half of the main memory, they are computed once, at the start; otherwise batch by batch. Processes
-    that train together compute a share each and exchange the results.
+    They are computed when they are asked for, unless they are kept. Then, if they fit into half of the main memory,
+    they are computed once, at the start; processes that train together compute a share each and exchange the results.
 
     Args:
-        all_images: number of images of all instances that share the memory.
+        keep: number of images of all instances that share the memory; 0 keeps nothing.
     """
 
     def __init__(self, samples: Sequence[Sample], reading: Reading, teacher: Teacher, threads: int,
-                 all_images: int) -> None:
+                 keep: int) -> None:
         self.samples, self.reading, self.teacher, self.threads = samples, reading, teacher, threads
         self._cache: tuple[Tensor, list[Tensor]] | None = None
+        if not keep:
+            return
         images, features = self._compute([0])
         bytes_per_image = sum(tensor.nbytes for tensor in (images, *features))
         available = MEMORY_SHARE * usable_memory() / distributed.local_processes()
-        if distributed.any_process(bytes_per_image * all_images >= available):
+        if distributed.any_process(bytes_per_image * keep >= available):
             log.info("the images do not fit into memory; they are read again in every epoch")
         else:
             self._cache = self._compute_all(images, features)

@@ -1,0 +1,202 @@
+"""A memory against a search of all entries, its entries against the definition, its space against what it promises."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.decomposition import PCA
+
+from uadtool.lab.detectors import patch_memory
+from uadtool.lab.detectors.patch_memory import (
+    MOST_SQUARE,
+    PatchMemory,
+    coreset,
+    principal_components,
+    sample_patches,
+    whitening,
+)
+from uadtool.lab.quantization.modules import QuantizedMemory
+
+SEEDS = st.integers(0, 2**32 - 1)
+
+
+def patches(seed, count, size=5):
+    return torch.randn(count, size, generator=torch.Generator().manual_seed(seed))
+
+
+def as_maps(points, height, width):
+    """Points [n, C] as feature maps [N, C, h, w]."""
+    return points.view(-1, height, width, points.shape[1]).permute(0, 3, 1, 2)
+
+
+def of_one_image(points):
+    """The numbers of their images."""
+    return torch.zeros(len(points), dtype=torch.long)
+
+
+def fitted(seed, classes, entries, size=5, components=5):
+    """A memory of classes whose patches have places and spreads of their own."""
+    memory = PatchMemory(classes, size, components, entries)
+    for row in range(classes):
+        spread = torch.linspace(0.5, 3, size) * (1 + row)
+        memory.fit(row, patches(seed + row, 400, size) * spread + 5 * row, torch.arange(400) // 10)
+    return memory
+
+
+@settings(max_examples=20, deadline=None)
+@given(SEEDS, st.integers(1, 300), st.integers(1, 3), st.integers(1, 4))
+def test_the_map_is_the_least_distance_to_the_bank_of_the_class(seed, entries, height, width):
+    memory, nearest = fitted(seed, 2, entries), torch.tensor([0, 1, 0])
+    points = 4 * patches(seed + 9, 3 * height * width)
+    with torch.inference_mode():
+        found = memory(as_maps(points, height, width), nearest)
+    for one, image, row in zip(found, points.view(3, -1, 5).double(), nearest.tolist()):
+        z = (image @ memory.weight[row].double() + memory.bias[row].double())[:, :-1]
+        expected = torch.cdist(z, memory.bank[row, :-1].T.double()).amin(1).view(1, height, width)
+        torch.testing.assert_close(one.double(), expected, rtol=1e-3, atol=2e-3)
+
+
+@given(SEEDS)
+def test_the_components_of_entries_are_within_their_limits(seed):
+    memory = fitted(seed, 2, 30)
+    entries, last = memory.bank[:, :-1], memory.bank[:, -1]
+    squares = entries.square().sum(1)
+    assert entries.abs().amax((1, 2)).tolist() == pytest.approx([1, 1])
+    torch.testing.assert_close(last, squares / -2)
+    assert squares.max() <= MOST_SQUARE
+
+
+def test_an_entry_with_many_large_components_is_within_the_limit():
+    memory = PatchMemory(1, 200, 200, 4)
+    signs = torch.tensor([[1.0], [-1.0]]) * torch.ones(2, 200)
+    memory.fit(0, signs, of_one_image(signs))
+    assert memory.bank[0, :-1].square().sum(0).max() <= MOST_SQUARE * 1.001
+
+
+def test_a_memory_recognises_the_patches_that_it_holds():
+    scales = torch.tensor([100.0, 1.0, 0.1])
+    seen = patches(0, 8 * 36, 3) * scales
+    memory = PatchMemory(1, 3, 64, 8 * 36)
+    memory.fit(0, seen, of_one_image(seen))
+    strange = as_maps(seen, 6, 6).clone()
+    strange[1, 2, 3, 4] += 2  # many deviations of this channel, but not of the first
+    with torch.inference_mode():
+        assert memory(as_maps(seen, 6, 6), torch.zeros(8, dtype=torch.long)).max() < 2e-3
+        distances = memory(strange, torch.zeros(8, dtype=torch.long))
+    assert (distances > 0.5).nonzero().tolist() == [[1, 0, 3, 4]]
+
+
+def test_copies_of_an_entry_fill_a_bank_with_room_for_all_patches():
+    values = patches(0, 9, 4)
+    memory = PatchMemory(1, 4, 2, 20)
+    memory.fit(0, values, of_one_image(values))
+    with torch.inference_mode():
+        assert memory(as_maps(values, 3, 3), torch.zeros(1, dtype=torch.long)).max() < 1e-2
+    assert torch.equal(memory.bank[0, :, 9:], memory.bank[0, :, :1].expand(-1, 11))
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_identical_patches_give_finite_distances(value):
+    memory = PatchMemory(1, 4, 3, 10)
+    same = torch.full((50, 4), value)
+    memory.fit(0, same, torch.arange(50) // 10)
+    with torch.inference_mode():
+        distances = memory(as_maps(torch.cat([same[:4], same[:4] + 1]), 2, 2), torch.zeros(2, dtype=torch.long))
+    assert distances.isfinite().all()
+    assert distances[0].max() < 1e-3 < distances[1].min()
+
+
+# Whitening
+
+
+def test_whitening_halves_the_logarithms_of_the_spreads_of_residuals():
+    entries, spreads = torch.zeros(1, 3), torch.tensor([4.0, 1.0, 0.25])
+    queries = patches(0, 20_000, 3) * spreads
+    rotation = torch.linalg.qr(patches(1, 3, 3)).Q
+    transform = whitening(queries @ rotation.T, entries)
+    found = (queries @ rotation.T @ transform.T).T.cov()
+    lengths = torch.linalg.eigvalsh(found).sqrt().flip(0)
+    expected = spreads.sqrt()
+    torch.testing.assert_close(lengths / lengths[1], expected / expected[1], rtol=0.03, atol=0)
+
+
+@pytest.mark.parametrize("queries", [torch.empty(0, 3), torch.zeros(7, 3)])
+def test_whitening_without_residuals_changes_nothing(queries):
+    assert torch.equal(whitening(queries, torch.zeros(2, 3)), torch.eye(3))
+
+
+def test_a_direction_without_residuals_does_not_drown_the_others():
+    queries = patches(0, 1000, 3) * torch.tensor([1.0, 1.0, 0.0])
+    transform = whitening(queries, torch.zeros(1, 3))
+    assert torch.linalg.eigvalsh(transform).max() < 11
+
+
+# Entries
+
+
+@given(SEEDS, st.integers(1, 60), st.integers(1, 70), st.sampled_from([2, 5, 256]))
+def test_the_coreset_is_greedy_k_centre(seed, total, count, block):
+    points = patches(seed, total).double()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(patch_memory, "BLOCK", block)
+        chosen = coreset(points, count).tolist()
+    assert len(set(chosen)) == len(chosen) == min(count, total)
+    assert chosen[0] == (points - points.mean(0)).norm(dim=1).argmax()
+    for place in range(1, len(chosen)):
+        distances = torch.cdist(points, points[chosen[:place]]).amin(1)
+        assert distances[chosen[place]] == pytest.approx(distances.max().item(), abs=1e-5)
+
+
+@given(SEEDS, st.integers(1, 50))
+def test_the_first_entries_of_a_coreset_are_the_smaller_coreset(seed, count):
+    points = patches(seed, 60)
+    assert torch.equal(coreset(points, 55)[:count], coreset(points, count))
+
+
+def test_equal_patches_are_chosen_once_each():
+    assert sorted(coreset(torch.ones(7, 3), 5).tolist()) == sorted(set(coreset(torch.ones(7, 3), 5).tolist()))
+
+
+@given(SEEDS, st.integers(1, 4), st.integers(1, 40))
+def test_every_image_contributes_the_same_number_of_its_patches(seed, images, count):
+    maps = torch.arange(images * 20.0).view(images, 1, 4, 5)
+    chosen = sample_patches(maps, count, torch.Generator().manual_seed(seed))
+    assert len(chosen.unique()) == len(chosen) == images * min(count, 20)
+    assert torch.bincount((chosen[:, 0] // 20).long()).tolist() == [min(count, 20)] * images
+
+
+def test_principal_components_are_those_of_scikit_learn():
+    points = patches(0, 200) * torch.tensor([5.0, 4.0, 3.0, 2.0, 1.0])
+    mean, vectors = principal_components(points, 3)
+    reference = PCA(3).fit(points.numpy())
+    np.testing.assert_allclose(mean, reference.mean_, atol=1e-5)
+    np.testing.assert_allclose(np.abs(vectors.numpy() @ reference.components_.T), np.eye(3), atol=1e-3)
+
+
+# In int8
+
+
+@settings(max_examples=20, deadline=None)
+@given(SEEDS, st.integers(2, 80), st.integers(1, 64))
+def test_codes_give_nearly_the_distances(seed, size, components):
+    memory, nearest = fitted(seed, 2, 60, size, components), torch.tensor([1, 0])
+    spread = torch.linspace(0.5, 3, size)
+    points = torch.cat([patches(seed + 9, 50, size) * spread * 2 + 5, patches(seed + 10, 50, size) * spread])
+    with torch.inference_mode():
+        expected = memory(as_maps(points, 5, 10), nearest)
+        found = QuantizedMemory(memory)(as_maps(points, 5, 10), nearest)
+    within = (as_maps(points, 5, 10).flatten(2).transpose(1, 2) @ memory.weight[nearest] + memory.bias[nearest]
+              ).abs().amax(2).view(2, 1, 5, 10) < 1.2  # beyond, components are cut off
+    assert within.any()
+    # Rounding moves each component by half a code at most, of the query and of the entry, and by its projection.
+    torch.testing.assert_close(found[within], expected[within], rtol=0.03, atol=0.02 * components**0.5)
+
+
+@given(SEEDS, st.integers(1, 64))
+def test_the_extra_components_hold_exactly_half_the_square_of_the_codes(seed, components):
+    quantized = QuantizedMemory(fitted(seed, 2, 30, 64, components))
+    bank = quantized.bank.int() - 128
+    half = (bank[:, :components].square().sum(1) / 2).round()
+    extra = torch.tensor([127] * 15 + [1])[:, None]
+    assert torch.equal((bank[:, components:] * extra).sum(1).float(), -half.float())
