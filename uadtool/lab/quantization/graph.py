@@ -5,6 +5,7 @@ from collections.abc import Callable, Collection, Iterable
 
 from torch import fx, nn
 
+from uadtool.lab.detectors.contract import nearest_prototype
 from uadtool.lab.quantization.modules import Quantizable
 from uadtool.lab.quantization.plan import QuantizationPlan
 from uadtool.lab.quantization.targets import Target
@@ -63,8 +64,8 @@ def _compute_in_half(model: fx.GraphModule, operations: set[fx.Node]) -> fx.Grap
         layer = model.get_submodule(str(node.target)) if node.op == "call_module" else None
         if half and isinstance(layer, Quantizable):
             model.set_submodule(str(node.target), copy.deepcopy(layer).half())
-        readers = [reader for reader in node.users if reader.args[0] is node and (reader.name in names) != half]
-        if readers:
+        readers = [reader for reader in node.users if (reader.name in names) != half]
+        if readers and node.target is not nearest_prototype:  # an index remains one
             with model.graph.inserting_after(node):
                 cast = model.graph.call_method("float" if half else "half", (node,))
             for reader in readers:
