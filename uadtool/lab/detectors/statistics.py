@@ -127,12 +127,12 @@ def fit_statistics(detector: Detector, raw_maps: RawMaps, classes: Sequence[str]
     detector.score_std.copy_(std)
     normalised = (scores - mean[nearest]) / std[nearest]
     found: dict[str, list[float]] = {}
+    taken_for: Counter[tuple[str, str]] = Counter()
     for owner, nearest_class, score in zip(owners, nearest.tolist(), normalised.tolist()):
         found.setdefault(classes[owner] if owner == nearest_class else "", []).append(score)
+        taken_for[classes[owner], classes[nearest_class]] += 1
     # Few or identical images do not show their class's spread, and a copy of one must not exceed a threshold of 0.
-    scores_found = {name: [*sorted(values)[:-1], max(1.0, *values)] for name, values in found.items()}
-    return HeldOut(scores_found, Counter(zip(*([classes[index] for index in indices]
-                                               for indices in (owners, nearest.tolist())))))
+    return HeldOut({name: [*sorted(values)[:-1], max(1.0, *values)] for name, values in found.items()}, taken_for)
 
 
 def fit_statistics_from_files(detector: Detector, raw_maps: RawMaps, classes: Sequence[str],
