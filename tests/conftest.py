@@ -36,10 +36,12 @@ keep_freed_memory()  # a third of the time for computations in torch
 METADATA = Metadata(
     method="brightness", teacher="none", classes=["green", "red"], image_size=(32, 32), map_size=(8, 8), threshold=3.0,
     false_positive_rate=0.05, parameters=6, macs=1024, good_scores={"": [index / 10 for index in range(-20, 20)]},
-    target="onnxruntime", tool_version="0.1.0",
+    target="onnxruntime", tool_version="0.1.0", class_distance_limit=5.0,
 )
 STATISTICS = {"green": (40.0, 20.0), "red": (40.0, 10.0)}
 """Mean and standard deviation of the brightness of good images: they are dark."""
+SPREAD = 20.0
+"""Unit of the distance between the colour of an image and that of its class."""
 SCORE_TOLERANCE = {"fp32": {"rtol": 0, "atol": 1e-3}, "int8": {"rtol": 0.05, "atol": 0.25}}
 """Between torch and ONNX Runtime, by precision. Between two codes, one kernel rounds up and another down."""
 
@@ -108,7 +110,7 @@ def make_detector() -> Callable[..., Path]:
             "prototypes": np.array([[[0, 80, 0], [80, 0, 0]]], np.float32),
             "means": np.array(means, np.float32).reshape(-1, 1, 1),
             "stds": np.array(stds, np.float32).reshape(-1, 1, 1),
-            "divisor": np.array(divisor, np.float32),
+            "divisor": np.array(divisor, np.float32), "spread": np.array(SPREAD, np.float32),
             "one": np.array([1]), "two": np.array([2]), "four": np.array([4]), "flat": np.array([0, -1])}
         node = helper.make_node
         nodes = [
@@ -124,6 +126,9 @@ def make_detector() -> Callable[..., Path]:
             node("ReduceSum", ["squares", "two"], ["distances"], keepdims=0),
             node("ArgMin", ["distances"], ["nearest"], axis=1, keepdims=0),
             node("Cast", ["nearest"], ["nearest_class"], to=types.INT32),
+            node("ReduceMin", ["distances"], ["squared"], axes=[1], keepdims=0),
+            node("Sqrt", ["squared"], ["distance"]),
+            node("Div", ["distance", "spread"], ["class_distance"]),
             node("Gather", ["means", "nearest"], ["mean"]),
             node("Gather", ["stds", "nearest"], ["std"]),
             node("Sub", ["raw_map", "mean"], ["centred"]),
@@ -140,7 +145,7 @@ def make_detector() -> Callable[..., Path]:
             nodes, "detector", [info("image", types.UINT8, [batch, height, width, 3])],
             [info("score", types.FLOAT, [batch]), info("raw_score", types.FLOAT, [batch]),
              info("anomaly_map", types.FLOAT, [batch, *METADATA.map_size]),
-             info("nearest_class", types.INT32, [batch])],
+             info("nearest_class", types.INT32, [batch]), info("class_distance", types.FLOAT, [batch])],
             [numpy_helper.from_array(value, name) for name, value in constants.items()])
         model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
         helper.set_model_props(model, {KEY: metadata.to_json()})

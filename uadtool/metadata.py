@@ -61,6 +61,8 @@ class Metadata:
     above the mean of good images). Held-out good images exceed them at ``false_positive_rate``; ``good_scores`` are
     their scores, sorted, by class. Scores of images that were taken for another class, or of no known class, are those
     of the class ``""``.
+    An image whose class distance exceeds ``class_distance_limit`` is of no class of the model; None if no distances
+    are known (files before 2026-12).
     ``preprocessing`` says how image files become the input: ``PREPROCESSING``, and ``grey_bits``, the bits of the
     values in 16-bit grey files, by class.
     ``provenance`` lists the steps that made the file, oldest first, each with digests of the model file that went in
@@ -86,6 +88,7 @@ class Metadata:
     tool_version: str = ""
     thresholds: Dict[str, float] = field(default_factory=dict)
     good_scores: Dict[str, List[float]] = field(default_factory=dict)
+    class_distance_limit: Optional[float] = None
     preprocessing: Dict[str, Any] = field(default_factory=lambda: {**PREPROCESSING, "grey_bits": {}})
 
     @property

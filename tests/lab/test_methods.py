@@ -131,9 +131,11 @@ def test_outputs_have_the_types_and_shapes_of_the_contract(detector):
     assert raw.min() >= 0
     assert raw.shape == (2, detector.expected_maps.shape[1], *detector.map_size)
     assert descriptor.shape == (2, detector.prototypes.shape[1])
-    assert OutputTensors._fields == ("score", "raw_score", "anomaly_map", "nearest_class")
+    assert OutputTensors._fields == ("score", "raw_score", "anomaly_map", "nearest_class",
+                                     "class_distance")
     assert [(tensor.dtype, tuple(tensor.shape)) for tensor in output] == [
-        (torch.float32, (2,)), (torch.float32, (2,)), (torch.float32, (2, *detector.map_size)), (torch.int32, (2,))]
+        (torch.float32, (2,)), (torch.float32, (2,)), (torch.float32, (2, *detector.map_size)), (torch.int32, (2,)),
+        (torch.float32, (2,))]
 
 
 def test_an_image_is_scored_alone(detector):

@@ -89,7 +89,7 @@ def test_memory_is_taken_once_and_given_back(gpu, engine):
     model = open_model(engine())
     taken, held = gpu.allocations, sum(len(part) for part in gpu.memory.values())
     height, width = METADATA.map_size
-    assert held == MAX_BATCH * (32 * 32 * 3 + 4 * (3 + height * width))
+    assert held == MAX_BATCH * (32 * 32 * 3 + 4 * (4 + height * width))
     assert model.gpu_bytes == held
     for _ in range(5):
         model.run(images(MAX_BATCH))

@@ -16,7 +16,7 @@ from typing import Any, Dict, List
 
 import numpy as np
 import pytest
-from conftest import METADATA, STATISTICS, validate
+from conftest import METADATA, SPREAD, STATISTICS, validate
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -73,6 +73,9 @@ def test_every_line_is_valid_and_says_what_the_detector_computes(uadtool, detect
         mean, std = STATISTICS[name]
         assert image["score"] == pytest.approx((raw - mean) / std, rel=1e-4, abs=1e-4)
         assert image["anomalous"] == (image["score"] > METADATA.threshold)
+        assert image["class_distance"] < METADATA.class_distance_limit
+        assert image["unknown_class"] is False
+    assert "unknown_class" not in summary
     assert summary["anomalous"] == sum(image["anomalous"] for image in images)
     assert summary["metrics"]["image_auroc"]["per_class"] == {"green": 1.0, "red": 1.0}
     assert list(summary["metrics"]["aupro"]["per_class"]) == ["red"]  # green has no masks
@@ -91,6 +94,30 @@ def test_a_broken_image_costs_one_line(uadtool, detector, photos):
     assert "pixels" not in summary
     assert done.stderr.startswith("uadtool: error: 1 of 3 images could not be scored; first: ")
     assert done.stderr.count("\n") == 1
+
+
+def test_an_image_of_no_known_class(uadtool, detector, photos):
+    Image.new("RGB", (32, 32), (0, 30, 200)).save(photos / "blue.png")
+    done = uadtool("score", detector, photos / "a.png", photos / "blue.png")
+    _, known, unknown, summary = records(done.stdout)
+    blue = np.array([0, 30, 200])
+    assert unknown["class_distance"] == pytest.approx(np.sqrt(np.square(blue - [0, 80, 0]).sum()) / SPREAD, rel=1e-3)
+    assert [image["unknown_class"] for image in (known, unknown)] == [False, True]
+    assert summary["unknown_class"] == 1
+    assert "1 of 2 images look like no class that the model was trained on (unknown_class)" in done.stderr
+    assert unknown["anomalous"] == (unknown["score"] > unknown["threshold"])
+
+
+def test_a_model_without_class_distances(make_detector, uadtool, photos, tmp_path):
+    """As before 2026-12."""
+    onnx = pytest.importorskip("onnx")
+    path = make_detector(tmp_path / "old.onnx", METADATA.replace(class_distance_limit=None))
+    proto = onnx.load(path)
+    del proto.graph.output[-1]
+    onnx.save(proto, path)
+    *_, image, _ = records(uadtool("score", "-q", path, photos / "a.png").stdout)
+    assert {"class_distance", "unknown_class"}.isdisjoint(image)
+    assert np.isnan(open_model(str(path), 1).run(np.zeros((2, 32, 32, 3), np.uint8)).class_distance).all()
 
 
 @pytest.mark.parametrize("batch_size", [2, 3, 16])
@@ -476,6 +503,7 @@ def test_a_path_on_stdin_that_gives_no_images_does_not_end_the_run(uadtool, dete
     ({"nearest_class": np.array([-1], np.int32)}, "the model gave class -1 of"),
     ({"score": np.array([np.nan], np.float32)}, "not a finite number"),
     ({"raw_score": np.array([np.inf], np.float32)}, "not a finite number"),
+    ({"class_distance": np.array([np.nan], np.float32)}, "not a finite number"),
 ])
 def test_outputs_that_cannot_be_right(detector, mvtec, monkeypatch, output, message):
     runtime = open_model(str(detector), 1)

@@ -14,7 +14,7 @@ from uadtool.host import parse_time
 from uadtool.terminal import printable
 
 COLUMNS = ("path", "time", "class", "label", "score", "raw_score", "threshold", "anomalous", "nearest_class",
-           "milliseconds", "heatmap", "mask", "copy", "error")
+           "class_distance", "unknown_class", "milliseconds", "heatmap", "mask", "copy", "error")
 """Columns of CSV output."""
 
 LONGEST_PATH = 1 << 20

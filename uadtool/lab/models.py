@@ -43,6 +43,8 @@ def load_model(path: Union[str, Path]) -> tuple[nn.Module, Metadata]:
         model = detector if metadata.precision == "fp32" else _quantized_graph(detector, metadata, str(path))
     try:
         dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
+        for name, value in (("distance_mean", 0.0), ("distance_std", 1.0)):  # absent from files before 2026-12
+            tensors.setdefault(name, torch.full((len(metadata.classes),), value))
         model.load_state_dict({name: tensor.to(dtypes.get(name, tensor.dtype)) for name, tensor in tensors.items()},
                               assign=True)
     except RuntimeError as error:

@@ -228,7 +228,7 @@ def _finish(job: _Job, outcome: Optional[Outcome], samples: Sequence[Sample], op
     """Bring the trained detector into its deployed form, set its statistics, and describe it."""
     detector, run = job.detector, job.run
     detector.fold_batch_norm()
-    fit_prototypes(detector, job.classes, run)
+    class_distance_limit = fit_prototypes(detector, job.classes, run)
     found = fit_statistics_from_files(detector, detector.raw_maps_and_class, job.classes, run.held_out.samples,
                                       job.reading, run.device)
     _warn_of_confused(found)
@@ -263,5 +263,6 @@ def _finish(job: _Job, outcome: Optional[Outcome], samples: Sequence[Sample], op
         parameters=count_parameters(detector), macs=count_macs(detector, options.image_size),
         options=job.method_options, tool_version=__version__, provenance=[step],
         preprocessing={**PREPROCESSING, "grey_bits": job.inspection.grey_bits},
+        class_distance_limit=class_distance_limit,
     )
     return TrainingResult(detector, with_thresholds(metadata, found.scores, options.false_positive_rate), report)

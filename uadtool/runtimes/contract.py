@@ -15,13 +15,21 @@ class Output(NamedTuple):
 
     ``score`` is float32 [N], ``anomaly_map`` float32 [N, h, w], both in standard deviations of the good images of the
     nearest class. ``raw_score`` is float32 [N] in the method's own unit, ``nearest_class`` int32 [N], indices into
-    ``Metadata.classes``.
+    ``Metadata.classes``. ``class_distance`` is float32 [N], the distance to that class, in standard deviations of its
+    good images; NaN if the file was made before 2026-12 and has no such output.
     """
 
     score: np.ndarray
     raw_score: np.ndarray
     anomaly_map: np.ndarray
     nearest_class: np.ndarray
+    class_distance: np.ndarray
+
+    @classmethod
+    def of(cls, tensors: Sequence[np.ndarray]) -> "Output":
+        """The results of a graph: the values of its ``Runtime.outputs``."""
+        missing = len(cls._fields) - len(tensors)
+        return cls(*tensors, *[np.full(len(tensors[0]), np.nan, np.float32)] * missing)
 
 
 class LayerTime(NamedTuple):
@@ -37,12 +45,14 @@ class Runtime:
 
     ``threads`` is the number of cores, ``streams`` the number of parallel runs that share them. ``gpu_bytes`` is the
     GPU memory that it holds, None without a GPU. ``identity`` is the ``file_identity`` that ``open_model`` read.
+    ``outputs`` are the names of the graph's outputs, in the order of ``Output``.
     """
 
     name: str
     version: str
     gpu_bytes: Optional[int] = None
     identity: Tuple[int, ...] = ()
+    outputs: Tuple[str, ...] = Output._fields
 
     def __init__(self, path: str, metadata: Metadata, threads: int, streams: int) -> None:
         self.path, self.metadata, self.threads, self.streams = path, metadata, threads, streams
@@ -61,7 +71,7 @@ TensorSpec = Tuple[str, str, Sequence[Any]]
 
 
 def check_signature(model: Runtime, inputs: Iterable[TensorSpec], outputs: Iterable[TensorSpec]) -> None:
-    """Require that a graph has the inputs and outputs of a detector.
+    """Require that a graph has the inputs and outputs of a detector, and set the model's ``outputs``.
 
     Raises:
         UadtoolError: it does not; the message lists the actual and the expected tensors.
@@ -70,7 +80,10 @@ def check_signature(model: Runtime, inputs: Iterable[TensorSpec], outputs: Itera
     wanted_inputs = _described([("image", "uint8", ("N", *model.metadata.image_size, 3))])
     wanted_outputs = _described([("score", "float32", "N"), ("raw_score", "float32", "N"),
                                  ("anomaly_map", "float32", ("N", *model.metadata.map_size)),
-                                 ("nearest_class", "int32", "N")])
+                                 ("nearest_class", "int32", "N"), ("class_distance", "float32", "N")])
+    if model.metadata.class_distance_limit is None and len(found_outputs) < len(Output._fields):  # before 2026-12
+        model.outputs = Output._fields[:-1]
+        wanted_outputs.pop()
     if found_inputs != wanted_inputs or sorted(found_outputs) != sorted(wanted_outputs):
         raise UadtoolError(f"{model.path} is not a complete detector: it has {', '.join(found_inputs)} -> "
                            f"{', '.join(found_outputs)}; expected {', '.join(wanted_inputs + wanted_outputs)}")

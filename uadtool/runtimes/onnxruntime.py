@@ -36,7 +36,7 @@ class OnnxRuntime(Runtime):
         check_signature(self, map(_tensor, self._session.get_inputs()), map(_tensor, self._session.get_outputs()))
 
     def run(self, images: np.ndarray) -> Output:
-        return Output(*self._session.run(Output._fields, {"image": images}))
+        return Output.of(self._session.run(self.outputs, {"image": images}))
 
     def layer_times(self, images: np.ndarray, runs: int) -> List[LayerTime]:
         with TemporaryDirectory() as folder:
@@ -45,7 +45,7 @@ class OnnxRuntime(Runtime):
             options.profile_file_prefix = str(Path(folder, "profile"))
             session = self._open(options)
             for _ in range(1 + runs):
-                session.run(Output._fields, {"image": images})
+                session.run(self.outputs, {"image": images})
             events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
         times: Dict[str, List[float]] = {}
         kinds = {}

@@ -47,7 +47,7 @@ class OpenVino(Runtime):
             request = self._detector(len(images)).create_infer_request()
         result = request.infer({"image": images})
         idle.append(request)
-        return Output(*(result[name] for name in Output._fields))
+        return Output.of([result[name] for name in self.outputs])
 
     def layer_times(self, images: np.ndarray, runs: int) -> List[LayerTime]:
         request = self._compile(len(images), PERF_COUNT=True).create_infer_request()

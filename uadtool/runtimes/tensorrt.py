@@ -85,10 +85,10 @@ class TensorRt(Runtime):
             self._cuda.memcpy_htod_async(self._on_device["image"], self._host["image"][:batch], self._stream)
             if not self._execution.execute_async_v3(self._stream.handle):
                 raise UadtoolError(f"TensorRT {self.version} cannot run {self.path}: {self._logger.reason}")
-            for name in Output._fields:
+            for name in self.outputs:
                 self._cuda.memcpy_dtoh_async(self._host[name][:count], self._on_device[name], self._stream)
             self._stream.synchronize()
-        return Output(*(self._host[name][:count].copy() for name in Output._fields))
+        return Output.of([self._host[name][:count].copy() for name in self.outputs])
 
     @contextmanager
     def _current(self) -> Iterator[None]:

@@ -29,7 +29,9 @@ class Prediction(NamedTuple):
     ``anomaly_map`` is float32 [h, w]; ``mask`` is the ground truth, bool [H, W], if it is known, or the error of a mask
     that cannot be read. The image is anomalous if its score exceeds ``threshold``, the model's for this class.
     ``milliseconds`` is the inference time of the batch, which may share the cores with other streams, divided by the
-    images in it. ``faint`` is whether the image shows nearly nothing. ``pixels`` are set by ``with_pixels``.
+    images in it. ``class_distance`` is that to the nearest class; if it is above the model's limit, the image is of an
+    ``unknown_class``, and its score means little. Both are None if the model has no limit. ``faint`` is whether the
+    image shows nearly nothing. ``pixels`` are set by ``with_pixels``.
     """
 
     score: float
@@ -39,6 +41,8 @@ class Prediction(NamedTuple):
     mask: Mask
     threshold: float
     milliseconds: float
+    class_distance: Optional[float] = None
+    unknown_class: Optional[bool] = None
     faint: bool = False
     pixels: Optional[PixelCounts] = None
 
@@ -129,12 +133,18 @@ def with_pixels(prediction: Prediction, sample: Sample, size: Tuple[int, int]) -
 
 
 def _prediction(metadata: Metadata, sample: Sample, score: np.float32, raw_score: np.float32, anomaly_map: np.ndarray,
-                nearest: np.int32, content: Tuple[np.ndarray, Mask], milliseconds: float
+                nearest: np.int32, class_distance: np.float32, content: Tuple[np.ndarray, Mask], milliseconds: float
                 ) -> Union[Prediction, UadtoolError]:
-    if not (np.isfinite([score, raw_score]).all() and np.isfinite(anomaly_map).all()):
+    limit = metadata.class_distance_limit
+    if not (np.isfinite([score, raw_score]).all() and np.isfinite(anomaly_map).all()
+            and (limit is None or np.isfinite(class_distance))):
         return UadtoolError(f"{sample.path}: the model gave a score that is not a finite number")
     if not 0 <= nearest < len(metadata.classes):
         return UadtoolError(f"{sample.path}: the model gave class {nearest} of {len(metadata.classes)}")
     name = metadata.classes[nearest]
+    distance = unknown = None
+    if limit is not None:
+        distance = rounded(class_distance)
+        unknown = distance > limit
     return Prediction(rounded(score), rounded(raw_score), name, anomaly_map, content[1],
-                      Thresholds.of_model(metadata).of(name), milliseconds, is_faint(content[0]))
+                      Thresholds.of_model(metadata).of(name), milliseconds, distance, unknown, is_faint(content[0]))

@@ -53,9 +53,9 @@ def score(runtime: Runtime, samples: Iterable[Sample], thresholds: Optional[Thre
     yield run
     predict = cluster.predict if cluster else predict_samples
     began = time.perf_counter()
-    images = errors = anomalous = faint = 0
+    images = errors = anomalous = unknown = faint = 0
     evaluation, classes = Evaluation(), set(runtime.metadata.classes)
-    unknown: Dict[str, int] = {}  # images of classes that the model does not have
+    others: Dict[str, int] = {}  # images of classes that the model does not have
     for sample, prediction in predict(runtime, samples, batch_size, pixels=True):
         images += 1
         if isinstance(prediction, UadtoolError):
@@ -64,6 +64,7 @@ def score(runtime: Runtime, samples: Iterable[Sample], thresholds: Optional[Thre
             continue
         record = _image_record(sample, prediction, thresholds.of(prediction.nearest_class))
         anomalous += record["anomalous"]
+        unknown += prediction.unknown_class is True
         faint += prediction.faint
         for output in outputs:
             try:
@@ -74,24 +75,28 @@ def score(runtime: Runtime, samples: Iterable[Sample], thresholds: Optional[Thre
         if sample.label:
             evaluate(evaluation, record, prediction)
         if sample.class_name and sample.class_name not in classes:
-            unknown[sample.class_name] = unknown.get(sample.class_name, 0) + 1
+            others[sample.class_name] = others.get(sample.class_name, 0) + 1
     seconds = time.perf_counter() - began
     warn_of_faint(faint, images)
-    if unknown:
+    if others:
         log.warning("%d of %d images are of classes that the model was not trained on (%s); it scores them as the "
-                    "class that they look most like", sum(unknown.values()), images,
-                    first_of(sorted(unknown), "classes"))
+                    "class that they look most like", sum(others.values()), images,
+                    first_of(sorted(others), "classes"))
+    elif unknown:
+        log.warning("%d of %d images look like no class that the model was trained on (unknown_class); it scores them "
+                    "as the class that they look most like", unknown, images)
     metrics = evaluation.figures()
     yield {"type": "summary", "images": images, "errors": errors, "anomalous": anomalous, "seconds": rounded(seconds),
            "images_per_second": rounded((images - errors) / seconds),
-           **({"faint": faint} if faint else {}),
+           **({"unknown_class": unknown} if unknown else {}), **({"faint": faint} if faint else {}),
            **({"metrics": metrics, "pixels": evaluation.pixels()} if metrics else {})}
 
 
 def _image_record(sample: Sample, prediction: Prediction, threshold: float) -> Record:
     record = {"type": "image", "path": sample.path, "time": host.now_exactly(), "score": prediction.score,
               "raw_score": prediction.raw_score, "threshold": threshold, "anomalous": prediction.score > threshold,
-              "nearest_class": prediction.nearest_class, "class": sample.class_name, "label": sample.label,
+              "nearest_class": prediction.nearest_class, "class_distance": prediction.class_distance,
+              "unknown_class": prediction.unknown_class, "class": sample.class_name, "label": sample.label,
               "milliseconds": prediction.milliseconds}
     return {key: value for key, value in record.items() if value is not None}
 

@@ -82,7 +82,8 @@ def test_tensorrt_sees_the_inputs_and_outputs_of_a_detector(trt, exported, preci
     assert trt.OnnxParser(network, log).parse_from_file(exported("resnet18", "tensorrt", precision))
     outputs = {network.get_output(i).name: network.get_output(i) for i in range(network.num_outputs)}
     assert {name: tensor.dtype for name, tensor in outputs.items()} == {
-        "score": trt.float32, "raw_score": trt.float32, "anomaly_map": trt.float32, "nearest_class": trt.int32}
+        "score": trt.float32, "raw_score": trt.float32, "anomaly_map": trt.float32, "nearest_class": trt.int32,
+        "class_distance": trt.float32}
     assert network.get_input(0).dtype == trt.uint8
     assert network.get_input(0).shape[0] == -1
 

@@ -60,7 +60,7 @@ def test_inputs_and_outputs_honour_the_contract(proto):
     assert image == ("image", TensorProto.UINT8, [batch, *SIZE, 3])
     assert outputs == [("score", TensorProto.FLOAT, [batch]), ("raw_score", TensorProto.FLOAT, [batch]),
                        ("anomaly_map", TensorProto.FLOAT, [batch, 16, 16]),
-                       ("nearest_class", TensorProto.INT32, [batch])]
+                       ("nearest_class", TensorProto.INT32, [batch]), ("class_distance", TensorProto.FLOAT, [batch])]
 
 
 def test_metadata_travel_inside(exported, proto, trained, quantized):
@@ -257,10 +257,10 @@ def test_few_images_may_lie_between_two_classes(int8, quantized, textures, diffe
         """Finds the other class, and a score in units of it, for the first images."""
 
         def forward(self, images):
-            score, raw_score, anomaly_map, nearest = model(images)
+            score, raw_score, anomaly_map, nearest, distance = model(images)
             first = torch.arange(len(images)) < differing
             return (torch.where(first, score + 100, score), raw_score, anomaly_map,
-                    torch.where(first, 1 - nearest, nearest))
+                    torch.where(first, 1 - nearest, nearest), torch.where(first, distance + 100, distance))
 
     images = parity_images(str(textures), Reading(SIZE))
     if accepted:
@@ -272,6 +272,7 @@ def test_few_images_may_lie_between_two_classes(int8, quantized, textures, diffe
 
 @pytest.mark.parametrize("spoil", [
     lambda model: model.expected_maps.zero_(),
+    lambda model: model.distance_std.mul_(2),
     lambda model: [module.bias.zero_() for name, module in model.named_modules()
                    if name.startswith("student") and isinstance(module, QuantizedConv2d)],
 ])

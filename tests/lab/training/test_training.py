@@ -30,7 +30,15 @@ from uadtool.files import file_digest
 from uadtool.lab import train as training
 from uadtool.lab.detectors.backbones import build_backbone, fold_batch_norm
 from uadtool.lab.detectors.contract import Detector, pooled_descriptor
-from uadtool.lab.detectors.statistics import LEAST_UNIT, _units, class_statistics, fit_prototypes, fit_statistics
+from uadtool.lab.detectors.statistics import (
+    FARTHER,
+    LEAST_FAR,
+    LEAST_UNIT,
+    _units,
+    class_statistics,
+    fit_prototypes,
+    fit_statistics,
+)
 from uadtool.lab.detectors.stfpm import distillation_loss
 from uadtool.lab.detectors.weights import load_teacher_weights
 from uadtool.lab.models import load_model, save_model
@@ -204,6 +212,41 @@ def test_a_channel_that_is_dead_on_training_images_does_not_drown_the_others(sam
     fit_prototypes(detector, ["dots", "stripes"], SimpleNamespace(training=images))
     awake = torch.cat([descriptors[:, :3], torch.full((40, 1), 0.2)], dim=1)
     assert torch.equal(detector.nearest_class(awake), torch.tensor([0] * 20 + [1] * 20))
+
+
+@pytest.mark.parametrize(("count", "most"), [(4, 0.1), (10, 0.01), (20, 0.002)])
+def test_images_of_known_classes_are_within_the_limit_and_others_beyond(samples, count, most):
+    """Two classes of 30 channels; the second varies twice as much, and an unknown class lies 20 spreads off."""
+    training = TeacherFeatures([*samples[:count], *samples[20:20 + count]], Reading((64, 64)), lambda images: [], 1, 0)
+    shares = []
+    for seed in range(20):
+        random = torch.Generator().manual_seed(seed)
+        centres = torch.randn(3, 1, 30, generator=random) * 20 / 60 ** 0.5
+        images = centres + torch.tensor([0.5, 1, 1])[:, None, None] * torch.randn(3, count + 100, 30, generator=random)
+        detector = Described(images[:2, :count].flatten(0, 1))
+        limit = fit_prototypes(detector, ["dots", "stripes"], SimpleNamespace(training=training))
+        assert limit >= LEAST_FAR
+        new = images[:, count:].flatten(0, 1)
+        beyond = (detector.class_distance(new, detector.nearest_class(new)) > limit).float()
+        shares.append((beyond[:200].mean(), beyond[200:].mean()))
+    known, unknown = np.mean(shares, axis=0)
+    assert known < most
+    assert unknown > 0.95
+
+
+def test_distances_are_those_to_the_mean_of_the_other_images(samples):
+    descriptors = torch.randn(40, 5, generator=torch.Generator().manual_seed(0))
+    descriptors[20:] += 4
+    descriptors[3] *= 20  # far from its class
+    detector = Described(descriptors)
+    limit = fit_prototypes(detector, ["dots", "stripes"], SimpleNamespace(
+        training=TeacherFeatures(samples, Reading((64, 64)), lambda images: [], 1, 0)))
+    distances = [[((members[place] - torch.cat([members[:place], members[place + 1:]]).mean(0))
+                   * detector.descriptor_scale).norm().item() for place in range(20)]
+                 for members in descriptors.split(20)]
+    expected = class_statistics(distances)
+    np.testing.assert_allclose(torch.stack([detector.distance_mean, detector.distance_std], 1), expected, rtol=1e-4)
+    assert limit == pytest.approx(FARTHER * (distances[0][3] - expected[0].mean) / expected[0].std, rel=1e-4)
 
 
 def test_the_weights_of_the_lowest_held_out_loss_are_kept(run, samples, monkeypatch):

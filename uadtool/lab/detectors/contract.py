@@ -34,6 +34,8 @@ class OutputTensors(NamedTuple):
     """float32 [N, h, w] in the units of the score, which is the mean of its highest hundredth."""
     nearest_class: Tensor
     """int32 [N]: index of the class whose prototype is nearest."""
+    class_distance: Tensor
+    """float32 [N]: standard deviations above the mean distance of that class's good images to the prototype."""
 
 
 class Detector(nn.Module, ABC):
@@ -44,7 +46,8 @@ class Detector(nn.Module, ABC):
     images) selects what the detector knows of the class, such as its statistics. ``expected_maps`` and ``map_spreads``,
     the mean and spread of each raw map at each position (a student is always wrong about the rim of a part),
     standardise the maps. This makes positions, and maps of different kinds, comparable; then the maps are summed.
-    ``score_mean`` and ``score_std`` of the sum make the classes comparable.
+    ``score_mean`` and ``score_std`` of the sum make the classes comparable. ``distance_mean`` and ``distance_std`` do
+    so for the distance to the prototype, which is large for images of unknown classes.
 
     Args:
         classes: number of prototypes.
@@ -70,6 +73,8 @@ class Detector(nn.Module, ABC):
     map_spreads: Tensor
     score_mean: Tensor
     score_std: Tensor
+    distance_mean: Tensor
+    distance_std: Tensor
 
     def __init__(self, classes: int, descriptor_size: int, map_size: tuple[int, int], mean: list[float],
                  std: list[float], maps: int = 1) -> None:
@@ -84,6 +89,8 @@ class Detector(nn.Module, ABC):
         self.register_buffer("map_spreads", torch.ones(grid))
         self.register_buffer("score_mean", torch.zeros(classes))
         self.register_buffer("score_std", torch.ones(classes))
+        self.register_buffer("distance_mean", torch.zeros(classes))
+        self.register_buffer("distance_std", torch.ones(classes))
 
     @abstractmethod
     def fit(self, run: Run) -> Optional[Outcome]:
@@ -133,20 +140,32 @@ class Detector(nn.Module, ABC):
 
     def forward(self, image: Tensor) -> OutputTensors:
         """uint8 [N, H, W, 3], RGB -> scores and maps."""
-        raw, nearest = self.raw_maps_and_class(image)
+        raw, nearest, descriptor = self._raw(image)
         anomaly_map = self.normalize_maps(raw, nearest)
-        return OutputTensors(self.image_score(anomaly_map), self.image_score(raw.sum(1)), anomaly_map, nearest.int())
+        return OutputTensors(self.image_score(anomaly_map), self.image_score(raw.sum(1)), anomaly_map, nearest.int(),
+                             self.class_distance(descriptor, nearest))
 
     def raw_maps_and_class(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """uint8 [N, H, W, 3] -> raw anomaly maps [N, M, h, w] and indices of the nearest classes, int64 [N]."""
+        raw, nearest, _ = self._raw(image)
+        return raw, nearest
+
+    def _raw(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """``raw_maps_and_class``, and the descriptors [N, D]."""
         pixels = self.normalize(image)
         features = self.features(pixels)
-        nearest = self.nearest_class(pooled_descriptor(features))
-        return self.raw_maps(pixels, features, nearest), nearest
+        descriptor = pooled_descriptor(features)
+        nearest = self.nearest_class(descriptor)
+        return self.raw_maps(pixels, features, nearest), nearest, descriptor
 
     def nearest_class(self, descriptor: Tensor) -> Tensor:
         """Index [N] of the prototype at the smallest scaled Euclidean distance from the descriptor [N, D]."""
         return nearest_prototype(descriptor, self.prototypes, self.descriptor_scale)
+
+    def class_distance(self, descriptor: Tensor, nearest: Tensor) -> Tensor:
+        """Distance [N] of the descriptor [N, D] to the prototype of the class ``nearest`` [N], in deviations of it."""
+        distance = prototype_distance(descriptor, self.prototypes[nearest], self.descriptor_scale)
+        return (distance - self.distance_mean[nearest]) / self.distance_std[nearest]
 
     def standardize_maps(self, raw: Tensor, nearest: Tensor) -> Tensor:
         """Standardise raw maps [N, M, h, w] with the map statistics of the classes ``nearest`` [N]."""
@@ -198,6 +217,11 @@ def standardize(raw: Tensor, expected: Tensor, spread: Tensor) -> Tensor:
 def nearest_prototype(descriptor: Tensor, prototypes: Tensor, scale: Tensor) -> Tensor:
     """Index [N] of the prototype [C, D] at the smallest Euclidean distance, each channel scaled by ``scale`` [D]."""
     return ((descriptor[:, None] - prototypes) * scale).square().sum(2).argmin(1)
+
+
+def prototype_distance(descriptor: Tensor, prototype: Tensor, scale: Tensor) -> Tensor:
+    """Euclidean distance [N] of descriptors and prototypes [N, D], each channel scaled by ``scale`` [D]."""
+    return ((descriptor - prototype) * scale).square().sum(1).sqrt()
 
 
 @fx.wrap

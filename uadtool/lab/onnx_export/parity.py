@@ -46,8 +46,8 @@ def check_parity(model: nn.Module, proto: ModelProto, metadata: Metadata, images
     The graph runs in the runtime that it was made for, or in ONNX Runtime if that is not installed.
 
     Raises:
-        UadtoolError: a score or a map differs by more than the tolerance of the precision, or too many nearest classes
-            differ.
+        UadtoolError: a score, a map or a class distance differs by more than the tolerance of the precision, or too
+            many nearest classes differ.
     """
     with torch.inference_mode():
         expected = OutputTensors(*model(torch.from_numpy(images)))
@@ -58,12 +58,13 @@ def check_parity(model: nn.Module, proto: ModelProto, metadata: Metadata, images
     if same.mean() < CLASS_AGREEMENT[precision]:
         raise UadtoolError(f"the exported graph is not the model: {name} finds another nearest class for "
                            f"{(~same).sum()} of {len(images)} images; nothing was written")
-    units = np.maximum(1, np.abs(expected.score.numpy()) / LARGE)
+    units, far = (np.maximum(1, np.abs(values.numpy()) / LARGE) for values in (expected.score, expected.class_distance))
     maps = np.abs(actual.anomaly_map - expected.anomaly_map.numpy())
     difference = float((np.abs(actual.score - expected.score.numpy()) / units)[same].max())
     typical = float((np.median(maps, axis=(1, 2)) / units)[same].max())
+    distance = float((np.abs(actual.class_distance - expected.class_distance.numpy()) / far)[same].max())
     tolerance = TOLERANCE[precision]
-    for output, off in (("a score", difference), ("an anomaly map", typical)):
+    for output, off in (("a score", difference), ("an anomaly map", typical), ("a class distance", distance)):
         if not off <= tolerance:  # also NaN
             raise UadtoolError(f"the exported graph is not the model: {output} in {name} is off by {off:.3g}, more "
                                f"than {tolerance}; nothing was written")
