@@ -32,7 +32,7 @@ from uadtool.lab.training.loop import BATCH_SIZE, Outcome, Run, steps_per_epoch
 from uadtool.lab.training.precision import autocast, autocast_dtype, choose_device
 from uadtool.metadata import PREPROCESSING, Metadata, Reading
 from uadtool.scoring.thresholds import with_thresholds
-from uadtool.terminal import log
+from uadtool.terminal import first_of, log
 
 EPOCHS = 40
 """Epochs of a training unless it says otherwise."""
@@ -232,6 +232,10 @@ def _finish(job: _Job, outcome: Optional[Outcome], samples: Sequence[Sample], op
     found = fit_statistics_from_files(detector, detector.raw_maps_and_class, job.classes, run.held_out.samples,
                                       job.reading, run.device)
     _warn_of_confused(found)
+    if found.conspicuous:
+        log.warning("held-out images that score far above the others of their class: %s; if they are defects, remove "
+                    "them: they raise the threshold, and other defects pass",
+                    first_of(found.conspicuous, "images"))
     detector.to(device="cpu", memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     training, held_out = (Counter(sample.class_name for sample in images.samples)
                           for images in (run.training, run.held_out))
@@ -241,6 +245,7 @@ def _finish(job: _Job, outcome: Optional[Outcome], samples: Sequence[Sample], op
         "classes": {name: {"training": training[name], "held_out": held_out[name], "copies": copies[name],
                            "recognised": found.taken_for[name, name]}
                     for name in job.classes},
+        "conspicuous": found.conspicuous,
         "steps": run.steps,
         "epochs": round(run.steps / steps_per_epoch(len(run.training)), 2) if run.steps else 1,
         **(asdict(outcome) if outcome else {}),

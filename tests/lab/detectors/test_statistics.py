@@ -9,7 +9,15 @@ from torch.nn import functional as F
 
 from uadtool.data.dataset import Sample
 from uadtool.lab.detectors.contract import Detector
-from uadtool.lab.detectors.statistics import _map_statistics, _moments, fit_statistics
+from uadtool.lab.detectors.statistics import (
+    CONSPICUOUS,
+    LEAST_SPREAD,
+    _map_statistics,
+    _moments,
+    class_statistics,
+    conspicuous,
+    fit_statistics,
+)
 from uadtool.scoring.thresholds import Thresholds
 
 SIDE, MAPS, NEW = 16, 2, 50
@@ -113,6 +121,32 @@ def test_copies_of_one_image_do_not_exceed_the_threshold(seed, counts, scale):
     assert {thresholds.common, *thresholds.by_class.values()} == {1}  # rounding would lift a copy above 0
     for index, image in enumerate(images):
         assert abs(detector.scores(image, index).item()) < 0.2
+
+
+SCORES = st.lists(st.floats(-5, 5) | st.sampled_from([0, 1, 40]), min_size=1, max_size=8)
+
+
+@given(st.lists(SCORES, min_size=1, max_size=4))
+def test_a_score_is_conspicuous_by_the_statistics_of_all_others(scores):
+    found = conspicuous(scores)
+    for index, values in enumerate(scores):
+        for place, value in enumerate(values):
+            others = [*values[:place], *values[place + 1:]] or values
+            mean, std = class_statistics([*scores[:index], others, *scores[index + 1:]])[index]
+            if abs(value - mean - CONSPICUOUS * std) > 1e-3 and std > LEAST_SPREAD:
+                assert (place in found[index]) == (value > mean + CONSPICUOUS * std)
+
+
+def test_good_images_are_rarely_conspicuous():
+    random = np.random.default_rng(0)
+    normal = conspicuous(random.normal(size=(1000, 40)))
+    assert sum(map(len, normal)) == 0
+    skewed = conspicuous(random.gamma(2, size=(1000, 40)))
+    assert sum(map(len, skewed)) < 0.001 * 40_000
+    for _ in range(100):
+        one, *others = random.normal(size=(5, 7))
+        one[3] += 12
+        assert conspicuous([one, *others]) == [[3], [], [], [], []]
 
 
 CLASSES = st.lists(st.tuples(st.integers(1, 12), st.sampled_from(list(SPREADS.values())), st.integers(1, 12)),

@@ -28,7 +28,7 @@ from uadtool.data.splits import split_held_out
 from uadtool.errors import UadtoolError
 from uadtool.files import file_digest
 from uadtool.lab import train as training
-from uadtool.lab.detectors.backbones import build_backbone, fold_batch_norm
+from uadtool.lab.detectors.backbones import DEFAULT_TEACHER, build_backbone, fold_batch_norm
 from uadtool.lab.detectors.contract import Detector, pooled_descriptor
 from uadtool.lab.detectors.statistics import (
     FARTHER,
@@ -303,6 +303,21 @@ def test_classes_that_are_taken_for_each_other_are_named(run, samples, caplog):
     assert sum(confused) > 0
     found = re.search(r"(\d+) of 10 held-out images of dots and spots are taken for the other of the two", caplog.text)
     assert 0 < int(found[1]) <= sum(confused)
+
+
+def test_a_defect_among_the_held_out_images_is_named(run, samples, caplog, tmp_path):
+    options = {"method": "memory", "steps": None, "held_out": 0.5, "teacher": DEFAULT_TEACHER, "teacher_weights": None,
+               "method_options": {"entries": "200"}}
+    assert run(samples, **options).report["conspicuous"] == []
+    assert "score far above" not in caplog.text
+    place = samples.index(split_held_out(samples, 0.5, 0)[1][0])
+    pixels = np.array(Image.open(samples[place].path))
+    pixels[20:52, 20:52] = np.random.default_rng(0).integers(0, 2, (32, 32, 1)) * 255
+    Image.fromarray(pixels).save(tmp_path / "defect.png")
+    defect = replace(samples[place], path=str(tmp_path / "defect.png"))
+    found = run([*samples[:place], defect, *samples[place + 1:]], **options)
+    assert found.report["conspicuous"] == [defect.path]
+    assert f"held-out images that score far above the others of their class: {defect.path}; if they are" in caplog.text
 
 
 @pytest.mark.parametrize("counts", [{"dots": 5}, {"dots": 1, "stripes": 6}, {"dots": 1, "stripes": 1}, {"dots": 1}])
