@@ -24,6 +24,7 @@ import uadtool as uadtool_package
 from uadtool.cli.main import cli
 from uadtool.host import keep_freed_memory
 from uadtool.metadata import KEY, Metadata
+from uadtool.terminal import log
 
 settings.register_profile("tests", deadline=None, derandomize=True)  # results depend neither on the clock nor on luck
 settings.load_profile("tests")
@@ -292,9 +293,13 @@ def step(preloaded: Path) -> Callable[..., Step]:
 
 
 def run_here(*line: object) -> str:
-    """Run a command and return its stdout. Errors are raised."""
-    with contextlib.redirect_stdout(io.StringIO()) as printed:
-        cli.main([str(part) for part in line], prog_name="uadtool", standalone_mode=False)
+    """Run a command and return its stdout. Errors are raised. The level that -q or -v sets ends with the command."""
+    level = log.level
+    try:
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            cli.main([str(part) for part in line], prog_name="uadtool", standalone_mode=False)
+    finally:
+        log.setLevel(level)
     return printed.getvalue()
 
 

@@ -69,7 +69,10 @@ def test_lines_elsewhere(caplog, monkeypatch):
         counted.update(2)
     with Progress("read") as uncounted:
         uncounted.update()
-    first, second, end, uncounted_line, _ = caplog.messages
+    with Progress("train", total=1000) as nearly:
+        nearly.update(999)
+        assert " (99 %), " in caplog.messages[-1]
+    first, second, end, uncounted_line, *_ = caplog.messages
     assert first.startswith("score: 1 of 3 (33 %), ")
     assert first.endswith(" left, first")
     assert second.startswith("score: 3 of 3 (100 %), ")

@@ -70,10 +70,10 @@ class Progress:
         if self.total is None:
             parts = [f"{self.task}: {self.count}"]
         else:
-            share = min(1.0, self.count / self.total) if self.total else 1.0
-            filled = round(BAR_WIDTH * share)
+            percent = min(100, 100 * self.count // self.total) if self.total else 100
+            filled = BAR_WIDTH * percent // 100
             picture = f" [{'#' * filled}{'.' * (BAR_WIDTH - filled)}]" if self._bar else ""
-            parts = [f"{self.task}:{picture} {self.count} of {self.total} ({100 * share:.0f} %)"]
+            parts = [f"{self.task}:{picture} {self.count} of {self.total} ({percent} %)"]
         parts.append((f"{rate:.0f}" if rate >= 100 else f"{rate:.3g}") + " per second")
         if self.total is not None and self.count < self.total and rate:
             parts.append(f"{_clock((self.total - self.count) / rate)} left")

@@ -96,7 +96,7 @@ class Ablation:
         def teacher(images: Tensor) -> Sequence[Tensor]:
             return memory.features(memory.normalize(images))
 
-        features = [TeacherFeatures(samples, self.metadata.reading, teacher, available_cores(), keep=0)
+        features = [TeacherFeatures(samples, self.metadata.reading, teacher, available_cores())
                     for samples in (training, self.held_out)]
         memory.fit(Run(*features, 0, 0, torch.device("cpu"), torch.float32, Path(), {}, False))
 

@@ -27,7 +27,7 @@ from uadtool.lab.quantization.ranges import Ranges, ranges_digest
 from uadtool.lab.quantization.targets import TARGETS
 from uadtool.lab.quantization.teacher import quantized_teacher
 from uadtool.lab.training import distributed
-from uadtool.lab.training.data import Teacher, TeacherFeatures, names_digest, pack_originals, read_images
+from uadtool.lab.training.data import Teacher, TeacherFeatures, fits, names_digest, pack_originals, read_images
 from uadtool.lab.training.loop import BATCH_SIZE, Outcome, Run, steps_per_epoch
 from uadtool.lab.training.precision import autocast, autocast_dtype, choose_device
 from uadtool.metadata import PREPROCESSING, Metadata, Reading
@@ -157,13 +157,29 @@ def _prepare(samples: Sequence[Sample], options: TrainingOptions, checkpoint: Pa
     pretrained.to(device).eval().requires_grad_(False)
 
     teacher = _teacher(detector, options, training_samples, reading, device, dtype)
-    cores = distributed.own_cores()
-    keep = 0 if detector.one_pass else len(samples)
-    training, held_out = (TeacherFeatures(images, reading, teacher, cores, keep)
+    training, held_out = (TeacherFeatures(images, reading, teacher, distributed.own_cores())
                           for images in (training_samples, held_out_samples))
     steps = 0 if detector.one_pass else options.steps or (options.epochs or EPOCHS) * steps_per_epoch(len(training))
+    _hold(detector, training, held_out, steps)
     run = Run(training, held_out, steps, options.seed, device, dtype, checkpoint, config, resume)
     return _Job(detector, classes, all_options, weights_source, inspection, reading, run)
+
+
+def _hold(detector: Detector, training: TeacherFeatures, held_out: TeacherFeatures, steps: int) -> None:
+    """Say how much there is to do and to hold in memory, and compute what the steps read again and again."""
+    counts = f"{len(training)} images to train on, {len(held_out)} held out"
+    if detector.one_pass:
+        log.info("%s; one pass, and no image stays in memory", counts)
+        return
+    features = not detector.alters_images
+    size = training.bytes_per_image(features) * (len(training) + len(held_out))
+    fit = fits(size)
+    log.info("%s, %d steps; %s %s", counts, steps, "pixels and features" if features else "pixels",
+             f"take {size / 1e6:.1f} MB of memory" if fit else
+             f"would take {size / 1e6:.1f} MB, too much of the memory, and are computed anew for each step")
+    if fit:
+        for part in (training, held_out):
+            part.hold(features)
 
 
 def _inspect(samples: Sequence[Sample], bits: Optional[int]) -> Inspection:

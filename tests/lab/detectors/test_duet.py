@@ -20,7 +20,7 @@ def test_the_deployed_head_gives_the_logits_of_the_trained_head():
     head = Head((4, 6, 8), 16)
     features = [3 * torch.randn(8, n, s, s) + 2 for n, s in ((4, 16), (6, 8), (8, 4))]
     for branch, values in zip(head.branches(), features):
-        branch.learn_standard([values])
+        branch.learn_standard(values.transpose(0, 1).flatten(1).T)
     head.train()
     for _ in range(3):
         head(*features)
@@ -34,7 +34,7 @@ def test_the_head_reads_standardised_features():
     head = Head((4, 6, 8), 16)
     features = [3 * torch.randn(8, n, s, s) + 2 for n, s in ((4, 32), (6, 16), (8, 8))]
     for branch, values in zip(head.branches(), features):
-        branch.learn_standard([values])
+        branch.learn_standard(values.transpose(0, 1).flatten(1).T)
         seen = branch.train().standardize(values)
         assert seen.mean().item() == pytest.approx(0, abs=0.1)
         assert seen.std().item() == pytest.approx(1, abs=0.1)

@@ -6,8 +6,9 @@ import torch
 
 from uadtool.data.dataset import scoring_samples, training_samples
 from uadtool.errors import UadtoolError
-from uadtool.lab.detectors import memory
+from uadtool.lab.detectors import patch_memory
 from uadtool.lab.detectors.memory import Memory
+from uadtool.lab.detectors.patch_memory import PatchMemory
 from uadtool.lab.train import TrainingOptions, train
 from uadtool.lab.training.data import read_images
 from uadtool.metadata import Reading
@@ -83,9 +84,9 @@ def test_a_class_does_not_change_with_the_other_classes(run, textures):
 
 def test_patches_of_a_class_are_bounded_however_many_images_it_has(run, textures, monkeypatch):
     seen = []
-    monkeypatch.setattr(memory, "CANDIDATES", 100)
-    fit = memory.PatchMemory.fit
-    monkeypatch.setattr(memory.PatchMemory, "fit", lambda self, row, patches, images: (
+    monkeypatch.setattr(patch_memory, "CANDIDATES", 100)
+    fit = PatchMemory.fit
+    monkeypatch.setattr(PatchMemory, "fit", lambda self, row, patches, images: (
         seen.append((len(patches), images.unique().tolist())), fit(self, row, patches, images))[1])
     run(training_samples(str(textures)))
     assert {count for count, _ in seen} == {6 * 16}

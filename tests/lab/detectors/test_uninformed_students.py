@@ -8,7 +8,13 @@ from torch import nn
 
 from uadtool.errors import UadtoolError
 from uadtool.lab.detectors.contract import pooled_descriptor
-from uadtool.lab.detectors.uninformed_students import PatchNetwork, UninformedStudents, _crop, whitened_components
+from uadtool.lab.detectors.uninformed_students import (
+    PatchNetwork,
+    UninformedStudents,
+    _crop,
+    joined,
+    whitened_components,
+)
 from uadtool.lab.quantization.calibration import calibrate
 from uadtool.lab.quantization.plan import QuantizationPlan
 from uadtool.lab.quantization.targets import TARGETS
@@ -68,13 +74,14 @@ def test_components_are_the_whitened_ones_of_scikit_learn():
     generator = torch.Generator().manual_seed(0)
     features = [(torch.ones(6, 1, 48, 48), 2 + torch.randn(6, 4, 24, 24, generator=generator),
                  5 * torch.randn(6, 3, 12, 12, generator=generator)) for _ in range(3)]
-    found = torch.cat([whitened_components(features, 3)(part) for part in features])
+    points = torch.cat([joined(part) for part in features]).permute(0, 2, 3, 1)
+    seen = points[:, ::3, ::3].flatten(0, 2)
+    components = whitened_components(seen, 3)
+    found = torch.cat([components(part) for part in features])
     assert found.shape == (18, 3, 24, 24)
-    joined = [torch.cat([f[1], nn.functional.interpolate(f[2], scale_factor=2, mode="bilinear")], 1) for f in features]
-    points = torch.cat(joined).permute(0, 2, 3, 1)
-    seen = points[:, ::3, ::3].flatten(0, 2).numpy()
-    reference = PCA(3, whiten=True).fit(seen / seen.std(0, ddof=1))
-    expected = reference.transform(points.flatten(0, 2).numpy() / seen.std(0, ddof=1))
+    scale = seen.numpy().std(0, ddof=1)
+    reference = PCA(3, whiten=True).fit(seen.numpy() / scale)
+    expected = reference.transform(points.flatten(0, 2).numpy() / scale)
     flat = found.permute(0, 2, 3, 1).flatten(0, 2).numpy()
     signs = np.sign((flat * expected).sum(0))
     np.testing.assert_allclose(flat, signs * expected, atol=2e-3)

@@ -1,3 +1,4 @@
+import copy
 import json
 import re
 import shutil
@@ -30,6 +31,7 @@ from uadtool.files import file_digest
 from uadtool.lab import train as training
 from uadtool.lab.detectors.backbones import DEFAULT_TEACHER, build_backbone, fold_batch_norm
 from uadtool.lab.detectors.contract import Detector, pooled_descriptor
+from uadtool.lab.detectors.registry import find_method
 from uadtool.lab.detectors.statistics import (
     FARTHER,
     LEAST_FAR,
@@ -45,9 +47,10 @@ from uadtool.lab.models import load_model, save_model
 from uadtool.lab.train import TrainingOptions, train
 from uadtool.lab.training import data, loop, precision
 from uadtool.lab.training.data import TeacherFeatures
-from uadtool.lab.training.loop import batch_indices, steps_per_epoch
+from uadtool.lab.training.loop import Run, batch_indices, steps_per_epoch
 from uadtool.lab.training.precision import choose_device, large_depthwise_float
 from uadtool.metadata import Reading
+from uadtool.progress import Progress
 from uadtool.scoring.thresholds import threshold_at
 
 TEACHER = "mobilenetv2_035"
@@ -208,7 +211,7 @@ def test_a_channel_that_is_dead_on_training_images_does_not_drown_the_others(sam
     descriptors[:, 3] = 0
     descriptors[20:, 0] += 10
     detector = Described(descriptors)
-    images = TeacherFeatures(samples, Reading((64, 64)), lambda images: [], 1, 0)
+    images = TeacherFeatures(samples, Reading((64, 64)), lambda images: [], 1)
     fit_prototypes(detector, ["dots", "stripes"], SimpleNamespace(training=images))
     awake = torch.cat([descriptors[:, :3], torch.full((40, 1), 0.2)], dim=1)
     assert torch.equal(detector.nearest_class(awake), torch.tensor([0] * 20 + [1] * 20))
@@ -217,7 +220,7 @@ def test_a_channel_that_is_dead_on_training_images_does_not_drown_the_others(sam
 @pytest.mark.parametrize(("count", "most"), [(4, 0.1), (10, 0.01), (20, 0.002)])
 def test_images_of_known_classes_are_within_the_limit_and_others_beyond(samples, count, most):
     """Two classes of 30 channels; the second varies twice as much, and an unknown class lies 20 spreads off."""
-    training = TeacherFeatures([*samples[:count], *samples[20:20 + count]], Reading((64, 64)), lambda images: [], 1, 0)
+    training = TeacherFeatures([*samples[:count], *samples[20:20 + count]], Reading((64, 64)), lambda images: [], 1)
     shares = []
     for seed in range(20):
         random = torch.Generator().manual_seed(seed)
@@ -240,7 +243,7 @@ def test_distances_are_those_to_the_mean_of_the_other_images(samples):
     descriptors[3] *= 20  # far from its class
     detector = Described(descriptors)
     limit = fit_prototypes(detector, ["dots", "stripes"], SimpleNamespace(
-        training=TeacherFeatures(samples, Reading((64, 64)), lambda images: [], 1, 0)))
+        training=TeacherFeatures(samples, Reading((64, 64)), lambda images: [], 1)))
     distances = [[((members[place] - torch.cat([members[:place], members[place + 1:]]).mean(0))
                    * detector.descriptor_scale).norm().item() for place in range(20)]
                  for members in descriptors.split(20)]
@@ -528,10 +531,9 @@ def test_images_that_do_not_fit_into_memory_give_the_same_batches(samples, monke
     def teacher(images):
         return network(images.permute(0, 3, 1, 2).float() / 255)
 
-    cached = TeacherFeatures(samples, Reading((64, 64)), teacher, 1, len(samples))
-    monkeypatch.setattr(data, "MEMORY_SHARE", 0)
+    cached, streamed = (TeacherFeatures(samples, Reading((64, 64)), teacher, 1) for _ in range(2))
+    cached.hold(features=True)
     monkeypatch.setattr(data, "read_images", counted := Counted(data.read_images))
-    streamed = TeacherFeatures(samples, Reading((64, 64)), teacher, 1, len(samples))
     assert len(cached) == len(streamed) == 40
     batches = [*zip(cached.batches(), streamed.batches()), (cached.batch([39, 0, 7]), streamed.batch([39, 0, 7]))]
     assert [len(one[0]) for one, _ in batches] == [32, 8, 3]
@@ -539,7 +541,86 @@ def test_images_that_do_not_fit_into_memory_give_the_same_batches(samples, monke
         assert torch.equal(images, same_images)
         for one, other in zip(features, same_features):
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
-    assert counted.calls == 1 + len(batches)  # one image to know the size, then batch by batch
+    assert counted.calls == len(batches)
+
+
+@pytest.mark.parametrize(("options", "said", "held"), [
+    ({}, "3 steps; pixels and features take", 4),
+    ({"method": "duet", "method_options": {"entries": "9"}}, "3 steps; pixels take", 1),
+    ({"method": "memory", "steps": None}, "one pass, and no image stays in memory", 0),
+])
+def test_a_training_says_what_it_will_hold(run, samples, monkeypatch, caplog, options, said, held):
+    caplog.set_level("INFO", "uadtool")
+    fit, parts = find_method(options.get("method", "stfpm")).fit, []
+    monkeypatch.setattr(find_method(options.get("method", "stfpm")), "fit", lambda detector, run: (
+        parts.extend([run.training, run.held_out]), fit(detector, run))[1])
+    run(samples, **options)
+    line, = (message for message in caplog.messages if "to train on" in message)
+    assert line.startswith(f"32 images to train on, 8 held out{';' if not held else ','} {said}")
+    assert [len(part.held) for part in parts] == [held, held]
+    size = sum(tensor.untyped_storage().nbytes() for part in parts for tensor in part.held)
+    assert float((re.findall(r"take ([\d.]+) MB of memory$", line) or ["0"])[0]) == round(size / 1e6, 1)
+
+
+def test_what_does_not_fit_into_memory_is_not_held(run, samples, monkeypatch, caplog):
+    caplog.set_level("INFO", "uadtool")
+    monkeypatch.setattr(data, "MEMORY_SHARE", 0)
+    monkeypatch.setattr(TeacherFeatures, "hold", None)
+    run(samples)
+    assert "too much of the memory, and are computed anew for each step" in caplog.text
+
+
+def test_a_batch_of_large_images_is_learned_in_parts(samples, monkeypatch, tmp_path):
+    """Their gradients and losses add up to those of the batch."""
+    torch.manual_seed(0)
+    teacher, student = (nn.Conv2d(3, 4, 8, stride=8) for _ in range(2))
+
+    def pixels(images):
+        return images.permute(0, 3, 1, 2) / 255
+
+    def trained(in_parts):
+        monkeypatch.setattr(loop, "at_once", lambda most, image_size: 5 if in_parts else most)
+        sets = (TeacherFeatures(part, Reading((64, 64)), lambda images: [teacher(pixels(images)).detach()], 1)
+                for part in (samples[:32], samples[32:]))
+        run = Run(*sets, 3, 0, torch.device("cpu"), torch.float32, tmp_path / "checkpoint", {}, False)
+        model, sizes = copy.deepcopy(student), []
+
+        def loss(images, features):
+            sizes.append(len(images))
+            return nn.functional.mse_loss(model(pixels(images)), features[0])
+
+        outcome = run.distill(model, torch.optim.SGD(model.parameters(), 0.5, 0.9), loss)
+        return model.state_dict(), outcome.held_out_loss, sizes[:4]
+
+    (whole, *_, sizes), (parts, *_, sizes_of_parts) = results = trained(False), trained(True)
+    assert (sizes, sizes_of_parts) == ([16, 8, 16, 8], [5, 5, 5, 1])
+    torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-6)
+    assert results[0][1] == pytest.approx(results[1][1])
+
+
+def test_large_images_pass_through_a_network_in_small_numbers():
+    assert [len(part) for part in data.chunks(70, (256, 256))] == [32, 32, 6]
+    assert [len(part) for part in data.chunks(20, (512, 512))] == [8, 8, 4]
+    assert [len(part) for part in data.chunks(2, (4096, 4096))] == [1, 1]
+
+
+@pytest.mark.parametrize(("method", "tasks"), [
+    ("stfpm", ["teacher features"] * 2 + ["training", "prototypes"]),
+    ("us", ["teacher features"] * 2 + ["principal components", "training", "prototypes"]),
+    ("duet", ["images"] * 2 + ["feature statistics", "held-out anomalies", "training", "memories"]),
+])
+def test_every_pass_over_the_images_shows_its_progress(run, samples, monkeypatch, method, tasks):
+    """To its end: a training is at 100 % once the last checkpoint is written."""
+    events, enter, update, save = [], Progress.__enter__, Progress.update, loop.save_checkpoint
+    monkeypatch.setattr(Progress, "__enter__", lambda self: (events.append(self), enter(self))[1])
+    monkeypatch.setattr(Progress, "update", lambda self, *rest, **note: (
+        update(self, *rest, **note), events.append((self.task, self.count)))[0])
+    monkeypatch.setattr(loop, "save_checkpoint", lambda *rest: (events.append("saved"), save(*rest)))
+    run(samples, method=method)
+    shown = [event for event in events if isinstance(event, Progress)]
+    assert [progress.task for progress in shown] == ["look at images", *tasks, "score statistics"]
+    assert [progress.count for progress in shown] == [progress.total for progress in shown]
+    assert events.index(("training", 3)) > max(place for place, event in enumerate(events) if event == "saved")
 
 
 class Counted:

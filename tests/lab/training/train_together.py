@@ -31,9 +31,10 @@ def main(folder: str, output: str) -> None:
         return images.permute(0, 3, 1, 2) / 255
 
     # 14 images to train on, which 4 processes cannot share evenly, and 8 held out
-    training, held_out = (data.TeacherFeatures(part, Reading((64, 64)), lambda images: [teacher(pixels(images))], 1,
-                                               len(samples))
+    training, held_out = (data.TeacherFeatures(part, Reading((64, 64)), lambda images: [teacher(pixels(images))], 1)
                           for part in (samples[:14], samples[-8:]))
+    for part in (training, held_out):
+        part.hold(features=True)
     drawn = []
 
     def fit(student: nn.Module) -> dict:

@@ -63,6 +63,8 @@ class Detector(nn.Module, ABC):
     """Training requires the teacher's features in fp32, even where bfloat16 would be faster."""
     one_pass: ClassVar[bool] = False
     """Training takes no steps, but sees each image once."""
+    alters_images: ClassVar[bool] = False
+    """Steps alter the images and compute the features of the result, so those of the images need not stay in memory."""
     teacher: fx.GraphModule
     """The network whose features the maps are computed from."""
     pixel_mean: Tensor
@@ -127,7 +129,7 @@ class Detector(nn.Module, ABC):
         """Of the training images, in order: [N, D]. They make the prototypes of the deployed detector."""
         device = self.prototypes.device
         return torch.cat([pooled_descriptor(self.features(self.normalize(images.to(device))))
-                          for images, _ in run.training.batches()])
+                          for images, _ in run.training.batches("prototypes")])
 
     def normalize(self, image: Tensor) -> Tensor:
         """uint8 [N, H, W, 3] -> float32 [N, 3, H, W] as the teacher expects it."""

@@ -15,11 +15,12 @@ from torch.nn import functional as F
 from uadtool.errors import UadtoolError
 from uadtool.lab.detectors.backbones import fold_batch_norm, plain_graph
 from uadtool.lab.detectors.memory import Memory
+from uadtool.lab.detectors.patch_memory import sample_all
 from uadtool.lab.training import distributed
-from uadtool.lab.training.data import CHUNK
 from uadtool.lab.training.loop import Outcome, Run
 from uadtool.lab.training.precision import autocast
 from uadtool.lab.training.synthetic import synthetic_anomaly
+from uadtool.progress import Progress
 
 LEARNING_RATE, WEIGHT_DECAY = 2e-3, 1e-3
 FOCAL, DICE = 5.0, 0.3
@@ -47,6 +48,7 @@ class Duet(Memory):
 
     trained_network = "head"
     one_pass = False
+    alters_images = True
     other_maps = 1
 
     def __init__(self, teacher: str, image_size: tuple[int, int], classes: int, entries: int = 2000,
@@ -72,10 +74,10 @@ class Duet(Memory):
     def fit_head(self, run: Run) -> Outcome:
         """Train the head on synthetic anomalies."""
         assert isinstance(self.head, Head)
-        for index, branch in enumerate(self.head.branches()):
-            # A ninth of the positions, copied so that the whole feature maps can be freed.
-            branch.learn_standard([features[index][:, :, ::3, ::3].contiguous()
-                                   for _, features in run.training.batches()])
+        patches = distributed.on_first(lambda: sample_all(
+            (features for _, features in run.training.batches("feature statistics")), len(run.training), run.seed))
+        for branch, sampled in zip(self.head.branches(), patches):
+            branch.learn_standard(sampled)
         optimizer = torch.optim.AdamW(self.head.parameters(), LEARNING_RATE, weight_decay=WEIGHT_DECAY)
         teacher = run.training.teacher
 
@@ -86,16 +88,18 @@ class Duet(Memory):
 
         def training_loss(step: int) -> Tensor:
             generator = np.random.default_rng((run.seed, step, distributed.rank()))
-            images, _ = run.training_batch(step)
-            varied, masks = vary(images, self.map_size, generator)
+            varied, masks = vary(run.training_images(step), self.map_size, generator)
             return loss_of(*_crop(teacher(varied), masks, generator))
 
         held_out: list[tuple[Sequence[Tensor], Tensor]] = []
-        interval = math.ceil(len(run.held_out) / CHUNK / HELD_OUT_BATCHES)
-        for number, (images, _) in run.held_out_batches():
-            if number % interval == 0:
-                varied, masks = vary(images, self.map_size, np.random.default_rng((run.seed, number)))
+        parts = list(enumerate(run.held_out.chunks()))
+        chosen = [part for part in distributed.share(parts) if part[0] % math.ceil(len(parts) / HELD_OUT_BATCHES) == 0]
+        with Progress("held-out anomalies", sum(len(indices) for _, indices in chosen)) as progress:
+            for number, indices in chosen:
+                generator = np.random.default_rng((run.seed, number))
+                varied, masks = vary(run.held_out.images(indices), self.map_size, generator)
                 held_out.append((teacher(varied), masks))
+                progress.update(len(indices))
 
         return run.optimize(self.head, optimizer, training_loss, lambda: (
             (loss_of(features, masks), len(masks)) for features, masks in held_out))
@@ -157,11 +161,10 @@ class Branch(nn.Module):
         return self
 
     @torch.inference_mode()
-    def learn_standard(self, features: Sequence[Tensor]) -> None:
-        """Standardise each channel to mean 0 and deviation 1 on these feature maps [N, C, h, w]."""
-        values = torch.cat([batch.float() for batch in features]).transpose(0, 1).flatten(1)
+    def learn_standard(self, patches: Tensor) -> None:
+        """Standardise each channel to mean 0 and deviation 1 on these patches [n, C]."""
         assert isinstance(self.standardize, nn.BatchNorm2d)
-        self.standardize.load_state_dict({"running_mean": values.mean(1), "running_var": values.var(1)}, strict=False)
+        self.standardize.load_state_dict({"running_mean": patches.mean(0), "running_var": patches.var(0)}, strict=False)
 
     @torch.no_grad()
     def fold(self) -> None:

@@ -4,7 +4,7 @@ The nearest class chooses the bank. So a class costs a row of tables and no time
 class is an anomaly in another.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import ClassVar, Optional, cast
 
 import torch
@@ -15,14 +15,12 @@ from uadtool.errors import UadtoolError
 from uadtool.lab.detectors.backbones import feature_shapes, normalization
 from uadtool.lab.detectors.contract import Detector, pooled_descriptor
 from uadtool.lab.detectors.encoders import build_encoder
-from uadtool.lab.detectors.patch_memory import PatchMemory, sample_patches
+from uadtool.lab.detectors.patch_memory import PatchMemory, sample_all
 from uadtool.lab.training import distributed
 from uadtool.lab.training.data import chunks
 from uadtool.lab.training.loop import Outcome, Run
 from uadtool.progress import Progress
 
-CANDIDATES = 20_000
-"""Patches of a class that a bank chooses from. Every image of the class contributes the same number."""
 STRIDES = ("4", "8", "16", "32")
 """Strides that a CNN may have."""
 MAP_STRIDE = 8
@@ -92,23 +90,22 @@ class Memory(Detector):
         self._descriptors = torch.empty(len(run.training), self.prototypes.shape[1])
         samples = run.training.samples
         with Progress("memories", len(samples)) as progress:
-            for row, name in enumerate(sorted({str(sample.class_name) for sample in samples})):
-                generator = torch.Generator().manual_seed(run.seed)
-                members = [number for number, sample in enumerate(samples) if sample.class_name == name]
-                parts: list[list[Tensor]] = [[] for _ in memories]
-                for chunk in chunks(len(members)):
+            def maps(members: list[int]) -> Iterator[list[Tensor]]:
+                for chunk in chunks(len(members), run.training.reading.size):
                     chosen = members[chunk.start:chunk.stop]
                     _, features = run.training.batch(chosen)
                     self._descriptors[chosen] = pooled_descriptor(features)
-                    for part, one in zip(parts, self.patches(features)):
-                        part.append(sample_patches(one, max(1, CANDIDATES // len(members)), generator))
-                    progress.update(len(chosen))
-                for memory, part in zip(memories, parts):
-                    patches = torch.cat(part)
+                    yield self.patches(features)
+                    progress.update(len(chosen) - int(chunk.stop == len(members)))
+
+            for row, name in enumerate(sorted({str(sample.class_name) for sample in samples})):
+                members = [number for number, sample in enumerate(samples) if sample.class_name == name]
+                for memory, patches in zip(memories, sample_all(maps(members), len(members), run.seed)):
                     if not patches.isfinite().all():
                         raise UadtoolError("the teacher's features are not all finite numbers; check its weights")
                     each = len(patches) // len(members)
                     memory.fit(row, patches, torch.arange(len(patches)) // each)
+                progress.update()  # the last image of a class counts when its banks are full
 
     def descriptors(self, run: Run) -> Tensor:
         return self._descriptors

@@ -5,10 +5,13 @@ instead of one for all, and distances are measured in units of how far good patc
 """
 
 import math
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 
+CANDIDATES = 20_000
+"""Patches of good images that stand for all of them. Every image contributes the same number."""
 MOST_SQUARE = 48
 """Upper limit of the square of an entry."""
 BLOCK = 256
@@ -148,6 +151,13 @@ def sample_patches(features: Tensor, count: int, generator: torch.Generator) -> 
     patches = features.flatten(2).transpose(1, 2)
     chosen = [one[torch.randperm(len(one), generator=generator)[:count]] for one in patches]
     return torch.cat(chosen)
+
+
+def sample_all(batches: Iterable[Sequence[Tensor]], images: int, seed: int) -> list[Tensor]:
+    """For each of several feature maps, about ``CANDIDATES`` patches of all ``images`` in the batches: [n, C] each."""
+    generator, each = torch.Generator().manual_seed(seed), max(1, CANDIDATES // images)
+    parts = [[sample_patches(one, each, generator) for one in features] for features in batches]
+    return [torch.cat(part) for part in zip(*parts)]
 
 
 @torch.inference_mode()

@@ -141,28 +141,30 @@ def fit_statistics(detector: Detector, raw_maps: RawMaps, classes: Sequence[str]
         detector: a detector with prototypes.
         raw_maps: the detector's own ``raw_maps_and_class``, or the corresponding function of its quantized graph.
         classes: the class names, in the order of the prototypes.
-        held_out: good images of every class that were not trained on. Their maps must fit into memory.
+        held_out: good images of every class that were not trained on. Their maps must fit into memory five times.
     """
     owners, batches, paths = [], [], list[str]()
     for samples, images in held_out:
         paths += [sample.path for sample in samples]
         owners += [classes.index(str(sample.class_name)) for sample in samples]
-        batches.append(raw_maps(images))
-    maps, nearest = (torch.cat(tensors) for tensors in zip(*batches))
-    moments = _moments(maps)
+        maps, nearest = raw_maps(images)
+        batches.append((maps, nearest, _moments(maps)))
+    maps, nearest, moments = (torch.cat(tensors) for tensors in zip(*batches))
+    del batches
     members = [[number for number, owner in enumerate(owners) if owner == index] for index in range(len(classes))]
     sums = [moments[numbers].sum(0) for numbers in members]
     for index, numbers in enumerate(members):
         detector.expected_maps[index], detector.map_spreads[index] = _map_statistics(sums[index], len(numbers))
-    standardized = detector.standardize_maps(maps, nearest)
     for number, (owner, nearest_class) in enumerate(zip(owners, nearest.tolist())):
         count = len(members[owner])
         if owner == nearest_class and count > 1:
             expected, spread = _map_statistics(sums[owner], count, moments[number])
-            standardized[number] = standardize(maps[number, None], expected[None], spread[None])[0]
-    units = _units(standardized)
+            maps[number] = standardize(maps[number, None], expected[None], spread[None])[0]
+        else:
+            maps[number] = detector.standardize_maps(maps[number, None], nearest[number, None])[0]
+    units = _units(maps)
     detector.map_spreads.mul_(units)
-    scores = detector.image_score((standardized / units).sum(1))
+    scores = detector.image_score(maps.div_(units).sum(1))
     # An image that is taken for another class says nothing about the scores of its own class.
     recognised = [[number for number in numbers if nearest[number] == index] or numbers
                   for index, numbers in enumerate(members)]

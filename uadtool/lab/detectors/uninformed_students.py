@@ -6,7 +6,7 @@ there is an anomaly.
 """
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Optional
 
 import numpy as np
@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from uadtool.errors import UadtoolError
 from uadtool.lab.detectors.backbones import build_backbone, feature_shapes, normalization
 from uadtool.lab.detectors.contract import Detector
-from uadtool.lab.detectors.patch_memory import standardized_components
+from uadtool.lab.detectors.patch_memory import sample_all, standardized_components
 from uadtool.lab.training.loop import Outcome, Run
 from uadtool.lab.training.precision import autocast
 
@@ -74,8 +74,9 @@ class UninformedStudents(Detector):
         """Train the teacher and, towards its current descriptors, the students."""
         networks = nn.ModuleDict({"teacher": self.teacher, "student": self.student})
         optimizer = torch.optim.Adam(networks.parameters(), LEARNING_RATE, weight_decay=WEIGHT_DECAY)
-        components = whitened_components((features for _, features in run.training.batches()),
-                                         self.prototypes.shape[1])
+        batches = ([joined(features)] for _, features in run.training.batches("principal components"))
+        points, = sample_all(batches, len(run.training), run.seed)
+        components = whitened_components(points, self.prototypes.shape[1])
 
         def loss_of(images: Tensor, features: Sequence[Tensor]) -> Tensor:
             with autocast(run.device, run.dtype):
@@ -127,16 +128,17 @@ def _convolution(inputs: int, outputs: int, size: int, padding: int) -> nn.Conv2
     return conv
 
 
-def whitened_components(training: Iterable[Sequence[Tensor]], count: int) -> Callable[[Sequence[Tensor]], Tensor]:
-    """A function from feature maps at strides 4, 8 and 16 to principal components of the maps at strides 8 and 16.
+def joined(features: Sequence[Tensor]) -> Tensor:
+    """Of feature maps at strides 4, 8 and 16 the last two, as one map at stride 8."""
+    fine, coarse = features[1].float(), features[2].float()
+    return torch.cat([fine, F.interpolate(coarse, size=fine.shape[2:], mode="bilinear")], dim=1)
 
-    The components, [N, count, h, w] at stride 8, have mean 0 and deviation 1 on the ``training`` features.
+
+def whitened_components(points: Tensor, count: int) -> Callable[[Sequence[Tensor]], Tensor]:
+    """A function from feature maps at strides 4, 8 and 16 to principal components of the ``joined`` map.
+
+    The components, [N, count, h, w] at stride 8, have mean 0 and deviation 1 on the ``points``, [n, C] of that map.
     """
-    def joined(features: Sequence[Tensor]) -> Tensor:
-        fine, coarse = features[1].float(), features[2].float()
-        return torch.cat([fine, F.interpolate(coarse, size=fine.shape[2:], mode="bilinear")], dim=1)
-
-    points = torch.cat([joined(features)[:, :, ::3, ::3].permute(0, 2, 3, 1).flatten(0, 2) for features in training])
     weight, bias = standardized_components(points, count)
     spread = (points @ weight.T + bias).std(0).clamp(min=1e-6)
     weight, bias = (weight / spread[:, None])[:, :, None, None], bias / spread

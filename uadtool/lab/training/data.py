@@ -1,4 +1,4 @@
-"""Images and the teacher's features for training, computed once when they fit into memory."""
+"""Images and the teacher's features for training, held in memory when they fit."""
 import base64
 import json
 import zlib
@@ -19,15 +19,15 @@ from uadtool.host import usable_memory
 from uadtool.lab.training import distributed
 from uadtool.metadata import Metadata, Reading
 from uadtool.progress import Progress
-from uadtool.terminal import log
 
 Teacher = Callable[[Tensor], Sequence[Tensor]]
 """uint8 images [N, H, W, 3] -> feature maps [N, C, h, w]."""
 
-MEMORY_SHARE = 0.5
-"""Share of the main memory that images and features may fill."""
+MEMORY_SHARE = 0.25
+"""Share of the main memory that images and features may fill. Half would fill a machine of 8 GB together with the steps
+of stfpm, which take 4 GB."""
 CHUNK = 32
-"""Images that are read and passed through a network at once."""
+"""Images of 256 x 256 pixels that are read and passed through a network at once."""
 
 
 def read_images(samples: Sequence[Sample], reading: Reading, threads: int) -> Tensor:
@@ -106,80 +106,100 @@ def _originals(metadata: Metadata, count: int) -> Sequence[int]:
 
 def image_batches(samples: Sequence[Sample], reading: Reading,
                   threads: int) -> Iterator[tuple[Sequence[Sample], Tensor]]:
-    """The samples in batches of at most 32, with their images: uint8 [N, H, W, 3].
+    """The samples in batches, the ``chunks``, with their images: uint8 [N, H, W, 3].
 
     Raises:
         ImageError: as ``read_images``.
     """
-    for indices in chunks(len(samples)):
+    for indices in chunks(len(samples), reading.size):
         batch = samples[indices.start:indices.stop]
         yield batch, read_images(batch, reading, threads)
 
 
-def chunks(total: int) -> list[range]:
-    """The indices of ``total`` images, in ranges of at most 32."""
-    return [range(start, min(start + CHUNK, total)) for start in range(0, total, CHUNK)]
+def chunks(total: int, image_size: tuple[int, int]) -> list[range]:
+    """The indices of ``total`` images, in ranges of at most 32, and fewer of larger images; see ``at_once``."""
+    size = at_once(CHUNK, image_size)
+    return [range(start, min(start + size, total)) for start in range(0, total, size)]
+
+
+def at_once(most: int, image_size: tuple[int, int]) -> int:
+    """How many images of this size have as many pixels as ``most`` images of 256 x 256; at least 1, at most ``most``.
+
+    So the memory that a network takes for its activations does not grow with the image.
+    """
+    return max(1, min(most, most * 256 * 256 // (image_size[0] * image_size[1])))
+
+
+def fits(size: int) -> bool:
+    """Whether so many bytes of images and features may stay in the memory of each process."""
+    available = MEMORY_SHARE * usable_memory() / distributed.local_processes()
+    return not distributed.any_process(size >= available)
 
 
 class TeacherFeatures:
     """Images and the teacher's feature maps, by index.
 
-    They are computed when they are asked for, unless they are kept. Then, if they fit into half of the main memory,
-    they are computed once, at the start; processes that train together compute a share each and exchange the results.
-
-    Args:
-        keep: number of images of all instances that share the memory; 0 keeps nothing.
+    They are computed when they are asked for, except what ``hold`` has computed before.
     """
 
-    def __init__(self, samples: Sequence[Sample], reading: Reading, teacher: Teacher, threads: int,
-                 keep: int) -> None:
+    def __init__(self, samples: Sequence[Sample], reading: Reading, teacher: Teacher, threads: int) -> None:
         self.samples, self.reading, self.teacher, self.threads = samples, reading, teacher, threads
-        self._cache: tuple[Tensor, list[Tensor]] | None = None
-        if not keep:
-            return
-        images, features = self._compute([0])
-        bytes_per_image = sum(tensor.nbytes for tensor in (images, *features))
-        available = MEMORY_SHARE * usable_memory() / distributed.local_processes()
-        if distributed.any_process(bytes_per_image * keep >= available):
-            log.info("the images do not fit into memory; they are read again in every epoch")
-        else:
-            self._cache = self._compute_all(images, features)
+        self.held: list[Tensor] = []
+        """Nothing, the images, or the images and the feature maps."""
 
     def __len__(self) -> int:
         return len(self.samples)
 
+    def images(self, indices: Sequence[int]) -> Tensor:
+        """uint8 [N, H, W, 3]."""
+        if self.held:
+            return self.held[0][torch.as_tensor(indices)]
+        return read_images([self.samples[i] for i in indices], self.reading, self.threads)
+
     def batch(self, indices: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
         """Images [N, H, W, 3] and the teacher's feature maps."""
-        if self._cache is None:
-            return self._compute(indices)
-        images, features = self._cache
-        rows = torch.as_tensor(indices)
-        return images[rows], [feature_map[rows] for feature_map in features]
-
-    def batches(self) -> Iterator[tuple[Tensor, list[Tensor]]]:
-        """All images in order, in batches of at most 32."""
-        for indices in chunks(len(self)):
-            yield self.batch(indices)
-
-    def _compute(self, indices: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
-        images = read_images([self.samples[i] for i in indices], self.reading, self.threads)
+        images = self.images(indices)
+        if len(self.held) > 1:
+            return images, [feature_map[torch.as_tensor(indices)] for feature_map in self.held[1:]]
         return images, [feature_map.cpu() for feature_map in self.teacher(images)]
 
-    def _compute_all(self, image: Tensor, image_features: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """The images and features of all processes, in tensors like those of one image."""
-        total = len(self.samples)
-        images, *features = (example.new_empty(total, *example.shape[1:]) for example in (image, *image_features))
-        features = [feature_map.contiguous(memory_format=torch.channels_last) for feature_map in features]
-        batches = chunks(total)
+    def chunks(self) -> list[range]:
+        return chunks(len(self), self.reading.size)
+
+    def batches(self, task: str = "features") -> Iterator[tuple[Tensor, list[Tensor]]]:
+        """All images in order, in batches, with the progress of a ``task``."""
+        with Progress(task, len(self)) as progress:
+            for indices in self.chunks():
+                yield self.batch(indices)
+                progress.update(len(indices))
+
+    def bytes_per_image(self, features: bool) -> int:
+        """What ``hold`` takes for each image."""
+        return sum(tensor.nbytes for tensor in self._computed([0], features))
+
+    def hold(self, features: bool) -> None:
+        """Compute all images, and the ``features`` or not, and keep them.
+
+        Processes that train together compute a share each and exchange the results.
+        """
+        total, batches = len(self), self.chunks()
+        held = [torch.empty((total, *one.shape[1:]), dtype=one.dtype,
+                            memory_format=torch.channels_last if number else torch.contiguous_format)
+                for number, one in enumerate(self._computed([0], features))]
         own_batches = distributed.share(batches)
-        with Progress("teacher features", sum(map(len, own_batches))) as progress:
+        with Progress("teacher features" if features else "images", sum(map(len, own_batches))) as progress:
             for indices in own_batches:
-                batch_images, batch_features = self._compute(indices)
-                for whole, batch in zip((images, *features), (batch_images, *batch_features)):
-                    whole[indices.start:indices.stop] = batch
+                for whole, part in zip(held, self._computed(indices, features)):
+                    whole[indices.start:indices.stop] = part
                 progress.update(len(indices))
         if distributed.world_size() > 1:
             for number, indices in enumerate(batches):
-                for whole in (images, *(feature_map.permute(0, 2, 3, 1) for feature_map in features)):
+                for whole in (held[0], *(feature_map.permute(0, 2, 3, 1) for feature_map in held[1:])):
                     distributed.broadcast(whole[indices.start:indices.stop], number % distributed.world_size())
-        return images, features
+        self.held = held
+
+    def _computed(self, indices: Sequence[int], features: bool) -> list[Tensor]:
+        if not features:
+            return [self.images(indices)]
+        images, maps = self.batch(indices)
+        return [images, *maps]

@@ -16,7 +16,7 @@ from uadtool.errors import UadtoolError
 from uadtool.host import ending_signals
 from uadtool.lab.training import distributed
 from uadtool.lab.training.checkpoint import read_checkpoint, restore, save_checkpoint
-from uadtool.lab.training.data import TeacherFeatures, chunks
+from uadtool.lab.training.data import TeacherFeatures, at_once
 from uadtool.lab.training.precision import autocast, large_depthwise_float
 from uadtool.progress import Progress
 from uadtool.terminal import log
@@ -60,15 +60,25 @@ class Run:
 
     def training_batch(self, step: int) -> tuple[Tensor, list[Tensor]]:
         """Images [N, H, W, 3] and the teacher's feature maps: this process's share of a step's batch."""
-        return self.training.batch(distributed.share(batch_indices(len(self.training), step, self.seed)))
+        return self.training.batch(self._own_indices(step))
+
+    def training_images(self, step: int) -> Tensor:
+        """The images of ``training_batch``, for a loss that has no use for their features."""
+        return self.training.images(self._own_indices(step))
+
+    def _own_indices(self, step: int) -> Sequence[int]:
+        return distributed.share(batch_indices(len(self.training), step, self.seed))
 
     def held_out_batches(self) -> Iterator[tuple[int, tuple[Tensor, list[Tensor]]]]:
         """The held-out batches of this process's share, each with its number among all of them."""
-        for number, indices in distributed.share(list(enumerate(chunks(len(self.held_out))))):
+        for number, indices in distributed.share(list(enumerate(self.held_out.chunks()))):
             yield number, self.held_out.batch(indices)
 
     def distill(self, student: nn.Module, optimizer: torch.optim.Optimizer, loss: Loss) -> Outcome:
         """``optimize`` with a loss of images and features.
+
+        A batch of images above 256 x 256 pixels is learned in parts, whose gradients add up. Batch norm then takes its
+        statistics, and the loss what it takes from a batch, from a part, as from the share of a process.
 
         Args:
             loss: of images, uint8 [N, H, W, 3], and the teacher's feature maps, all on the device.
@@ -77,7 +87,21 @@ class Run:
             with autocast(self.device, self.dtype):
                 return loss(images.to(self.device), [feature_map.to(self.device) for feature_map in features])
 
-        return self.optimize(student, optimizer, lambda step: loss_of(*self.training_batch(step)), lambda: (
+        def training_loss(step: int) -> Tensor:
+            own, size = self._own_indices(step), at_once(BATCH_SIZE, self.training.reading.size)
+            *first, last = (own[start:start + size] for start in range(0, len(own), size))
+
+            def weighted_loss(part: Sequence[int]) -> Tensor:
+                return len(part) / len(own) * loss_of(*self.training.batch(part))
+
+            learned = 0.0
+            for part in first:
+                loss = weighted_loss(part)
+                loss.backward()  # type: ignore[no-untyped-call]
+                learned += loss.item()
+            return weighted_loss(last) + learned
+
+        return self.optimize(student, optimizer, training_loss, lambda: (
             (loss_of(*batch), len(batch[0])) for _, batch in self.held_out_batches()))
 
     def optimize(self, model: nn.Module, optimizer: torch.optim.Optimizer, training_loss: Callable[[int], Tensor],
@@ -119,7 +143,8 @@ def optimize(model: nn.Module, optimizer: torch.optim.Optimizer, training_loss: 
 
     Args:
         model: the module whose state dict the checkpoint holds.
-        training_loss: of the batch of a step; it depends only on the step and the model.
+        training_loss: of the batch of a step; it depends only on the step and the model. It may add gradients of a part
+            of the batch to those of the model, and return a loss that lacks them.
         steps, checkpoint, config, resume: as in ``Run``.
         keep_start: whether the state at the start also competes for the lowest loss.
         share: share of a batch's images that this process's training loss averages.
@@ -170,15 +195,16 @@ def optimize(model: nn.Module, optimizer: torch.optim.Optimizer, training_loss: 
         for step in range(start, steps):
             for group, rate in zip(optimizer.param_groups, rates):
                 group["lr"] = rate * _schedule(step, steps)
-            loss = training_loss(step)
             optimizer.zero_grad()
+            loss = training_loss(step)
             loss.backward()  # type: ignore[no-untyped-call]
             average()
             optimizer.step()
-            progress.update(note=f"loss {_finite(loss.item(), step + 1):.4f}")
+            note = f"loss {_finite(loss.item(), step + 1):.4f}"
             if (step + 1) % interval == 0 or step + 1 == steps:
                 evaluate(step + 1)
                 save(step + 1)
+            progress.update(note=note)
             if distributed.any_process(stopped()):
                 save(step + 1)
                 log.warning("interrupted at step %d; --resume continues from %s", step + 1, checkpoint)
