@@ -10,6 +10,7 @@ import onnxruntime
 import pytest
 import torch
 from conftest import only_one
+from fast_exports import keep_registry
 
 from uadtool.lab.detectors.contract import Detector
 from uadtool.lab.detectors.dinomaly import Dinomaly
@@ -27,6 +28,7 @@ from uadtool.lab.quantization.ranges import Ranges
 from uadtool.lab.quantization.targets import TARGETS
 from uadtool.metadata import Metadata, Quantization, Reading
 
+keep_registry()
 SIZE = (64, 64)
 DETECTORS = ("tf_efficientnet_lite0", "resnet18", "stfpm-shared", "rd", "us", "dinomaly", "dinomaly-vit", "duet")
 """Teachers of STFPM, or methods (with a shared stage, with a vision transformer)."""
@@ -34,10 +36,12 @@ SMALL, TRANSFORMER = "test_resnet", "test_vit"
 """Teachers of the methods: an export takes as long as its graph is deep, and STFPM has the layers of real teachers."""
 TENSORRT = ("fp32", "fp16", "int8", "mixed")
 """The precisions of graphs for TensorRT."""
+LIKE_OTHERS = ("tf_efficientnet_lite0", "stfpm-shared", "dinomaly")
+"""Detectors whose graphs hold nothing that those of others lack, except sizes."""
 MATRIX = [pytest.param(detector, precision, marks=() if fast else pytest.mark.slow)
           for detector in DETECTORS for precision in TENSORRT
-          for fast in [detector == "resnet18" or precision == "int8"]]
-"""All detectors in all precisions. In fast tests one has all, and the others have that of the largest graph."""
+          for fast in [detector == "resnet18" or (precision == "int8" and detector not in LIKE_OTHERS)]]
+"""All detectors in all precisions. In fast tests one has all, and others have that of the largest graph."""
 FLAVOURS = (*(("tensorrt", precision) for precision in TENSORRT), ("onnxruntime", "int8"), ("openvino", "int8"))
 FLOAT_LAYERS = {"tf_efficientnet_lite0": ("*.conv_stem", "student.blocks.1.*"),
                 "resnet18": ("teacher.conv1", "student.layer2.*"),

@@ -31,8 +31,10 @@ def serve(address: str) -> None:
     """Run the commands of clients until stdin ends."""
     import torch
 
+    from tests.fast_exports import keep_registry
     from uadtool.lab import calibrate, export, quantize, train  # noqa: F401
 
+    keep_registry()
     example = torch.zeros(1, 1, 4, 4)  # an export imports more
     with contextlib.redirect_stdout(io.StringIO()):
         torch.onnx.export(torch.nn.Conv2d(1, 1, 1), (example,), dynamo=True, verbose=False)

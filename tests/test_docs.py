@@ -31,8 +31,9 @@ MOST_LINES, MOST_BYTES = 180, 14_000
 REPLACEMENTS: List[Tuple[str, str]] = [
     (r"^make (?=-[fC])", "make -n "),
     (r"^make (?!-)", f"make -n -C {REPOSITORY} "),
-    (r"^pip install (.*)", rf"{sys.executable} -m pip install --dry-run --no-deps -q \1"),
-    (r"^pip wheel", f"{sys.executable} -m pip wheel -q"),
+    (r"^pip install (.*)", rf"{sys.executable} -m pip install --dry-run --no-deps --no-build-isolation -q \1"),
+    (r"^pip wheel", f"{sys.executable} -m pip wheel --no-build-isolation -q"),
+    (r"--nproc-per-node 2", "--nproc-per-node 1"),
     (r"(uadtool train parts .*?)(?: --image-size \d+|$)", r"\1 --image-size 64"),
     (r"--(?:steps|epochs) \d+", "--steps 2"),
     (r"^uadtool bench \S+", r"\g<0> --duration 0.1 --repetitions 1"),
@@ -46,7 +47,15 @@ REPLACEMENTS: List[Tuple[str, str]] = [
 ]
 """Patterns in command lines, and what stands there in the test."""
 
-every_readme = pytest.mark.parametrize("readme", READMES, ids=lambda path: str(path.relative_to(REPOSITORY).parent))
+
+def name_of(readme: Path) -> str:
+    """The folder of a README, relative to the repository."""
+    return str(readme.relative_to(REPOSITORY).parent)
+
+
+def with_slow_examples(readme: Path) -> object:
+    """A parameter of a test that runs commands. The examples have tests of their own among the fast ones."""
+    return pytest.param(readme, marks=pytest.mark.slow if name_of(readme).startswith("examples") else ())
 
 
 def blocks(readme: Path, language: str) -> List[str]:
@@ -82,7 +91,7 @@ def tour(preloaded: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@every_readme
+@pytest.mark.parametrize("readme", map(with_slow_examples, READMES), ids=map(name_of, READMES))
 def test_every_command_line_runs(readme: Path, tour: Path, preloaded: Path) -> None:
     if readme != README:
         run_commands(readme, tour, preloaded)
@@ -92,7 +101,7 @@ def test_every_command_line_runs(readme: Path, tour: Path, preloaded: Path) -> N
         assert done.stdout
 
 
-@every_readme
+@pytest.mark.parametrize("readme", READMES, ids=name_of)
 def test_links_to_files_and_headings_are_not_broken(readme: Path) -> None:
     text = readme.read_text(encoding="utf-8")
     links = re.findall(r"\]\((?!https?:)([^)#]*)(?:#([^)]+))?\)", text)

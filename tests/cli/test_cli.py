@@ -177,9 +177,8 @@ def test_wrong_usage(uadtool, arguments, message):
     (["score", "missing.onnx", "."], "missing.onnx: no such model file"),
     (["compare", "missing.jsonl"], "missing.jsonl"),
 ])
-def test_bad_input_is_reported_in_one_line(uadtool, tmp_path, monkeypatch, arguments, message):
-    monkeypatch.chdir(tmp_path)
-    done = uadtool(*arguments)
+def test_bad_input_is_reported_in_one_line(preloaded, tmp_path, arguments, message):
+    done = subprocess.run([preloaded, *arguments], cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (1, "")
     assert re.fullmatch(r"uadtool: error: .*\n", done.stderr)
     assert message in done.stderr

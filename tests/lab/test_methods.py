@@ -58,11 +58,16 @@ ROWS = {
 }
 
 
+SLOW = ("us",)
+"""It learns its teacher, too, and needs most steps."""
+
+
 def test_every_method_has_a_row():
     assert {row.method for row in ROWS.values()} == set(BUILT_IN)
 
 
-@pytest.fixture(scope="module", params=ROWS)
+@pytest.fixture(scope="module", params=[pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name
+                                        for name in ROWS])
 def name(request):
     return request.param
 

@@ -53,7 +53,7 @@ def score(runtime: Runtime, samples: Iterable[Sample], thresholds: Optional[Thre
     yield run
     predict = cluster.predict if cluster else predict_samples
     began = time.perf_counter()
-    images = errors = anomalous = unknown = faint = 0
+    images = errors = anomalous = unknown = unnamed = faint = 0
     evaluation, classes = Evaluation(), set(runtime.metadata.classes)
     others: Dict[str, int] = {}  # images of classes that the model does not have
     for sample, prediction in predict(runtime, samples, batch_size, pixels=True):
@@ -65,6 +65,7 @@ def score(runtime: Runtime, samples: Iterable[Sample], thresholds: Optional[Thre
         record = _image_record(sample, prediction, thresholds.of(prediction.nearest_class))
         anomalous += record["anomalous"]
         unknown += prediction.unknown_class is True
+        unnamed += prediction.unknown_class is True and not sample.class_name
         faint += prediction.faint
         for output in outputs:
             try:
@@ -82,9 +83,9 @@ def score(runtime: Runtime, samples: Iterable[Sample], thresholds: Optional[Thre
         log.warning("%d of %d images are of classes that the model was not trained on (%s); it scores them as the "
                     "class that they look most like", sum(others.values()), images,
                     first_of(sorted(others), "classes"))
-    elif unknown:
+    if unnamed:
         log.warning("%d of %d images look like no class that the model was trained on (unknown_class); it scores them "
-                    "as the class that they look most like", unknown, images)
+                    "as the class that they look most like", unnamed, images)
     metrics = evaluation.figures()
     yield {"type": "summary", "images": images, "errors": errors, "anomalous": anomalous, "seconds": rounded(seconds),
            "images_per_second": rounded((images - errors) / seconds),

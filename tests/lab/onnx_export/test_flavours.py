@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from flavours import DETECTORS, FLAVOURS, MATRIX, TENSORRT, flavour, operators, optimized
+from flavours import DETECTORS, FLAVOURS, LIKE_OTHERS, MATRIX, TENSORRT, flavour, operators, optimized
 from onnx import numpy_helper
 
 from uadtool.errors import UadtoolError
@@ -117,8 +117,8 @@ def convolution_weights(proto):
 
 
 @pytest.mark.parametrize(("teacher", "target", "precision"), [
-    *(("resnet18", *one) for one in FLAVOURS), ("tf_efficientnet_lite0", "tensorrt", "int8"),
-    ("tf_efficientnet_lite0", "onnxruntime", "int8")])
+    *(("resnet18", *one) for one in FLAVOURS), ("tf_efficientnet_lite0", "onnxruntime", "int8"),
+    pytest.param("tf_efficientnet_lite0", "tensorrt", "int8", marks=pytest.mark.slow)])
 def test_every_flavour_keeps_parity(teacher, target, precision):
     made = flavour(teacher, target, precision)
     onnx.checker.check_model(made.proto, full_check=True)
@@ -148,7 +148,8 @@ def test_float_layers_of_a_mixed_graph_are_in_half_precision():
     assert floats > 2
 
 
-@pytest.mark.parametrize("teacher", DETECTORS)
+@pytest.mark.parametrize("teacher", [pytest.param(name, marks=pytest.mark.slow) if name in LIKE_OTHERS else name
+                                     for name in DETECTORS])
 def test_weight_quantizers_give_the_codes_of_the_model(teacher):
     made = flavour(teacher, "tensorrt", "int8")
     values, producers = constants(made.proto), {name: node for node in made.proto.graph.node for name in node.output}

@@ -144,7 +144,8 @@ def test_layers_outside_the_student_need_not_be_quantized(plan, run):
 # The result
 
 
-@pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
+@pytest.mark.parametrize("target", [pytest.param(target, marks=() if name == "onnxruntime" else pytest.mark.slow)
+                                    for name, target in TARGETS.items()], ids=TARGETS)
 def test_maps_come_closer_to_the_float_maps(plan, ranges, run, correction, held_out, target):
     expected = anomaly_maps(plan.traced, held_out)
     start = quantize(plan, ranges, target, correction=correction)
