@@ -47,6 +47,10 @@ SCORE_TOLERANCE = {"fp32": {"rtol": 0, "atol": 1e-3}, "int8": {"rtol": 0.05, "at
 """Between torch and ONNX Runtime, by precision. Between two codes, one kernel rounds up and another down."""
 
 
+LONGEST = ("test_docs.py", "test_wheel.py", "test_flavours.py")
+"""Files with tests that take longest."""
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Make the folder that the processes of this test run (pytest-xdist) share; see ``only_one``."""
     if "PYTEST_XDIST_WORKER" not in os.environ:
@@ -68,8 +72,8 @@ def only_one(name: str) -> Iterator[Path]:
 
 
 def pytest_collection_modifyitems(items: List[pytest.Item]) -> None:
-    """Start the longest tests first, so that no core waits for them in the end."""
-    items.sort(key=lambda item: item.path.name != "test_docs.py")
+    """Start the longest files first, so that no core waits for them in the end."""
+    items.sort(key=lambda item: item.path.name not in LONGEST)
 
 
 def pytest_collection_finish() -> None:

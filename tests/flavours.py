@@ -36,12 +36,12 @@ SMALL, TRANSFORMER = "test_resnet", "test_vit"
 """Teachers of the methods: an export takes as long as its graph is deep, and STFPM has the layers of real teachers."""
 TENSORRT = ("fp32", "fp16", "int8", "mixed")
 """The precisions of graphs for TensorRT."""
-LIKE_OTHERS = ("tf_efficientnet_lite0", "stfpm-shared", "dinomaly")
-"""Detectors whose graphs hold nothing that those of others lack, except sizes."""
+FAST = ("resnet18", "duet")
+"""A network and its copy, and memories. Of the others, only dinomaly's transformers have operators that these lack."""
 MATRIX = [pytest.param(detector, precision, marks=() if fast else pytest.mark.slow)
           for detector in DETECTORS for precision in TENSORRT
-          for fast in [detector == "resnet18" or (precision == "int8" and detector not in LIKE_OTHERS)]]
-"""All detectors in all precisions. In fast tests one has all, and others have that of the largest graph."""
+          for fast in [detector == "resnet18" or (precision == "int8" and detector in FAST)]]
+"""All detectors in all precisions. In fast tests one has all, and another that of the largest graph."""
 FLAVOURS = (*(("tensorrt", precision) for precision in TENSORRT), ("onnxruntime", "int8"), ("openvino", "int8"))
 FLOAT_LAYERS = {"tf_efficientnet_lite0": ("*.conv_stem", "student.blocks.1.*"),
                 "resnet18": ("teacher.conv1", "student.layer2.*"),

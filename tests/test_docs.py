@@ -3,9 +3,8 @@
 README.md is a tour that makes models and scores; all others start from these. A command that cannot run here is
 replaced by its dry run, which still fails on a wrong name: `make` by `make -n` in the repository (CI runs `make test`
 and `make demo` themselves) and `pip install` by `pip install --dry-run`. Trainings have two steps of small images, and
-measurements one short round. Engines are
-built for a named GPU, memory is watched over 100 images, not 20,000, the bucket is the local folder, and the Ray
-cluster one that Ray starts for the command.
+measurements one short round. Engines are built for a named GPU, one process trains instead of two, memory is watched
+over 100 images, not 20,000, the bucket is the local folder, and the Ray cluster one that Ray starts for the command.
 """
 
 import os
@@ -33,7 +32,7 @@ REPLACEMENTS: List[Tuple[str, str]] = [
     (r"^make (?!-)", f"make -n -C {REPOSITORY} "),
     (r"^pip install (.*)", rf"{sys.executable} -m pip install --dry-run --no-deps --no-build-isolation -q \1"),
     (r"^pip wheel", f"{sys.executable} -m pip wheel --no-build-isolation -q"),
-    (r"--nproc-per-node 2", "--nproc-per-node 1"),
+    (r"^torchrun --nproc-per-node 2 -m ", ""),
     (r"(uadtool train parts .*?)(?: --image-size \d+|$)", r"\1 --image-size 64"),
     (r"--(?:steps|epochs) \d+", "--steps 2"),
     (r"^uadtool bench \S+", r"\g<0> --duration 0.1 --repetitions 1"),

@@ -339,6 +339,7 @@ def test_scores_without_classes_and_of_one_label_are_a_page(files):
     assert "roc-title" not in {attributes["aria-labelledby"] for attributes, _ in found.all("svg")}
 
 
+@pytest.mark.slow
 def test_a_page_of_many_images_classes_and_models_is_bounded(files):
     random = np.random.default_rng(0)
     for name in ("a", "b", "c"):

@@ -58,8 +58,8 @@ ROWS = {
 }
 
 
-SLOW = ("us",)
-"""It learns its teacher, too, and needs most steps."""
+SLOW = ("us", "stfpm-options", "dinomaly")
+"""One needs most steps, since it also learns its teacher; the others are like other rows."""
 
 
 def test_every_method_has_a_row():

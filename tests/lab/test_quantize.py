@@ -68,7 +68,7 @@ def test_data_keeps_the_maps_closer(trained, calibrated, corrected, textures, tm
     assert load_model(output)[1].provenance[-1]["bias_correction"] is False
 
 
-@pytest.mark.parametrize("target", ["onnxruntime", "tensorrt"])
+@pytest.mark.parametrize("target", ["onnxruntime", pytest.param("tensorrt", marks=pytest.mark.slow)])
 def test_layers_of_a_pattern_stay_float(trained, calibrated, tmp_path, capsys, target):
     float_model, metadata = load_float_model(trained.path)
     layers = QuantizationPlan(float_model).layers
@@ -84,6 +84,7 @@ def test_layers_of_a_pattern_stay_float(trained, calibrated, tmp_path, capsys, t
     assert (float_score - score).abs().max() < 0.3 * float_score.abs().max()
 
 
+@pytest.mark.slow
 def test_the_most_sensitive_layers_stay_float(trained, calibrated, textures, tmp_path, capsys):
     record = printed(capsys, trained.path, textures, "--ranges", calibrated.path, "--scope", "student", "--keep-float",
                      "auto:2", "-o", tmp_path / "mixed.safetensors")

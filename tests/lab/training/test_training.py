@@ -385,6 +385,7 @@ def interrupted(textures, weights, tmp_path_factory):
     return output, stderr
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on_to_the_same_result(interrupted, preloaded, textures, weights, tmp_path):
     output, stderr = interrupted
     assert f"--resume continues from {output}.checkpoint" in stderr
