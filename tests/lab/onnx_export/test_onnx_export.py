@@ -21,7 +21,7 @@ from uadtool.errors import UadtoolError
 from uadtool.lab import export
 from uadtool.lab.models import load_model
 from uadtool.lab.onnx_export.parity import check_parity, parity_images
-from uadtool.lab.onnx_export.writer import _scale, add_weight_quantizers, lower_opset, save_onnx, slice_shapes, to_onnx
+from uadtool.lab.onnx_export.writer import _scale, add_weight_quantizers, lower_opset, save_onnx, to_onnx
 from uadtool.lab.quantization.modules import QuantizedConv2d
 from uadtool.metadata import KEY, Metadata, Reading
 from uadtool.runtimes.opening import open_model
@@ -148,19 +148,34 @@ def test_a_resize_has_the_size_that_it_had(before, after):
     assert float(scale) == pytest.approx(after / before, rel=3e-7)
 
 
-@pytest.mark.parametrize(("asked", "expected"), [
-    ({}, [3, 1, 4, 5]), ({"start": 0}, [3, 1, 4, 5]), ({"start": 0, "end": 2}, [3, 1]), ({"end": -1}, [3, 1, 4]),
-    ({"start": 2}, [4, 5]), ({"start": -3, "end": 3}, [1, 4]),
-])
-def test_shapes_are_sliced_by_slices(asked, expected):
-    graph = helper.make_graph(
-        [helper.make_node("Shape", ["x"], ["shape"], "shape", **asked)], "shape",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [None, 1, 4, 5])],
-        [helper.make_tensor_value_info("shape", TensorProto.INT64, [len(expected)])])
-    proto = changed(graph, slice_shapes)
-    assert not proto.graph.node[0].attribute
-    (found,) = session(proto.SerializeToString()).run(None, {"x": np.zeros((3, 1, 4, 5), np.float32)})
-    assert found.tolist() == expected
+class Batched(torch.nn.Module):
+    """A detector whose shapes depend on the number of images in every way that an exporter writes."""
+
+    def __init__(self):
+        super().__init__()
+        self.token = torch.nn.Parameter(torch.arange(6.0).view(1, 2, 3))
+
+    def forward(self, image):
+        count, height, width, _ = image.shape
+        pixels = image.float()
+        tokens = torch.cat([self.token.expand(count, -1, -1), pixels.flatten(1, 2)], dim=1)
+        # As attention does: images and heads are one dimension.
+        heads = tokens.unsqueeze(2).expand(-1, -1, 4, -1).permute(0, 2, 1, 3).reshape(count * 4, -1, 3)
+        level = torch.bmm(heads, heads.mean(1, keepdim=True).transpose(1, 2)).view(count, 4, -1).mean((1, 2))
+        anomaly_map = pixels.mean(3) + level.view(-1, 1, 1)
+        return level, level * 2, anomaly_map.expand(count, height, width), level.int() % 2, level.sqrt()
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+def test_any_number_of_images(count):
+    proto = to_onnx(Batched(), Metadata("stfpm", "none", ["a", "b"], SIZE, SIZE, 3.0, 0.01, 1, 1))
+    images = np.random.default_rng(0).integers(0, 256, (count, *SIZE, 3), dtype=np.uint8)
+    expected = Batched()(torch.from_numpy(images))
+    for found, tensor in zip(session(proto.SerializeToString()).run(None, {"image": images}), expected):
+        np.testing.assert_allclose(found, tensor.detach(), rtol=1e-4)
+    assert [dim.dim_param for value in (*proto.graph.input, *proto.graph.output)
+            for dim in value.type.tensor_type.shape.dim[:1]] == ["batch"] * 6
+    onnx.checker.check_model(proto, full_check=True)
 
 
 def test_resizes_depend_on_no_shape(proto):

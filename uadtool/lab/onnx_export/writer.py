@@ -6,7 +6,7 @@ import logging
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Union
+from typing import Any, Optional, Union
 
 import numpy as np
 import onnx
@@ -26,6 +26,8 @@ OPSET = 17
 """The newest that TensorRT 8.5 (JetPack 5) reads."""
 EXPORTER_OPSET = 18
 """The oldest that the exporter of torch writes."""
+TRACED_BATCH = 2
+"""Images with which the exporter runs the model. For one, it would not tell an image from a batch."""
 IR_VERSION = 8
 """The oldest that allows opset 17; ONNX Runtime reads it from 1.12 on."""
 
@@ -37,24 +39,22 @@ def to_onnx(model: nn.Module, metadata: Metadata) -> onnx.ModelProto:
         UadtoolError: the installed torch writes another opset.
     """
     height, width = metadata.image_size
-    example = torch.zeros(2, height, width, 3, dtype=torch.uint8)
+    example = torch.zeros(TRACED_BATCH, height, width, 3, dtype=torch.uint8)
     with _silence():
         program = torch.onnx.export(
             model, (example,), dynamo=True, opset_version=EXPORTER_OPSET, external_data=False, verbose=False,
-            input_names=["image"], output_names=list(OutputTensors._fields),
-            dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=4096)},),
-        )
-    assert program is not None
+            optimize=False, input_names=["image"], output_names=list(OutputTensors._fields))
+        assert program is not None
+        scale_by_constants(program.model.graph)
+        free_batch(program.model.graph)  # before constants are folded for this number of images
+        program.optimize()
     exported = program.model
     if exported.opset_imports[""] != EXPORTER_OPSET:
         raise UadtoolError(f"torch {torch.__version__} wrote opset {exported.opset_imports['']} instead of "
                            f"{EXPORTER_OPSET}")
     graph = exported.graph
+    infer_batch(graph)
     lower_opset(exported)
-    scale_by_constants(graph)
-    RemoveUnusedNodesPass()(exported)
-    slice_shapes(graph)
-    _cast_first(graph)
     if metadata.target is not None:
         target = TARGETS[metadata.target]
         add_zero_points(graph)
@@ -119,25 +119,60 @@ def scale_by_constants(graph: onnx_ir.Graph) -> None:
             node.replace_input_with(2, _add_constant(graph, f"{node.outputs[0].name}_scales", scales))
 
 
-def slice_shapes(graph: onnx_ir.Graph) -> None:
-    """Let Slice take the part that Shape is asked for: the importer of TensorRT 8.5 gives the whole shape."""
+def free_batch(graph: onnx_ir.Graph) -> None:
+    """Let a graph of ``TRACED_BATCH`` images take any number, as far as shapes are known before it is optimized.
+
+    With a symbolic number of images the exporter takes twice as long, and computes shapes in the graph.
+    """
+    (image,) = graph.inputs
     for node in graph:
-        if node.op_type != "Shape":
+        if node.op_type == "Expand" and (shape := _static(node.outputs[0])) and (before := _static(node.inputs[0])):
+            if shape[0] == before[0]:
+                size = _add_constant(graph, f"{node.outputs[0].name}_size", np.array([1, *shape[1:]]))
+                node.replace_input_with(1, size)
+            elif shape[0] == TRACED_BATCH:
+                node.replace_input_with(1, _shape_of_batch(graph, node, image, shape[1:]))
+    infer_batch(graph)
+    for node in graph:  # by the number of images constants would be folded
+        for value in node.outputs:
+            if value.shape:
+                value.shape = onnx_ir.Shape([None, *value.shape[1:]])
+
+
+def infer_batch(graph: onnx_ir.Graph) -> None:
+    """Let each Reshape infer its first dimension, which may be a multiple of the number of images."""
+    for node in graph:
+        if node.op_type != "Reshape":
             continue
-        start, end = (node.attributes.get_int(name) for name in ("start", "end"))
-        node.attributes.clear()
-        if not start and end is None:
-            continue
-        part = node.outputs[0]
-        name = part.name
-        bounds = start or 0, np.iinfo(np.int32).max if end is None else end
-        constants = [_add_constant(graph, f"{name}_{place}", np.array([bound]))
-                     for place, bound in zip(("start", "end"), bounds)]
-        slicing = onnx_ir.node("Slice", [part, *constants], name=f"{node.name}_slice")
-        graph.insert_after(node, slicing)
-        onnx_ir.convenience.replace_all_uses_with(part, slicing.outputs[0], replace_graph_outputs=True)
-        slicing.replace_input_with(0, part)
-        part.name, slicing.outputs[0].name = f"{name}_whole", name
+        size: Any = node.inputs[1]
+        known = [] if size.const_value is None else size.const_value.numpy().tolist()
+        shape = _static(node.outputs[0]) or known
+        if shape and known[:1] != [-1] and -1 not in shape[1:]:
+            sizes = np.array([-1, *shape[1:]])
+            node.replace_input_with(1, _add_constant(graph, f"{node.outputs[0].name}_size", sizes))
+    for value in (*graph.inputs, *graph.outputs):
+        value.shape = onnx_ir.Shape(["batch", *_static(value)[1:]])
+
+
+def _static(value: Optional[onnx_ir.Value]) -> list[Any]:
+    """The sizes of a tensor; none if they are not known."""
+    return list(value.shape) if value and value.shape else []
+
+
+def _shape_of_batch(graph: onnx_ir.Graph, before: onnx_ir.Node, image: onnx_ir.Value, rest: list[int]
+                    ) -> onnx_ir.Value:
+    """A shape whose first dimension is the number of images, computed before a node."""
+    name = f"{before.outputs[0].name}_size"
+    cast = next(node for node in image.consumers() if node.op_type == "Cast")  # TensorRT only casts uint8
+    bounds = [_add_constant(graph, f"{name}_{word}", np.array([place])) for word, place in (("start", 0), ("end", 1))]
+    whole = onnx_ir.node("Shape", [cast.outputs[0]], name=f"{name}_image")
+    batch = onnx_ir.node("Slice", [whole.outputs[0], *bounds], name=f"{name}_batch")
+    sizes = [batch.outputs[0], _add_constant(graph, f"{name}_rest", np.array(rest))]
+    joined = onnx_ir.node("Concat", sizes, {"axis": 0}, name=name)
+    for node in (whole, batch, joined):
+        node.outputs[0].name = f"{node.name}_value"
+        graph.insert_before(before, node)
+    return joined.outputs[0]
 
 
 def quantize_biases(graph: onnx_ir.Graph) -> None:
@@ -212,18 +247,6 @@ def _add_constant(graph: onnx_ir.Graph, name: str, array: NDArray[Any]) -> onnx_
     value = onnx_ir.Value(name=name, const_value=onnx_ir.tensor(array, name=name))
     graph.register_initializer(value)
     return value
-
-
-def _cast_first(graph: onnx_ir.Graph) -> None:
-    """Read the shape of the image from its cast: TensorRT only casts uint8."""
-    (image,) = graph.inputs
-    shapes = [node for node in image.consumers() if node.op_type == "Shape"]
-    if shapes:
-        cast = next(node for node in image.consumers() if node.op_type == "Cast")
-        for node in shapes:
-            node.replace_input_with(0, cast.outputs[0])
-        graph.remove(cast)
-        graph.insert_before(graph[0], cast)
 
 
 def _strip(model: onnx_ir.Model) -> None:
