@@ -158,12 +158,28 @@ class Batched(torch.nn.Module):
     def forward(self, image):
         count, height, width, _ = image.shape
         pixels = image.float()
-        tokens = torch.cat([self.token.expand(count, -1, -1), pixels.flatten(1, 2)], dim=1)
+        tokens = torch.cat([self.token.expand(count, -1, -1), torch.ones(count, 1, 3), pixels.flatten(1, 2)], dim=1)
         # As attention does: images and heads are one dimension.
         heads = tokens.unsqueeze(2).expand(-1, -1, 4, -1).permute(0, 2, 1, 3).reshape(count * 4, -1, 3)
         level = torch.bmm(heads, heads.mean(1, keepdim=True).transpose(1, 2)).view(count, 4, -1).mean((1, 2))
         anomaly_map = pixels.mean(3) + level.view(-1, 1, 1)
         return level, level * 2, anomaly_map.expand(count, height, width), level.int() % 2, level.sqrt()
+
+
+class Interleaved(torch.nn.Module):
+    """Its rows hold pixels of all images."""
+
+    def forward(self, image):
+        pixels = image.float()
+        level = pixels.mean((1, 2, 3)) + pixels.permute(1, 0, 2, 3).reshape(SIZE[0], -1).amax(1).mean()
+        return level, level * 2, pixels.mean(3), level.int() % 2, level * 3
+
+
+def test_a_model_that_mixes_the_images_is_refused():
+    metadata = Metadata("stfpm", "none", ["a", "b"], SIZE, SIZE, 3.0, 0.01, 1, 1)
+    with pytest.raises(UadtoolError, match="cannot compute 16 images in onnxruntime; .* first dimension, or a factor "
+                                           "of it; nothing was written: "):
+        check_parity(Interleaved(), to_onnx(Interleaved(), metadata), metadata, parity_images(None, Reading(SIZE)))
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5])

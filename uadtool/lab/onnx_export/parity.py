@@ -46,13 +46,18 @@ def check_parity(model: nn.Module, proto: ModelProto, metadata: Metadata, images
     The graph runs in the runtime that it was made for, or in ONNX Runtime if that is not installed.
 
     Raises:
-        UadtoolError: a score, a map or a class distance differs by more than the tolerance of the precision, or too
-            many nearest classes differ.
+        UadtoolError: the graph cannot run; a score, a map or a class distance differs by more than the tolerance of the
+            precision; or too many nearest classes differ.
     """
     with torch.inference_mode():
         expected = OutputTensors(*model(torch.from_numpy(images)))
     runtime = open_proto(proto, _runtime(metadata.target))
-    actual = runtime.run(images)
+    try:
+        actual = runtime.run(images)
+    except Exception as error:  # each runtime has its own
+        raise UadtoolError(f"the exported graph cannot compute {len(images)} images in {runtime.name}; in the model, "
+                           "their number must stay the first dimension, or a factor of it; nothing was written: "
+                           f"{str(error).splitlines()[0]}") from error
     name, precision = f"{runtime.name} {runtime.version}", metadata.precision
     same = actual.nearest_class == expected.nearest_class.numpy()
     if same.mean() < CLASS_AGREEMENT[precision]:

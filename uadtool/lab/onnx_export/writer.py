@@ -26,14 +26,16 @@ OPSET = 17
 """The newest that TensorRT 8.5 (JetPack 5) reads."""
 EXPORTER_OPSET = 18
 """The oldest that the exporter of torch writes."""
-TRACED_BATCH = 2
-"""Images with which the exporter runs the model. For one, it would not tell an image from a batch."""
+TRACED_BATCH = 13
+"""Images with which the exporter runs the model: a number that no other dimension has."""
 IR_VERSION = 8
 """The oldest that allows opset 17; ONNX Runtime reads it from 1.12 on."""
 
 
 def to_onnx(model: nn.Module, metadata: Metadata) -> onnx.ModelProto:
     """The complete detector: ``image`` uint8 [N, H, W, 3] -> the tensors of ``OutputTensors``; any N.
+
+    The number of images may only be the first dimension of a tensor, or a factor of it; ``check_parity`` finds out.
 
     Raises:
         UadtoolError: the installed torch writes another opset.
@@ -126,8 +128,9 @@ def free_batch(graph: onnx_ir.Graph) -> None:
     """
     (image,) = graph.inputs
     for node in graph:
-        if node.op_type == "Expand" and (shape := _static(node.outputs[0])) and (before := _static(node.inputs[0])):
-            if shape[0] == before[0]:
+        if node.op_type == "Expand" and (shape := _static(node.outputs[0])):
+            before = _static(node.inputs[0])
+            if len(before) == len(shape) and before[0] == shape[0]:
                 size = _add_constant(graph, f"{node.outputs[0].name}_size", np.array([1, *shape[1:]]))
                 node.replace_input_with(1, size)
             elif shape[0] == TRACED_BATCH:
