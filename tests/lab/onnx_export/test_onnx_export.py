@@ -177,8 +177,8 @@ class Interleaved(torch.nn.Module):
 
 def test_a_model_that_mixes_the_images_is_refused():
     metadata = Metadata("stfpm", "none", ["a", "b"], SIZE, SIZE, 3.0, 0.01, 1, 1)
-    with pytest.raises(UadtoolError, match="cannot compute 16 images in onnxruntime; .* first dimension, or a factor "
-                                           "of it; nothing was written: "):
+    with pytest.raises(UadtoolError, match=r"cannot compute 16 images in onnxruntime; .* first dimension, or a factor "
+                                           r"of it; nothing was written: "):
         check_parity(Interleaved(), to_onnx(Interleaved(), metadata), metadata, parity_images(None, Reading(SIZE)))
 
 
