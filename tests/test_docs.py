@@ -90,7 +90,7 @@ def tour(preloaded: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("readme", map(with_slow_examples, READMES), ids=map(name_of, READMES))
+@pytest.mark.parametrize("readme", [with_slow_examples(readme) for readme in READMES], ids=map(name_of, READMES))
 def test_every_command_line_runs(readme: Path, tour: Path, preloaded: Path) -> None:
     if readme != README:
         run_commands(readme, tour, preloaded)
