@@ -204,8 +204,8 @@ def _warn_of_similar(classes: Sequence[str]) -> None:
         log.warning("classes whose names differ only in case are trained as separate classes: %s", ", ".join(similar))
 
 
-def _warn_of_confused(held_out: HeldOut) -> None:
-    """Warn of each pair of classes of which more than ``MOST_CONFUSED`` are taken for the other."""
+def _warn_of(held_out: HeldOut) -> None:
+    """Warn of each pair of classes of which more than ``MOST_CONFUSED`` are taken for the other, and of outliers."""
     totals: Counter[str] = Counter()
     confused: Counter[tuple[str, ...]] = Counter()
     for (name, nearest), count in held_out.taken_for.items():
@@ -218,6 +218,10 @@ def _warn_of_confused(held_out: HeldOut) -> None:
             log.warning("%d of %d held-out images of %s are taken for the other of the two: what is normal for one "
                         "passes in the other; make them one class if their images are alike", count, total,
                         " and ".join(pair))
+    if held_out.conspicuous:
+        log.warning("held-out images that score far above the others of their class: %s; if they are defects, remove "
+                    "them: they raise the threshold, and other defects pass",
+                    first_of(held_out.conspicuous, "images"))
 
 
 def _teacher(detector: Detector, options: TrainingOptions, samples: Sequence[Sample], reading: Reading,
@@ -247,11 +251,7 @@ def _finish(job: _Job, outcome: Optional[Outcome], samples: Sequence[Sample], op
     class_distance_limit = fit_prototypes(detector, job.classes, run)
     found = fit_statistics_from_files(detector, detector.raw_maps_and_class, job.classes, run.held_out.samples,
                                       job.reading, run.device)
-    _warn_of_confused(found)
-    if found.conspicuous:
-        log.warning("held-out images that score far above the others of their class: %s; if they are defects, remove "
-                    "them: they raise the threshold, and other defects pass",
-                    first_of(found.conspicuous, "images"))
+    _warn_of(found)
     detector.to(device="cpu", memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     training, held_out = (Counter(sample.class_name for sample in images.samples)
                           for images in (run.training, run.held_out))

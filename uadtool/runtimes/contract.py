@@ -70,8 +70,8 @@ TensorSpec = Tuple[str, str, Sequence[Any]]
 """Name, NumPy's name of the type, and shape. A size that is not an int is variable."""
 
 
-def check_signature(model: Runtime, inputs: Iterable[TensorSpec], outputs: Iterable[TensorSpec]) -> None:
-    """Require that a graph has the inputs and outputs of a detector, and set the model's ``outputs``.
+def check_signature(model: Runtime, inputs: Iterable[TensorSpec], outputs: Iterable[TensorSpec]) -> Tuple[str, ...]:
+    """Require that a graph has the inputs and outputs of a detector; returns its ``outputs``.
 
     Raises:
         UadtoolError: it does not; the message lists the actual and the expected tensors.
@@ -82,11 +82,11 @@ def check_signature(model: Runtime, inputs: Iterable[TensorSpec], outputs: Itera
                                  ("anomaly_map", "float32", ("N", *model.metadata.map_size)),
                                  ("nearest_class", "int32", "N"), ("class_distance", "float32", "N")])
     if model.metadata.class_distance_limit is None and len(found_outputs) < len(Output._fields):  # before 2026-12
-        model.outputs = Output._fields[:-1]
         wanted_outputs.pop()
     if found_inputs != wanted_inputs or sorted(found_outputs) != sorted(wanted_outputs):
         raise UadtoolError(f"{model.path} is not a complete detector: it has {', '.join(found_inputs)} -> "
                            f"{', '.join(found_outputs)}; expected {', '.join(wanted_inputs + wanted_outputs)}")
+    return Output._fields[:len(wanted_outputs)]
 
 
 def _described(tensors: Iterable[TensorSpec]) -> List[str]:

@@ -33,7 +33,8 @@ class OnnxRuntime(Runtime):
         self._ort.set_default_logger_severity(FATAL)
         self.version = self._ort.__version__
         self._session = self._open(self._options())
-        check_signature(self, map(_tensor, self._session.get_inputs()), map(_tensor, self._session.get_outputs()))
+        self.outputs = check_signature(
+            self, map(_tensor, self._session.get_inputs()), map(_tensor, self._session.get_outputs()))
 
     def run(self, images: np.ndarray) -> Output:
         return Output.of(self._session.run(self.outputs, {"image": images}))

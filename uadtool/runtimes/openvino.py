@@ -33,7 +33,8 @@ class OpenVino(Runtime):
         self.version = openvino.__version__.partition("-")[0]  # without commit and branch
         self._core = openvino.Core()
         self._model = self._core.read_model(path)
-        check_signature(self, map(_tensor, self._model.inputs), map(_tensor, self._model.outputs))
+        self.outputs = check_signature(
+            self, map(_tensor, self._model.inputs), map(_tensor, self._model.outputs))
         self._compiling = threading.Lock()
         self._compiled: Dict[int, Any] = {}
         self._idle: Dict[int, List[Any]] = defaultdict(list)  # requests by batch size

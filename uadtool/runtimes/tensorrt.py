@@ -45,8 +45,8 @@ class TensorRt(Runtime):
                 raise UadtoolError(f"TensorRT {self.version} cannot load {path}: {self._logger.reason}")
             names = map(self._engine.get_tensor_name, range(self._engine.num_io_tensors))
             tensors = [self._tensor(name) for name in names]
-            check_signature(self, [tensor for tensor in tensors if tensor[0] == "image"],
-                            [tensor for tensor in tensors if tensor[0] != "image"])
+            self.outputs = check_signature(self, [tensor for tensor in tensors if tensor[0] == "image"],
+                                           [tensor for tensor in tensors if tensor[0] != "image"])
             self._min_batch, _, self._max_batch = (
                 shape[0] for shape in self._engine.get_tensor_profile_shape("image", 0))
             self._execution = self._engine.create_execution_context()

@@ -55,7 +55,9 @@ def score(runtime: Runtime, samples: Iterable[Sample], thresholds: Optional[Thre
     began = time.perf_counter()
     images = errors = anomalous = unknown = unnamed = faint = 0
     evaluation, classes = Evaluation(), set(runtime.metadata.classes)
-    others: Dict[str, int] = {}  # images of classes that the model does not have
+    # ``unnamed`` counts those unknown images whose class the data do not name, ``others`` those of classes that the
+    # model does not have.
+    others: Dict[str, int] = {}
     for sample, prediction in predict(runtime, samples, batch_size, pixels=True):
         images += 1
         if isinstance(prediction, UadtoolError):

@@ -19,6 +19,7 @@ from uadtool.cli.export import export as command
 from uadtool.data.images import read_image
 from uadtool.errors import UadtoolError
 from uadtool.lab import export
+from uadtool.lab.detectors.stfpm import STFPM
 from uadtool.lab.models import load_model
 from uadtool.lab.onnx_export.parity import check_parity, parity_images
 from uadtool.lab.onnx_export.writer import _scale, add_weight_quantizers, lower_opset, save_onnx, to_onnx
@@ -235,6 +236,17 @@ def test_split_channels_are_exported_in_silence(capfd):
     onnx.checker.check_model(proto, full_check=True)
     assert operators(proto)["Split"] > 0
     assert check_parity(Splitting(), proto, metadata, parity_images(None, Reading(SIZE)))["score_difference"] < 1e-3
+
+
+@pytest.mark.slow
+def test_a_teacher_that_splits_channels_is_exported():
+    torch.manual_seed(0)
+    detector = STFPM("skresnet18", SIZE, 1).fold_batch_norm()
+    metadata = Metadata("stfpm", "skresnet18", ["a"], SIZE, (16, 16), 3.0, 0.01, 1, 1)
+    proto = to_onnx(detector, metadata)
+    onnx.checker.check_model(proto, full_check=True)
+    assert operators(proto)["Split"] > 0
+    assert check_parity(detector, proto, metadata, parity_images(None, Reading(SIZE)))["score_difference"] < 1e-3
 
 
 def test_exports_report_their_parity(fp32, int8, textures):

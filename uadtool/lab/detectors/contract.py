@@ -166,7 +166,7 @@ class Detector(nn.Module, ABC):
 
     def class_distance(self, descriptor: Tensor, nearest: Tensor) -> Tensor:
         """Distance [N] of the descriptor [N, D] to the prototype of the class ``nearest`` [N], in deviations of it."""
-        distance = prototype_distance(descriptor, self.prototypes[nearest], self.descriptor_scale)
+        distance = squared_distance(descriptor, self.prototypes[nearest], self.descriptor_scale).sqrt()
         return (distance - self.distance_mean[nearest]) / self.distance_std[nearest]
 
     def standardize_maps(self, raw: Tensor, nearest: Tensor) -> Tensor:
@@ -218,12 +218,12 @@ def standardize(raw: Tensor, expected: Tensor, spread: Tensor) -> Tensor:
 @fx.wrap  # so that the names of other nodes do not depend on it
 def nearest_prototype(descriptor: Tensor, prototypes: Tensor, scale: Tensor) -> Tensor:
     """Index [N] of the prototype [C, D] at the smallest Euclidean distance, each channel scaled by ``scale`` [D]."""
-    return ((descriptor[:, None] - prototypes) * scale).square().sum(2).argmin(1)
+    return squared_distance(descriptor[:, None], prototypes, scale).argmin(1)
 
 
-def prototype_distance(descriptor: Tensor, prototype: Tensor, scale: Tensor) -> Tensor:
-    """Euclidean distance [N] of descriptors and prototypes [N, D], each channel scaled by ``scale`` [D]."""
-    return ((descriptor - prototype) * scale).square().sum(1).sqrt()
+def squared_distance(descriptor: Tensor, prototype: Tensor, scale: Tensor) -> Tensor:
+    """Squared Euclidean distance [...] of descriptors and prototypes [..., D], each channel scaled by ``scale`` [D]."""
+    return ((descriptor - prototype) * scale).square().sum(-1)
 
 
 @fx.wrap

@@ -92,10 +92,10 @@ class Duet(Memory):
             return loss_of(*_crop(teacher(varied), masks, generator))
 
         held_out: list[tuple[Sequence[Tensor], Tensor]] = []
-        parts = list(enumerate(run.held_out.chunks()))
-        chosen = [part for part in distributed.share(parts) if part[0] % math.ceil(len(parts) / HELD_OUT_BATCHES) == 0]
-        with Progress("held-out anomalies", sum(len(indices) for _, indices in chosen)) as progress:
-            for number, indices in chosen:
+        interval = math.ceil(len(run.held_out.chunks()) / HELD_OUT_BATCHES)
+        chosen = {number: indices for number, indices in run.held_out_chunks() if number % interval == 0}
+        with Progress("held-out anomalies", sum(map(len, chosen.values()))) as progress:
+            for number, indices in chosen.items():
                 generator = np.random.default_rng((run.seed, number))
                 varied, masks = vary(run.held_out.images(indices), self.map_size, generator)
                 held_out.append((teacher(varied), masks))

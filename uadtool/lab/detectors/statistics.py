@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from uadtool.data.samples import Sample
 from uadtool.files import list_digest
-from uadtool.lab.detectors.contract import PATCH, Detector, prototype_distance, standardize
+from uadtool.lab.detectors.contract import PATCH, Detector, squared_distance, standardize
 from uadtool.lab.training import distributed
 from uadtool.lab.training.data import image_batches, split_again
 from uadtool.lab.training.loop import Run
@@ -120,7 +120,7 @@ def fit_prototypes(detector: Detector, classes: Sequence[str], run: Run) -> floa
     for index, name in enumerate(classes):
         members = [number for number, sample in enumerate(run.training.samples) if sample.class_name == name]
         detector.prototypes[index] = descriptors[members].mean(dim=0)
-        inside = prototype_distance(descriptors[members], detector.prototypes[index, None], scale)
+        inside = squared_distance(descriptors[members], detector.prototypes[index], scale).sqrt()
         distances.append(inside * len(members) / max(1, len(members) - 1))
     farthest = LEAST_FAR
     for index, (mean, std) in enumerate(class_statistics([values.tolist() for values in distances])):

@@ -18,8 +18,8 @@ from uadtool.runtimes.contract import Runtime
 from uadtool.runtimes.opening import open_model
 
 EXPORT_PAYS = 400
-"""Images from which an export takes less time than it saves: at most 16 s against 0.03 to 0.04 s per image at 256 px
-(two networks with ResNet-18 and Lite0 in int8, 2 cores)."""
+"""Images from which an export takes less time than it saves: 8 to 12 s against 0.03 to 0.04 s per image at 256 px (two
+int8 networks with ResNet-18 and Lite0, 2 cores)."""
 
 
 def open_proto(proto: ModelProto, runtime: str = "onnxruntime") -> Runtime:

@@ -143,7 +143,7 @@ def free_batch(graph: onnx_ir.Graph) -> None:
 
 
 def infer_batch(graph: onnx_ir.Graph) -> None:
-    """Let each Reshape infer its first dimension, which may be a multiple of the number of images."""
+    """Let each Reshape infer its first dimension, a multiple of the number of images, which inputs and outputs name."""
     for node in graph:
         if node.op_type != "Reshape":
             continue

@@ -71,8 +71,12 @@ class Run:
 
     def held_out_batches(self) -> Iterator[tuple[int, tuple[Tensor, list[Tensor]]]]:
         """The held-out batches of this process's share, each with its number among all of them."""
-        for number, indices in distributed.share(list(enumerate(self.held_out.chunks()))):
+        for number, indices in self.held_out_chunks():
             yield number, self.held_out.batch(indices)
+
+    def held_out_chunks(self) -> Sequence[tuple[int, range]]:
+        """The indices of the ``held_out_batches``, each with its number, for a loss that needs few of them."""
+        return distributed.share(list(enumerate(self.held_out.chunks())))
 
     def distill(self, student: nn.Module, optimizer: torch.optim.Optimizer, loss: Loss) -> Outcome:
         """``optimize`` with a loss of images and features.
