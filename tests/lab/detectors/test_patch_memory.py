@@ -16,7 +16,7 @@ from uadtool.lab.detectors.patch_memory import (
     sample_patches,
     whitening,
 )
-from uadtool.lab.quantization.modules import QuantizedMemory
+from uadtool.lab.quantization.modules import BANK_UNIT, EXTRA, QUERY_UNIT, QuantizedMemory
 
 SEEDS = st.integers(0, 2**32 - 1)
 
@@ -178,25 +178,35 @@ def test_principal_components_are_those_of_scikit_learn():
 
 
 @settings(max_examples=20, deadline=None)
-@given(SEEDS, st.integers(2, 80), st.integers(1, 64))
-def test_codes_give_nearly_the_distances(seed, size, components):
+@given(SEEDS, st.integers(2, 80), st.integers(1, 64), st.booleans())
+def test_codes_give_nearly_the_distances(seed, size, components, signed):
     memory, nearest = fitted(seed, 2, 60, size, components), torch.tensor([1, 0])
     spread = torch.linspace(0.5, 3, size)
     points = torch.cat([patches(seed + 9, 50, size) * spread * 2 + 5, patches(seed + 10, 50, size) * spread])
     with torch.inference_mode():
         expected = memory(as_maps(points, 5, 10), nearest)
-        found = QuantizedMemory(memory)(as_maps(points, 5, 10), nearest)
+        found = QuantizedMemory(memory, signed)(as_maps(points, 5, 10), nearest)
     within = (as_maps(points, 5, 10).flatten(2).transpose(1, 2) @ memory.weight[nearest] + memory.bias[nearest]
               ).abs().amax(2).view(2, 1, 5, 10) < 1.2  # beyond, components are cut off
     assert within.any()
     # Rounding moves each component by half a code at most, of the query and of the entry, and by its projection.
-    torch.testing.assert_close(found[within], expected[within], rtol=0.03, atol=0.02 * components**0.5)
+    most = 0.5 / QUERY_UNIT + 0.5 / BANK_UNIT + 0.01
+    torch.testing.assert_close(found[within], expected[within], rtol=0.03, atol=most * components**0.5)
 
 
 @given(SEEDS, st.integers(1, 64))
 def test_the_extra_components_hold_exactly_half_the_square_of_the_codes(seed, components):
     quantized = QuantizedMemory(fitted(seed, 2, 30, 64, components))
-    bank = quantized.bank.int() - 128
-    half = (bank[:, :components].square().sum(1) / 2).round()
-    extra = torch.tensor([127] * 15 + [1])[:, None]
-    assert torch.equal((bank[:, components:] * extra).sum(1).float(), -half.float())
+    bank = quantized.bank.int()
+    assert bank[:, :-1].abs().max() <= 64  # else pairs of products would overflow on some processors
+    half = (bank[:, :components].square().sum(1) / 2 * QUERY_UNIT / BANK_UNIT).round()
+    extra = torch.tensor([127] * (EXTRA - 1) + [1])[:, None]
+    assert torch.equal((bank[:, components:] * extra).sum(1).float(), -half)
+
+
+def test_the_longest_entries_have_codes():
+    memory = PatchMemory(1, 112, 112, 4)
+    memory.bank.data[0, :-1] = (MOST_SQUARE / 112) ** 0.5
+    bank = QuantizedMemory(memory).bank[0].int()
+    half = round(int(bank[:112, 0].square().sum()) / 2 * QUERY_UNIT / BANK_UNIT)
+    assert int(bank[112:-1, 0].sum()) * 127 + int(bank[-1, 0]) == -half

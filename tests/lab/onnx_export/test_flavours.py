@@ -20,6 +20,7 @@ from uadtool.lab.onnx_export.lint import lint
 from uadtool.lab.onnx_export.parity import TOLERANCE, check_parity
 from uadtool.lab.onnx_export.writer import save_onnx
 from uadtool.lab.quantization.modules import QuantizedConv2d
+from uadtool.runtimes.opening import open_model
 from uadtool.tensorrt.builder import BuildOptions, build_engine
 
 SM86 = "8.6"
@@ -184,6 +185,26 @@ def test_onnx_runtime_computes_the_networks_in_integers(tmp_path):
 def test_the_float_score_head_is_the_same_for_all_networks(tmp_path):
     assert (beside_integer_networks("resnet18", 15, tmp_path)
             == beside_integer_networks("tf_efficientnet_lite0", 33, tmp_path))
+
+
+def test_onnx_runtime_looks_up_memories_in_integers(tmp_path):
+    count = optimized(flavour("duet", "onnxruntime", "int8").proto, tmp_path / "optimized.onnx")
+    assert count["MatMulIntegerToFloat"] == 3
+    assert count["AveragePool"] == 2  # before memories; in integers they would be slower
+    types = {tensor.name: tensor.data_type for tensor in onnx.load(tmp_path / "optimized.onnx").graph.initializer}
+    banks = [node.input[0] for node in onnx.load(tmp_path / "optimized.onnx").graph.node if node.op_type == "Gather"]
+    assert sum(types[name] == onnx.TensorProto.INT8 for name in banks) == 2 * 3  # projections and banks
+
+
+@pytest.mark.skipif(not find_spec("openvino"), reason="openvino is not installed")
+def test_openvino_looks_up_memories_in_integers(tmp_path):
+    made = flavour("duet", "openvino", "int8")
+    save_onnx(made.proto, tmp_path / "duet.onnx")
+    model = open_model(str(tmp_path / "duet.onnx"), 1, "openvino")
+    nodes = [node.get_rt_info() for node in model._compiled[1].get_runtime_model().get_ops()]
+    types = Counter(node["runtimePrecision"].astype(str) for node in nodes
+                    if node["layerType"].astype(str) == "MatMul")
+    assert types == {"i8": 3, "f32": 3}  # products and projections
 
 
 def test_a_quantized_model_gives_the_same_maps_in_torch_and_in_onnx_runtime():

@@ -10,6 +10,7 @@ from torch import nn
 
 from uadtool.errors import UadtoolError
 from uadtool.lab.quantization.modules import ActivationQuantizer, QuantizedConv2d, quantized_layer
+from uadtool.lab.quantization.targets import TARGETS
 
 BOUNDS = st.floats(-1e3, 1e3, width=32)
 
@@ -115,7 +116,7 @@ def test_a_channel_without_weights_keeps_its_bias():
 @pytest.mark.parametrize("options", [{"padding": "same"}, {"padding": 1, "padding_mode": "reflect"}])
 def test_padding_that_integer_kernels_lack_is_refused(options):
     with pytest.raises(UadtoolError, match="pad by numbers, with zeros"):
-        quantized_layer(nn.Conv2d(4, 8, 3, **options))
+        quantized_layer(nn.Conv2d(4, 8, 3, **options), TARGETS["onnxruntime"])
 
 
 @pytest.mark.parametrize("layer", [
@@ -126,6 +127,6 @@ def test_a_quantized_layer_computes_what_the_float_layer_does(layer):
     torch.manual_seed(0)
     values = torch.randn(2, 4, 16, 12)
     with torch.inference_mode():
-        expected, found = layer(values), quantized_layer(layer)(values)
+        expected, found = layer(values), quantized_layer(layer, TARGETS["onnxruntime"])(values)
     assert found.shape == expected.shape
     assert (found - expected).abs().max() < 0.02 * expected.abs().max()

@@ -166,16 +166,17 @@ class Detector(nn.Module, ABC):
 
     def class_distance(self, descriptor: Tensor, nearest: Tensor) -> Tensor:
         """Distance [N] of the descriptor [N, D] to the prototype of the class ``nearest`` [N], in deviations of it."""
-        distance = squared_distance(descriptor, self.prototypes[nearest], self.descriptor_scale).sqrt()
-        return (distance - self.distance_mean[nearest]) / self.distance_std[nearest]
+        prototypes, mean, std = (table.index_select(0, nearest) for table in (
+            self.prototypes, self.distance_mean, self.distance_std))
+        return (squared_distance(descriptor, prototypes, self.descriptor_scale).sqrt() - mean) / std
 
     def standardize_maps(self, raw: Tensor, nearest: Tensor) -> Tensor:
         """Standardise raw maps [N, M, h, w] with the map statistics of the classes ``nearest`` [N]."""
-        return standardize(raw, self.expected_maps[nearest], self.map_spreads[nearest])
+        return standardize(raw, self.expected_maps.index_select(0, nearest), self.map_spreads.index_select(0, nearest))
 
     def normalize_maps(self, raw: Tensor, nearest: Tensor) -> Tensor:
         """Raw maps [N, M, h, w] -> [N, h, w] in standard deviations of the good scores of the classes ``nearest``."""
-        mean, std = self.score_mean[nearest][:, None, None], self.score_std[nearest][:, None, None]
+        mean, std = (table.index_select(0, nearest)[:, None, None] for table in (self.score_mean, self.score_std))
         return (self.standardize_maps(raw, nearest).sum(1) - mean) / std
 
     def image_score(self, anomaly_map: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 CANDIDATES = 20_000
 """Patches of good images that stand for all of them. Every image contributes the same number."""
-MOST_SQUARE = 48
+MOST_SQUARE = 16
 """Upper limit of the square of an entry."""
 BLOCK = 256
 """Patches among which ``coreset`` chooses before it computes all distances again."""
@@ -46,8 +46,9 @@ class PatchMemory(nn.Module):
         self.bank = nn.Parameter(torch.zeros(classes, size, entries), requires_grad=False)
 
     def forward(self, patches: Tensor, nearest: Tensor) -> Tensor:
-        z = patches.flatten(2).transpose(1, 2) @ self.weight[nearest] + self.bias[nearest]
-        return distances(z, z @ self.bank[nearest], 1.0).view(-1, 1, *patches.shape[2:])
+        weight, bias, bank = (table.index_select(0, nearest) for table in (self.weight, self.bias, self.bank))
+        z = patches.flatten(2).transpose(1, 2) @ weight + bias
+        return distances(z, z @ bank, 1.0).view(-1, 1, *patches.shape[2:])
 
     @torch.no_grad()
     def fit(self, row: int, patches: Tensor, images: Tensor) -> None:

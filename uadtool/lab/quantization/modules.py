@@ -12,6 +12,7 @@ from typing_extensions import Self
 
 from uadtool.errors import UadtoolError
 from uadtool.lab.detectors.patch_memory import PatchMemory, distances
+from uadtool.lab.quantization.targets import Target
 
 WEIGHT_LIMIT = 127
 """Weights use the codes -127..127: integer kernels require symmetric weights."""
@@ -19,8 +20,8 @@ WEIGHT_LIMIT = 127
 MOST_BIAS = 1 << 30
 """Largest bias, in units of s32; it leaves room for the products of 33,000 input and weight codes."""
 
-UNIT, CENTRE, EXTRA = 100, 128, 16
-"""Of a ``QuantizedMemory``: the code of 1, the zero point, and the components that hold -|c|^2 / 2."""
+QUERY_UNIT, BANK_UNIT, EXTRA = 100, 64, 8
+"""Of a ``QuantizedMemory``: the codes of 1 in a query and in a bank, and the components that hold -|c|^2 / 2."""
 
 Layer = nn.Conv2d | nn.Linear
 """A layer whose weights can be quantized, one scale per output channel."""
@@ -140,43 +141,53 @@ class QuantizedConv2d(QuantizedLayer):
 class QuantizedMemory(nn.Module):
     """A ``PatchMemory`` with codes of 8 bits for projections, banks and components.
 
-    The projection of a class has a scale for each component. Components and banks have one scale for all, since entries
-    are within -1..1: 1 is ``UNIT`` codes, and a component may be a quarter greater before it is cut off. A code of the
-    bank cannot hold -|c|^2 / 2, so ``EXTRA`` components share it: those of a query are 127 each, but the last is 1.
+    The projection of a class has a scale for each component, and is multiplied in float. Components and banks have one
+    scale for all, since entries are within -1..1: 1 is ``QUERY_UNIT`` codes of a component, which may be a quarter
+    greater before it is cut off, and ``BANK_UNIT`` of an entry. A code of the bank cannot hold -|c|^2 / 2, so ``EXTRA``
+    components share it: those of a query are 127 each, but the last is 1.
 
-    Codes are u8 around 128, in which the integer kernels of ONNX Runtime are exact on every processor.
+    ONNX Runtime multiplies u8 queries and s8 banks twice as fast as u8 and u8, with the instructions of VNNI. Other x86
+    processors add pairs of products in 16 bits, so banks have codes within -64..64, but the last -127..127: no pair
+    overflows (255 * 64 + (128 + 1) * 127 < 2**15).
+
+    Args:
+        memory: with float tables.
+        signed: queries are s8, for OpenVINO, which multiplies in integers only without zero points; otherwise u8 around
+            128.
     """
 
     weight: Tensor
-    weight_unit: Tensor
     weight_scale: Tensor
     bias: Tensor
     bank: Tensor
+    bank_unit: Tensor
+    bank_zero_point: Tensor
 
-    def __init__(self, memory: PatchMemory) -> None:
+    def __init__(self, memory: PatchMemory, signed: bool = False) -> None:
         super().__init__()
+        self.query = ActivationQuantizer(signed)
+        self.query.scale.fill_(1 / QUERY_UNIT)
+        self.query.zero_point.fill_(0 if signed else 128)
         projection, entries = memory.weight.detach()[:, :, :-1], memory.bank.detach()[:, :-1]
         scale = projection.abs().amax(1, keepdim=True).clamp(min=1e-8) / WEIGHT_LIMIT
         extra = torch.full((EXTRA,), WEIGHT_LIMIT, dtype=torch.float32, device=entries.device)
         extra[-1] = 1
-        codes = (entries * UNIT).round()
-        half = (codes.square().sum(1, keepdim=True) / 2).round()
-        self.register_buffer("weight", _centred(F.pad(projection / scale, (0, EXTRA))))
-        self.register_buffer("weight_unit", torch.ones(()))
+        codes = (entries * BANK_UNIT).round()
+        half = (codes.square().sum(1, keepdim=True) * QUERY_UNIT / BANK_UNIT / 2).round()
+        self.register_buffer("weight", F.pad(projection / scale, (0, EXTRA)).round().to(torch.int8))
         self.register_buffer("weight_scale", F.pad(scale, (0, EXTRA), value=1.0))
         self.register_buffer("bias", torch.cat([memory.bias.detach()[:, :, :-1],
-                                                (extra / UNIT).expand(len(scale), 1, EXTRA)], dim=2))
-        self.register_buffer("bank", _centred(torch.cat([codes, *_shares(-half)], dim=1)))
-        self.query = ActivationQuantizer()
-        self.query.scale.fill_(1 / UNIT)
-        self.query.zero_point.fill_(CENTRE)
-        self.constant = (WEIGHT_LIMIT**2 * (EXTRA - 1) + 1) / UNIT**2
+                                                (extra / QUERY_UNIT).expand(len(scale), 1, EXTRA)], dim=2))
+        self.register_buffer("bank", torch.cat([codes, *_shares(-half)], dim=1).to(torch.int8))
+        self.register_buffer("bank_unit", torch.tensor(1 / BANK_UNIT))
+        self.register_buffer("bank_zero_point", torch.zeros((), dtype=torch.int8))
+        self.constant = (WEIGHT_LIMIT**2 * (EXTRA - 1) + 1) / QUERY_UNIT**2
 
     def forward(self, patches: Tensor, nearest: Tensor) -> Tensor:
-        projection = _dequantize(self.weight[nearest], self.weight_unit, self.query.zero_point)
-        z = patches.flatten(2).transpose(1, 2) @ projection * self.weight_scale[nearest] + self.bias[nearest]
-        z = self.query(z)
-        products = z @ _dequantize(self.bank[nearest], self.query.scale, self.query.zero_point)
+        weight, scale, bias, bank = (table.index_select(0, nearest) for table in (
+            self.weight, self.weight_scale, self.bias, self.bank))
+        z = self.query(patches.flatten(2).transpose(1, 2) @ (weight.float() * scale) + bias)
+        products = z @ _dequantize(bank, self.bank_unit, self.bank_zero_point)
         return distances(z, products, self.constant).view(-1, 1, *patches.shape[2:])
 
 
@@ -196,23 +207,18 @@ class RoundingLayer(nn.Module):
         return result
 
 
-def quantized_layer(layer: Quantizable) -> nn.Module:
+def quantized_layer(layer: Quantizable, target: Target) -> nn.Module:
     """The layer with quantized weights."""
     if isinstance(layer, PatchMemory):
-        return QuantizedMemory(layer)
+        return QuantizedMemory(layer, target.signed_queries)
     return QuantizedConv2d(layer) if isinstance(layer, nn.Conv2d) else QuantizedLinear(layer)
-
-
-def _centred(codes: Tensor) -> Tensor:
-    """Signed codes as u8 around 128."""
-    return (codes.round().clamp(-WEIGHT_LIMIT, WEIGHT_LIMIT) + CENTRE).to(torch.uint8)
 
 
 def _shares(total: Tensor) -> list[Tensor]:
     """Codes whose products with the extra components of a query add up to the ``total``."""
     shares = []
     for _ in range(EXTRA - 1):
-        shares.append((total / WEIGHT_LIMIT).trunc().clamp(-WEIGHT_LIMIT, WEIGHT_LIMIT))
+        shares.append((total / WEIGHT_LIMIT).trunc().clamp(-BANK_UNIT, BANK_UNIT))
         total = total - WEIGHT_LIMIT * shares[-1]
     return [*shares, total]
 

@@ -1,8 +1,8 @@
 """Where a detector is quantized: at the tensors that integer kernels read or write.
 
-Layers are convolutions, linear layers and memories. The output of the latter two stays float, so only the input has a
-point: normalisation, attention and the residual sums of a transformer compute in float, and so does what follows a
-memory.
+Layers are convolutions, linear layers and memories. The output of a linear layer stays float, so only the input has a
+point: normalisation, attention and the residual sums of a transformer compute in float. A memory has no points: it
+quantizes what it looks up, and an average of integers before it would take ONNX Runtime ten times as long.
 
 A point lies after the activation that follows a convolution or an addition, never between the two: a quantizer before a
 ReLU6 spends its codes on values that the ReLU6 cuts off, which costs up to 0.15 AUROC.
@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from uadtool.errors import UadtoolError
 from uadtool.lab.detectors.backbones import Tracer
 from uadtool.lab.detectors.patch_memory import PatchMemory
-from uadtool.lab.quantization.modules import Quantizable
+from uadtool.lab.quantization.modules import Layer, Quantizable
 from uadtool.lab.quantization.targets import Target
 
 _ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.Hardswish, nn.SiLU, nn.GELU)
@@ -84,7 +84,7 @@ class QuantizationPlan:
                 elif reader.target in _ADDITIONS:
                     quantized = reader in integer and self._fused_branch(reader) not in (None, node)
                 else:
-                    quantized = reader in integer and self._is(reader, Quantizable)
+                    quantized = reader in integer and self._is(reader, Layer)
                 if quantized:
                     yield node, reader
 
@@ -104,7 +104,7 @@ class QuantizationPlan:
         """The operations of the networks: layers, their additions and pools, and the activations after them."""
         operations = {node for node in self.traced.graph.nodes if self._is(node, Quantizable)
                       or (node.target in _ADDITIONS and self._activated(node) in self.points)
-                      or (self._pools(node) and node in self.points)}
+                      or (self._pools(node) and node.all_input_nodes[0] in self.points)}
         return operations | {self._activated(node) for node in operations}
 
     def _find_points(self) -> dict[fx.Node, str]:
@@ -112,12 +112,13 @@ class QuantizationPlan:
         for node in self.traced.graph.nodes:
             inputs = node.all_input_nodes
             result = self._activated(node)
-            if self._is(node, Quantizable):
+            if self._is(node, Layer):
                 points.setdefault(inputs[0], inputs[0].name)
             addition = node.target in _ADDITIONS and len(inputs) == 2 and all(n in points for n in inputs)
             if addition or self._is(node, nn.Conv2d):
                 points[result] = result.name
-            elif self._pools(node) and inputs[0] in points:
+            elif (self._pools(node) and inputs[0] in points
+                  and not all(self._is(reader, PatchMemory) for reader in node.users)):
                 points[node] = points[inputs[0]]
         return points
 

@@ -49,9 +49,8 @@ def empty_quantized(plan: QuantizationPlan, precision: str, target: Target,
 
 def quantized_graph(plan: QuantizationPlan, quantizer: Callable[[str], ActivationQuantizer], target: Target,
                     float_layers: Collection[str],
-                    quantized: Callable[[str, Quantizable], nn.Module] = lambda name, layer: quantized_layer(layer),
-                    ) -> fx.GraphModule:
-    """The graph with ``quantizer(name)`` at its points and ``quantized(name, layer)`` for each layer in int8."""
+                    quantized: Optional[Callable[[str, Quantizable], nn.Module]] = None) -> fx.GraphModule:
+    """The graph with ``quantizer(name)`` at its points and layers in int8: ``quantized(name, layer)``, if given."""
     if target.half:  # TensorRT takes no integer tables
         float_layers = {*float_layers, *plan.memories}
     model = insert_quantizers(plan, quantizer, target, float_layers)
@@ -59,7 +58,7 @@ def quantized_graph(plan: QuantizationPlan, quantizer: Callable[[str], Activatio
         if name not in float_layers:
             layer = model.get_submodule(name)
             assert isinstance(layer, Quantizable)
-            model.set_submodule(name, quantized(name, layer))
+            model.set_submodule(name, quantized(name, layer) if quantized else quantized_layer(layer, target))
     return model.eval()
 
 

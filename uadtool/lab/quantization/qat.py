@@ -113,7 +113,7 @@ def trainable(plan: QuantizationPlan, ranges: Ranges, target: Target, float_laye
     def quantized(name: str, layer: Quantizable) -> nn.Module:
         if name.startswith(f"{network}.") and isinstance(layer, Layer):
             return RoundingLayer(layer)
-        return quantized_layer(layer)
+        return quantized_layer(layer, target)
 
     target = replace(target, half=False)  # too coarse for gradients
     return quantized_graph(plan, quantizer, target, float_layers, quantized)

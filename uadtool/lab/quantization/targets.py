@@ -13,6 +13,7 @@ class Target:
         integer_bias: biases are s32, in units of input scale x weight scale; otherwise float.
         weight_quantizers: weights are stored in float before a quantizer of their own; otherwise as s8.
         half: operations of the networks that stay float compute in fp16.
+        signed_queries: what is looked up in memories is s8; otherwise u8 around 128.
     """
 
     name: str
@@ -21,6 +22,7 @@ class Target:
     integer_bias: bool
     weight_quantizers: bool
     half: bool
+    signed_queries: bool = False
 
 
 TARGETS = {target.name: target for target in (
@@ -30,7 +32,7 @@ TARGETS = {target.name: target for target in (
            half=False),
     # Supports both other flavours; this one rounds least.
     Target("openvino", signed=False, quantized_outputs=False, integer_bias=False, weight_quantizers=False,
-           half=False),
+           half=False, signed_queries=True),
     # Developer guide, "Working with quantized types" (explicit quantization); TensorRT 8 requires Q before the DQ of
     # weights, 11 takes fp16 only from the graph.
     Target("tensorrt", signed=True, quantized_outputs=False, integer_bias=False, weight_quantizers=True,
