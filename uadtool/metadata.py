@@ -63,6 +63,7 @@ class Metadata:
     of the class ``""``.
     An image whose class distance exceeds ``class_distance_limit`` is of no class of the model; None if no distances
     are known (files before 2026-12).
+    ``map_units`` are the units of the raw maps in their sum; classes that are added to the model are measured in them.
     ``preprocessing`` says how image files become the input: ``PREPROCESSING``, and ``grey_bits``, the bits of the
     values in 16-bit grey files, by class.
     ``provenance`` lists the steps that made the file, oldest first, each with digests of the model file that went in
@@ -89,6 +90,7 @@ class Metadata:
     thresholds: Dict[str, float] = field(default_factory=dict)
     good_scores: Dict[str, List[float]] = field(default_factory=dict)
     class_distance_limit: Optional[float] = None
+    map_units: List[float] = field(default_factory=list)
     preprocessing: Dict[str, Any] = field(default_factory=lambda: {**PREPROCESSING, "grey_bits": {}})
 
     @property

@@ -100,7 +100,12 @@ def _split(ctx: click.Context, param: click.Parameter, value: Optional[str]) -> 
     return [name[1:-1].replace('""', '"') if name.startswith('"') else name for name in names]
 
 
-classes = click.option("--classes", metavar="A,B,...", callback=_split, help="Use only these classes of DATA.")
+def names(flag: str, help: str) -> Callable[[F], F]:
+    """An option that takes a list of classes."""
+    return click.option(flag, metavar="A,B,...", callback=_split, help=help)
+
+
+classes = names("--classes", "Use only these classes of DATA.")
 target = click.option("--target", type=click.Choice(["onnxruntime", "openvino", "tensorrt"]), default="onnxruntime",
                       show_default=True, help="Runtime that the int8 model is made for.")
 seed = click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True,

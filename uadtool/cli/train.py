@@ -8,6 +8,10 @@ from uadtool.cli import options
 from uadtool.errors import UadtoolError, require_lab
 from uadtool.terminal import log
 
+OF_THE_BASE = ("method", "method_options", "teacher", "teacher_weights", "image_size", "grey_bits", "epochs", "steps",
+               "false_positive_rate", "teacher_ranges", "target", "device", "resume", "check")
+"""Options that have no meaning where classes are added to a model."""
+
 
 def _size(ctx: click.Context, param: click.Parameter, value: str) -> Tuple[int, int]:
     """``256`` or ``HEIGHTxWIDTH``."""
@@ -46,6 +50,11 @@ def _pairs(ctx: click.Context, param: click.Parameter, value: Tuple[str, ...]) -
               help="Bits of the values in 16-bit grey files; auto takes for each class the fewest that fit.")
 @options.max_pixels
 @options.classes
+@click.option("--add-to", "base", metavar="MODEL", type=click.Path(exists=True, dir_okay=False),
+              help="Add the classes of DATA to this model of memory or duet, which may be quantized. Its other classes "
+                   "stay as they are.")
+@options.names("--replace", "Classes of the model to learn anew from DATA (with --add-to).")
+@options.names("--extend", "Classes of the model that DATA has more good images of (with --add-to).")
 @click.option("--epochs", type=click.IntRange(1),
               help="Passes over the images, for methods that take steps  [default: 40]")
 @click.option("--steps", type=click.IntRange(1), help="Batches of 16 images to train on, instead of --epochs.")
@@ -67,7 +76,8 @@ def _pairs(ctx: click.Context, param: click.Parameter, value: Tuple[str, ...]) -
 @click.pass_context
 def train(ctx: click.Context, data: str, output: Optional[str], method: str, method_options: Dict[str, str],
           teacher: str, teacher_weights: Optional[str], image_size: Tuple[int, int], grey_bits: str,
-          classes: Optional[List[str]], epochs: Optional[int], steps: Optional[int], held_out: float,
+          classes: Optional[List[str]], base: Optional[str], replace: Optional[List[str]],
+          extend: Optional[List[str]], epochs: Optional[int], steps: Optional[int], held_out: float,
           false_positive_rate: float, teacher_ranges: Optional[str], target: str, device: str, seed: int,
           resume: bool, check: bool) -> None:
     """Train one detector for all classes of DATA, only from good images.
@@ -81,6 +91,7 @@ def train(ctx: click.Context, data: str, output: Optional[str], method: str, met
       uadtool train mvtec/ --check
       uadtool train mvtec/ -o unified.safetensors
       uadtool train mvtec/ -o duet.safetensors --method duet --resume
+      uadtool train new/ -o grown.safetensors --add-to unified.safetensors
       uadtool train parts.csv -o r18.safetensors --teacher resnet18 --teacher-weights resnet18.pth
       uadtool train mvtec/ -o first.safetensors --method stfpm --teacher-int8 ranges.json
       torchrun --nproc-per-node 4 -m uadtool train mvtec/ -o duet.safetensors --method duet
@@ -91,6 +102,9 @@ def train(ctx: click.Context, data: str, output: Optional[str], method: str, met
         (not check and not output, "Missing option '-o' / '--output'."),
         (not teacher_ranges and options.given(ctx, "target"),
          "--target requires --teacher-int8; a float model runs on every runtime."),
+        ((replace or extend) and not base, "--replace and --extend require --add-to."),
+        *((base and options.given(ctx, name), f"--{name.replace('_', '-')} comes from the model that --add-to names.")
+          for name in OF_THE_BASE),
     )
     if check:
         _check(data, classes, held_out, false_positive_rate)
@@ -98,6 +112,9 @@ def train(ctx: click.Context, data: str, output: Optional[str], method: str, met
     assert output
     options.refuse_exported_name(ctx, output)
     require_lab()
+    if base:
+        _grow(data, classes, base, output, replace or [], extend or [], held_out, seed)
+        return
     from uadtool.data.dataset import training_samples
     from uadtool.files import file_digest
     from uadtool.host import keep_freed_memory
@@ -132,6 +149,31 @@ def train(ctx: click.Context, data: str, output: Optional[str], method: str, met
             "false_positive_rate": false_positive_rate,
             "parameters": result.metadata.parameters, "macs": result.metadata.macs,
         })
+
+
+def _grow(data: str, classes: Optional[List[str]], base: str, output: str, replace: List[str], extend: List[str],
+          held_out: float, seed: int) -> None:
+    from uadtool.data.dataset import training_samples
+    from uadtool.files import file_digest, unchanged
+    from uadtool.host import keep_freed_memory
+    from uadtool.lab.grow import GrowthOptions, grow
+    from uadtool.lab.models import load_model, save_model
+    from uadtool.lab.rows import Model
+    from uadtool.lab.training.precision import use_available_cores
+    from uadtool.schemas.json_files import write_json
+
+    keep_freed_memory()
+    use_available_cores()
+    options.claim(output, [data, base])
+    samples = training_samples(data, classes)
+    with unchanged(base) as digest:
+        model = Model(*load_model(base), base)
+    (module, metadata, _), report = grow(model, digest, samples, GrowthOptions(replace, extend, held_out, seed))
+    save_model(module, metadata, output)
+    write_json({"schema": "uadtool.train/1", "output": output, "digest": file_digest(output), "base": digest, **report,
+                "threshold": metadata.threshold, "thresholds": metadata.thresholds,
+                "false_positive_rate": metadata.false_positive_rate, "parameters": metadata.parameters,
+                "macs": metadata.macs})
 
 
 def _check(data: str, classes: Optional[List[str]], held_out: float, false_positive_rate: float) -> None:

@@ -1,6 +1,6 @@
 """Model files of the lab: a float or quantized detector as safetensors, with its metadata in the header."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Union
@@ -8,11 +8,11 @@ from typing import Any, Union
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import nn
+from torch import Tensor, nn
 
 from uadtool.errors import UadtoolError, reading
 from uadtool.files import atomic_write
-from uadtool.lab.detectors.contract import Detector
+from uadtool.lab.detectors.contract import EXAMPLES, Detector
 from uadtool.lab.detectors.registry import build_detector
 from uadtool.lab.quantization.plan import QuantizationPlan
 from uadtool.lab.quantization.ptq import empty_quantized
@@ -37,20 +37,31 @@ def load_model(path: Union[str, Path]) -> tuple[nn.Module, Metadata]:
     with _opened(path) as file:
         metadata = _metadata(file, path)
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - safe_open is not a dict
+    for name, value in (("distance_mean", 0.0), ("distance_std", 1.0)):  # absent from files before 2026-12
+        tensors.setdefault(name, torch.full((len(metadata.classes),), value))
+    return assemble(tensors, metadata, str(path)), metadata
+
+
+def assemble(tensors: Mapping[str, Tensor], metadata: Metadata, path: str) -> nn.Module:
+    """The model of these tensors: a ``Detector`` if its precision is fp32, otherwise a quantized graph.
+
+    Raises:
+        UadtoolError: the tensors do not fit the metadata; the message names the ``path``.
+    """
     # On "meta", tensors need no memory: the metadata could ask for any amount, but only the file's tensors are loaded.
     with torch.device("meta"):
         detector = build_detector(metadata)
-        model = detector if metadata.precision == "fp32" else _quantized_graph(detector, metadata, str(path))
+        model = detector if metadata.precision == "fp32" else _quantized_graph(detector, metadata, path)
     try:
-        dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
-        for name, value in (("distance_mean", 0.0), ("distance_std", 1.0)):  # absent from files before 2026-12
-            tensors.setdefault(name, torch.full((len(metadata.classes),), value))
-        model.load_state_dict({name: tensor.to(dtypes.get(name, tensor.dtype)) for name, tensor in tensors.items()},
-                              assign=True)
+        expected = model.state_dict()
+        no_examples = {EXAMPLES: torch.full(expected[EXAMPLES].shape, torch.inf)}  # of files before 2026-12
+        dtypes = {name: tensor.dtype for name, tensor in expected.items()}
+        model.load_state_dict({name: tensor.to(dtypes.get(name, tensor.dtype))
+                               for name, tensor in {**no_examples, **tensors}.items()}, assign=True)
     except RuntimeError as error:
         mismatch = str(error).splitlines()[-1].strip()
         raise UadtoolError(f"the tensors of {path} do not fit its metadata: {mismatch}") from error
-    return model.eval(), metadata
+    return model.eval()
 
 
 def read_metadata(path: Union[str, Path]) -> Metadata:

@@ -126,7 +126,7 @@ def _prepare(samples: Sequence[Sample], options: TrainingOptions, checkpoint: Pa
     Metadata(options.method, options.teacher, classes, options.image_size, map_size=options.image_size, threshold=0.0,
              false_positive_rate=options.false_positive_rate, parameters=0, macs=0,
              options=all_options).to_json()  # raises if no command could read the model
-    inspection = distributed.on_first(lambda: _inspect(samples, options.grey_bits))
+    inspection = distributed.on_first(lambda: inspect_samples(samples, options.grey_bits))
     reading = Reading.at(options.image_size, inspection.grey_bits)
     training_samples, held_out_samples = split_held_out(samples, options.held_out, options.seed, inspection.originals)
     counts = Counter(sample.class_name for sample in held_out_samples)
@@ -182,7 +182,7 @@ def _hold(detector: Detector, training: TeacherFeatures, held_out: TeacherFeatur
             part.hold(features)
 
 
-def _inspect(samples: Sequence[Sample], bits: Optional[int]) -> Inspection:
+def inspect_samples(samples: Sequence[Sample], bits: Optional[int]) -> Inspection:
     """Look at the images before any long work, and say what is odd."""
     inspection = inspect(samples, available_cores())
     if bits:
@@ -204,7 +204,7 @@ def _warn_of_similar(classes: Sequence[str]) -> None:
         log.warning("classes whose names differ only in case are trained as separate classes: %s", ", ".join(similar))
 
 
-def _warn_of(held_out: HeldOut) -> None:
+def warn_of(held_out: HeldOut) -> None:
     """Warn of each pair of classes of which more than ``MOST_CONFUSED`` are taken for the other, and of outliers."""
     totals: Counter[str] = Counter()
     confused: Counter[tuple[str, ...]] = Counter()
@@ -251,7 +251,7 @@ def _finish(job: _Job, outcome: Optional[Outcome], samples: Sequence[Sample], op
     class_distance_limit = fit_prototypes(detector, job.classes, run)
     found = fit_statistics_from_files(detector, detector.raw_maps_and_class, job.classes, run.held_out.samples,
                                       job.reading, run.device)
-    _warn_of(found)
+    warn_of(found)
     detector.to(device="cpu", memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     training, held_out = (Counter(sample.class_name for sample in images.samples)
                           for images in (run.training, run.held_out))
@@ -284,6 +284,6 @@ def _finish(job: _Job, outcome: Optional[Outcome], samples: Sequence[Sample], op
         parameters=count_parameters(detector), macs=count_macs(detector, options.image_size),
         options=job.method_options, tool_version=__version__, provenance=[step],
         preprocessing={**PREPROCESSING, "grey_bits": job.inspection.grey_bits},
-        class_distance_limit=class_distance_limit,
+        class_distance_limit=class_distance_limit, map_units=found.units,
     )
     return TrainingResult(detector, with_thresholds(metadata, found.scores, options.false_positive_rate), report)

@@ -1,7 +1,7 @@
 """Thresholds from the scores of good images."""
 
 from itertools import chain
-from typing import Dict, List, Mapping, NamedTuple, Sequence
+from typing import Dict, List, Mapping, NamedTuple, Optional, Sequence
 
 from uadtool.metadata import Metadata
 
@@ -31,16 +31,20 @@ class Thresholds(NamedTuple):
         return cls(metadata.threshold, metadata.thresholds)
 
     @classmethod
-    def at(cls, false_positive_rate: float, good_scores: Scores) -> "Thresholds":
+    def at(cls, false_positive_rate: float, good_scores: Scores, common: Optional[float] = None) -> "Thresholds":
         """The thresholds that this share of good images exceeds.
 
         A class has few images, and their highest score says little about its rate: it counts as so many images, and the
         common threshold as ``PSEUDO_COUNT`` more.
 
+        Args:
+            common: the common threshold; None for that of these scores.
+
         Raises:
             ValueError: there are no scores.
         """
-        common = threshold_at(list(chain.from_iterable(good_scores.values())), false_positive_rate)
+        if common is None:
+            common = threshold_at(list(chain.from_iterable(good_scores.values())), false_positive_rate)
         by_class = {name: (len(scores) * threshold_at(scores, false_positive_rate) + PSEUDO_COUNT * common)
                     / (len(scores) + PSEUDO_COUNT) for name, scores in good_scores.items() if name and scores}
         return cls(common, {name: float(f"{threshold:.6g}") for name, threshold in by_class.items()})

@@ -65,7 +65,7 @@ def test_masks_show_where_a_batch_was_changed():
 
 def test_options():
     duet = Duet("mobilenetv2_035", SIZE, 3, entries=30, components=12, width=8)
-    assert [tuple(memory.bank.shape) for memory in duet.memories] == [(3, 9, 15), (3, 13, 15), (3, 13, 30)]
+    assert [tuple(memory.bank.shape) for memory in duet.memories] == [(3, 9, 30), (3, 13, 30), (3, 13, 30)]
     assert duet.head.out.in_channels == 8
 
 

@@ -56,6 +56,12 @@ class Tracer(fx.Tracer):
         return isinstance(m, layers) or super().is_leaf_module(m, module_qualified_name)
 
 
+def traced(module: nn.Module) -> fx.GraphModule:
+    """The module as a graph that shares its layers and buffers; a new one, even if it is one already."""
+    graph = copy.deepcopy(module.graph) if isinstance(module, fx.GraphModule) else Tracer().trace(module)
+    return fx.GraphModule(module, graph, class_name=type(module).__name__)
+
+
 def build_backbone(name: str, image_size: tuple[int, int], strides: Sequence[int] = REDUCTIONS) -> fx.GraphModule:
     """Build timm's ``name`` with random weights as a graph: image [N, 3, H, W] -> feature maps at these strides.
 

@@ -21,6 +21,12 @@ SMOOTHING = 4.0
 """Standard deviation of the Gaussian that smooths maps, in pixels of the input (as in the authors' code of RD)."""
 STATISTICS = ("expected_maps", "map_spreads", "score_mean", "score_std")
 """The buffers that normalise maps and scores."""
+EXAMPLES = "examples"
+"""The buffer of descriptors that tell whether a later class would take images of an earlier one; in no other file."""
+EXAMPLE_COUNT = 16
+"""Descriptors of each class; those that few images lack are infinite."""
+ROWS = (*STATISTICS, "prototypes", "distance_mean", "distance_std", EXAMPLES)
+"""The buffers with a row for each class; ``rows`` names those of other modules."""
 
 
 class OutputTensors(NamedTuple):
@@ -63,6 +69,8 @@ class Detector(nn.Module, ABC):
     """Training requires the teacher's features in fp32, even where bfloat16 would be faster."""
     one_pass: ClassVar[bool] = False
     """Training takes no steps, but sees each image once."""
+    takes_classes: ClassVar[bool] = False
+    """A class can be added without training the networks again."""
     alters_images: ClassVar[bool] = False
     """Steps alter the images and compute the features of the result, so those of the images need not stay in memory."""
     teacher: fx.GraphModule
@@ -91,6 +99,7 @@ class Detector(nn.Module, ABC):
         self.register_buffer("map_spreads", torch.ones(grid))
         self.register_buffer("score_mean", torch.zeros(classes))
         self.register_buffer("score_std", torch.ones(classes))
+        self.register_buffer(EXAMPLES, torch.full((classes, EXAMPLE_COUNT, descriptor_size), torch.inf))
         self.register_buffer("distance_mean", torch.zeros(classes))
         self.register_buffer("distance_std", torch.ones(classes))
 

@@ -51,7 +51,7 @@ class Duet(Memory):
     alters_images = True
     other_maps = 1
 
-    def __init__(self, teacher: str, image_size: tuple[int, int], classes: int, entries: int = 2000,
+    def __init__(self, teacher: str, image_size: tuple[int, int], classes: int, entries: int = 1250,
                  components: int = 112, width: int = 96) -> None:
         if width < 1:
             raise UadtoolError(f"the option width must be at least 1, not {width}")

@@ -34,7 +34,7 @@ class Memory(Detector):
         teacher: name of a timm CNN or plain vision transformer.
         image_size: (height, width) of the input in pixels.
         classes: number of classes.
-        entries: size of a bank at the coarsest stride; those of finer strides have half of it.
+        entries: size of a bank; a class has one for each stride.
         components: most principal components of a patch that a bank stores.
         strides: of the feature maps of a CNN, separated by commas. The two maps of a vision transformer, means of its
             lower and of its upper layers, have the stride of its patches.
@@ -45,10 +45,11 @@ class Memory(Detector):
 
     float_teacher = True
     one_pass = True
+    takes_classes = True
     other_maps: ClassVar[int] = 0
     """Raw maps besides those of the memories."""
 
-    def __init__(self, teacher: str, image_size: tuple[int, int], classes: int, entries: int = 2000,
+    def __init__(self, teacher: str, image_size: tuple[int, int], classes: int, entries: int = 1250,
                  components: int = 112, strides: str = "4,8,16") -> None:
         for name, value in (("entries", entries), ("components", components)):
             if value < 1:
@@ -64,8 +65,7 @@ class Memory(Detector):
         self.factors = [shape[1] / map_size[0] for shape in shapes]
         """Height of each feature map relative to the anomaly map."""
         self.memories = nn.ModuleList(
-            PatchMemory(classes, channels, components, entries if height == shapes[-1][1] else max(1, entries // 2))
-            for channels, height, _ in shapes)
+            PatchMemory(classes, channels, components, entries) for channels, _, _ in shapes)
         self._descriptors = torch.empty(0)
 
     def raw_maps(self, pixels: Tensor, features: Sequence[Tensor], nearest: Tensor) -> Tensor:
@@ -85,8 +85,23 @@ class Memory(Detector):
         return None
 
     def fit_memories(self, run: Run) -> None:
-        """Fill the tables, class by class, so that only the patches of one class are in memory."""
+        """Fill the tables."""
+        for row, patches, images in self._classes(run):
+            for memory, one in zip(cast(Sequence[PatchMemory], self.memories), patches):
+                memory.fit(row, one, torch.arange(len(one)) // (len(one) // images))
+
+    def extend_memories(self, run: Run) -> Tensor:
+        """Add the patches of more good images to the banks: the factors of the distances, [classes, memories]."""
         memories = cast(Sequence[PatchMemory], self.memories)
+        return torch.tensor([[memory.extend(row, one) for memory, one in zip(memories, patches)]
+                             for row, patches, _ in self._classes(run)])
+
+    def _classes(self, run: Run) -> Iterator[tuple[int, list[Tensor], int]]:
+        """The patches of each class in turn, so that only those of one are in memory.
+
+        Yields:
+            The row of the class, patches [n, C] for each memory, and the number of images: each has as many of them.
+        """
         self._descriptors = torch.empty(len(run.training), self.prototypes.shape[1])
         samples = run.training.samples
         with Progress("memories", len(samples)) as progress:
@@ -100,11 +115,10 @@ class Memory(Detector):
 
             for row, name in enumerate(sorted({str(sample.class_name) for sample in samples})):
                 members = [number for number, sample in enumerate(samples) if sample.class_name == name]
-                for memory, patches in zip(memories, sample_all(maps(members), len(members), run.seed)):
-                    if not patches.isfinite().all():
-                        raise UadtoolError("the teacher's features are not all finite numbers; check its weights")
-                    each = len(patches) // len(members)
-                    memory.fit(row, patches, torch.arange(len(patches)) // each)
+                patches = sample_all(maps(members), len(members), run.seed)
+                if not all(one.isfinite().all() for one in patches):
+                    raise UadtoolError("the teacher's features are not all finite numbers; check its weights")
+                yield row, patches, len(members)
                 progress.update()  # the last image of a class counts when its banks are full
 
     def descriptors(self, run: Run) -> Tensor:

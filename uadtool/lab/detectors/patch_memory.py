@@ -38,6 +38,8 @@ class PatchMemory(nn.Module):
         entries: size of a bank.
     """
 
+    rows = ("weight", "bias", "bank")
+
     def __init__(self, classes: int, channels: int, components: int, entries: int) -> None:
         super().__init__()
         size = min(channels, components) + 1
@@ -65,14 +67,29 @@ class PatchMemory(nn.Module):
         entries = z[~apart][coreset(z[~apart], math.ceil(self.bank.shape[2] / 4))]
         transform = whitening(z[apart], entries)
         weight, bias, z = transform @ weight, transform @ bias, z @ transform.T
-        entries = z[coreset(z, self.bank.shape[2])]
-        unit = max(float(entries.abs().max()), float(entries.square().sum(1).max() / MOST_SQUARE) ** 0.5, 1e-12)
+        self._store(row, weight, bias, z[coreset(z, self.bank.shape[2])])
+
+    @torch.no_grad()
+    def extend(self, row: int, patches: Tensor) -> float:
+        """Let the bank of a class represent these patches [n, C], too, in place.
+
+        Returns:
+            The factor of all its distances, since the unit of the bank may change.
+        """
+        weight, bias = self.weight[row, :, :-1].T, self.bias[row, 0, :-1]
+        entries = torch.cat([self.bank[row, :-1].T, patches @ weight.T + bias])
+        return self._store(row, weight, bias, entries[coreset(entries, self.bank.shape[2])])
+
+    def _store(self, row: int, weight: Tensor, bias: Tensor, entries: Tensor) -> float:
+        """Set a row from a projection and entries, in a unit in which they are in range; returns the factor to it."""
+        unit: float = max(float(entries.abs().max()), float(entries.square().sum(1).max() / MOST_SQUARE) ** 0.5, 1e-12)
         weight, bias, entries = weight / unit, bias / unit, entries / unit
         size, count = len(weight), len(entries)
         self.weight[row, :, :size] = weight.T
         self.bias[row, 0, :size], self.bias[row, 0, -1] = bias, 1
         self.bank[row, :size, :count], self.bank[row, -1, :count] = entries.T, entries.square().sum(1) / -2
         self.bank[row, :, count:] = self.bank[row, :, :1]  # from few patches; copies of the first entry fill the bank
+        return 1 / unit
 
 
 def distances(z: Tensor, products: Tensor, constant: float) -> Tensor:

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from uadtool.data.samples import Sample
 from uadtool.files import list_digest
-from uadtool.lab.detectors.contract import PATCH, Detector, squared_distance, standardize
+from uadtool.lab.detectors.contract import EXAMPLE_COUNT, EXAMPLES, PATCH, Detector, squared_distance, standardize
 from uadtool.lab.training import distributed
 from uadtool.lab.training.data import image_batches, split_again
 from uadtool.lab.training.loop import Run
@@ -52,30 +52,43 @@ class ScoreStatistics(NamedTuple):
     std: float
 
 
+class Known(NamedTuple):
+    """What a detector measures in, when classes are added to it."""
+
+    scale: Tensor
+    """``descriptor_scale``."""
+    units: Tensor
+    """Of the raw maps in their sum, [M, 1, 1]."""
+    variance: float
+    """Mean over its classes of the variance of scores."""
+
+
 class HeldOut(NamedTuple):
     """What held-out good images showed.
 
     ``scores`` are those by class, and under ``""`` of images that are taken for another class. The highest of a class
     counts as at least 1, one standard deviation. ``taken_for`` counts the images by class and nearest class.
     ``conspicuous`` are the paths of images that score far above the others of their class: defects, perhaps.
+    ``units`` are the ``Metadata.map_units``.
     """
 
     scores: dict[str, list[float]]
     taken_for: Counter[tuple[str, str]]
     conspicuous: list[str]
+    units: list[float]
 
 
-def class_statistics(scores: Sequence[Sequence[float]]) -> list[ScoreStatistics]:
+def class_statistics(scores: Sequence[Sequence[float]], known: Optional[Known] = None) -> list[ScoreStatistics]:
     """Mean and standard deviation of each class's scores, from few images each.
 
     Five held-out images hardly determine a spread. Therefore the mean variance of all classes counts as if it had been
-    seen in ``PSEUDO_COUNT`` more images (a scaled inverse chi-squared prior). Single or identical images determine no
-    spread, and the variance counts as 1.
+    seen in ``PSEUDO_COUNT`` more images (a scaled inverse chi-squared prior): that of the ``known`` classes, if there
+    are any. Single or identical images determine no spread, and the variance counts as 1.
     """
     means = [float(np.mean(values)) for values in scores]
     squares = [float(np.sum(np.square(np.subtract(values, mean)))) for values, mean in zip(scores, means)]
     degrees = [len(values) - 1 for values in scores]
-    prior = sum(squares) / max(1, sum(degrees))
+    prior = known.variance if known else sum(squares) / max(1, sum(degrees))
     if prior < ROUNDING**2:  # it differs among runtimes, so it must not count as a spread
         prior = 1.0
     return [ScoreStatistics(mean, max(LEAST_SPREAD, ((square + PSEUDO_COUNT * prior) / (n + PSEUDO_COUNT)) ** 0.5))
@@ -100,13 +113,14 @@ def conspicuous(scores: Sequence[Sequence[float]]) -> list[list[int]]:
 
 
 @torch.inference_mode()
-def fit_prototypes(detector: Detector, classes: Sequence[str], run: Run) -> float:
+def fit_prototypes(detector: Detector, classes: Sequence[str], run: Run, known: Optional[Known] = None) -> float:
     """Set the prototypes of a deployed detector, in place, to the mean descriptors of each class's training images.
 
     The statistics of distances are leave-one-out: an image is nearer to a mean that it is part of, by (n - 1) / n.
 
     Args:
         classes: the class names, in the order of the prototypes.
+        known: of the detector that these classes will be added to.
 
     Returns:
         The ``Metadata.class_distance_limit``.
@@ -114,12 +128,14 @@ def fit_prototypes(detector: Detector, classes: Sequence[str], run: Run) -> floa
     descriptors = detector.descriptors(run)
     spreads = descriptors.std(dim=0, correction=0)
     # A channel that is dead on the training images must not drown the others on images that activate it.
-    scale = 1 / spreads.clamp(min=LEAST_SPREAD * spreads.mean() + 1e-6)
+    scale = known.scale if known else 1 / spreads.clamp(min=LEAST_SPREAD * spreads.mean() + 1e-6)
     detector.descriptor_scale.copy_(scale)
     distances = []
     for index, name in enumerate(classes):
         members = [number for number, sample in enumerate(run.training.samples) if sample.class_name == name]
         detector.prototypes[index] = descriptors[members].mean(dim=0)
+        examples = descriptors[members[::-(-len(members) // EXAMPLE_COUNT)]]
+        detector.get_buffer(EXAMPLES)[index, :len(examples)] = examples
         inside = squared_distance(descriptors[members], detector.prototypes[index], scale).sqrt()
         distances.append(inside * len(members) / max(1, len(members) - 1))
     farthest = LEAST_FAR
@@ -130,8 +146,8 @@ def fit_prototypes(detector: Detector, classes: Sequence[str], run: Run) -> floa
 
 
 @torch.inference_mode()
-def fit_statistics(detector: Detector, raw_maps: RawMaps, classes: Sequence[str],
-                   held_out: Batches) -> HeldOut:
+def fit_statistics(detector: Detector, raw_maps: RawMaps, classes: Sequence[str], held_out: Batches,
+                   known: Optional[Known] = None) -> HeldOut:
     """Set the map and score statistics of a detector, in place.
 
     Training images understate the spread, so held-out images are used. Each is scored leave-one-out, because its own
@@ -141,7 +157,9 @@ def fit_statistics(detector: Detector, raw_maps: RawMaps, classes: Sequence[str]
         detector: a detector with prototypes.
         raw_maps: the detector's own ``raw_maps_and_class``, or the corresponding function of its quantized graph.
         classes: the class names, in the order of the prototypes.
-        held_out: good images of every class that were not trained on. Their maps must fit into memory five times.
+        held_out: good images that were not trained on. Their maps must fit into memory five times.
+        known: of the detector that these classes are added to, which keeps the statistics of its own classes; otherwise
+            there must be images of every class.
     """
     owners, batches, paths = [], [], list[str]()
     for samples, images in held_out:
@@ -153,7 +171,9 @@ def fit_statistics(detector: Detector, raw_maps: RawMaps, classes: Sequence[str]
     del batches
     members = [[number for number, owner in enumerate(owners) if owner == index] for index in range(len(classes))]
     sums = [moments[numbers].sum(0) for numbers in members]
-    for index, numbers in enumerate(members):
+    present = sorted(set(owners))
+    for index in present:
+        numbers = members[index]
         detector.expected_maps[index], detector.map_spreads[index] = _map_statistics(sums[index], len(numbers))
     for number, (owner, nearest_class) in enumerate(zip(owners, nearest.tolist())):
         count = len(members[owner])
@@ -162,20 +182,18 @@ def fit_statistics(detector: Detector, raw_maps: RawMaps, classes: Sequence[str]
             maps[number] = standardize(maps[number, None], expected[None], spread[None])[0]
         else:
             maps[number] = detector.standardize_maps(maps[number, None], nearest[number, None])[0]
-    units = _units(maps)
-    detector.map_spreads.mul_(units)
+    units = known.units if known else _units(maps)
+    detector.map_spreads[present] *= units
     scores = detector.image_score(maps.div_(units).sum(1))
     # An image that is taken for another class says nothing about the scores of its own class.
-    recognised = [[number for number in numbers if nearest[number] == index] or numbers
-                  for index, numbers in enumerate(members)]
+    recognised = [[number for number in members[index] if nearest[number] == index] or members[index]
+                  for index in present]
     of_classes = [scores[numbers].tolist() for numbers in recognised]
-    statistics = class_statistics(of_classes)
     suspects = [paths[members[place]] for members, places in zip(recognised, conspicuous(of_classes))
                 for place in places]
-    mean, std = (scores.new_tensor(values) for values in zip(*statistics))
-    detector.score_mean.copy_(mean)
-    detector.score_std.copy_(std)
-    normalised = (scores - mean[nearest]) / std[nearest]
+    for index, (mean, std) in zip(present, class_statistics(of_classes, known)):
+        detector.score_mean[index], detector.score_std[index] = mean, std
+    normalised = (scores - detector.score_mean[nearest]) / detector.score_std[nearest]
     found: dict[str, list[float]] = {}
     taken_for: Counter[tuple[str, str]] = Counter()
     for owner, nearest_class, score in zip(owners, nearest.tolist(), normalised.tolist()):
@@ -183,12 +201,12 @@ def fit_statistics(detector: Detector, raw_maps: RawMaps, classes: Sequence[str]
         taken_for[classes[owner], classes[nearest_class]] += 1
     # Few or identical images do not show their class's spread, and a copy of one must not exceed a threshold of 0.
     return HeldOut({name: [*sorted(values)[:-1], max(1.0, *values)] for name, values in found.items()}, taken_for,
-                   suspects)
+                   suspects, units.flatten().tolist())
 
 
 def fit_statistics_from_files(detector: Detector, raw_maps: RawMaps, classes: Sequence[str],
-                              held_out: Sequence[Sample], reading: Reading, device: torch.device
-                              ) -> HeldOut:
+                              held_out: Sequence[Sample], reading: Reading, device: torch.device,
+                              known: Optional[Known] = None) -> HeldOut:
     """``fit_statistics``, reading the images from files and showing progress."""
     with Progress("score statistics", len(held_out)) as progress:
         def batches() -> Iterator[tuple[Sequence[Sample], Tensor]]:
@@ -196,7 +214,7 @@ def fit_statistics_from_files(detector: Detector, raw_maps: RawMaps, classes: Se
                 yield samples, images.to(device)
                 progress.update(len(samples))
 
-        return fit_statistics(detector, raw_maps, classes, batches())
+        return fit_statistics(detector, raw_maps, classes, batches(), known)
 
 
 def refit_statistics(detector: Detector, raw_maps: RawMaps, metadata: Metadata, samples: Sequence[Sample]) -> Metadata:
@@ -218,7 +236,7 @@ def refit_statistics(detector: Detector, raw_maps: RawMaps, metadata: Metadata, 
     *earlier_steps, last_step = metadata.provenance
     statistics = {"images": list_digest(sample.path for sample in samples), "count": len(samples)}
     return with_thresholds(metadata, found.scores, metadata.false_positive_rate).replace(
-        provenance=[*earlier_steps, {**last_step, "statistics": statistics}])
+        map_units=found.units, provenance=[*earlier_steps, {**last_step, "statistics": statistics}])
 
 
 def _moments(maps: Tensor) -> Tensor:

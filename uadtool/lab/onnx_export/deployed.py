@@ -1,6 +1,5 @@
 """A quantized model over many images, for which ONNX Runtime with its integer kernels is faster than torch."""
 
-import copy
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -8,9 +7,10 @@ from tempfile import TemporaryDirectory
 import onnx
 import torch
 from onnx import ModelProto
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from uadtool.files import atomic_write
+from uadtool.lab.detectors.backbones import traced
 from uadtool.lab.detectors.contract import OutputTensors, standardize
 from uadtool.lab.onnx_export.writer import to_onnx
 from uadtool.metadata import Metadata
@@ -38,23 +38,23 @@ def deployed_maps(model: nn.Module, metadata: Metadata, images: int) -> Callable
         model: a detector, or the graph that ``quantize`` or ``in_half_precision`` made from it.
         images: number of images that it will compute.
     """
-    traced = copy.deepcopy(model) if isinstance(model, fx.GraphModule) else fx.symbolic_trace(model)
-    raw = next(node.args[0] for node in traced.graph.nodes if node.target is standardize)
-    output = next(node for node in traced.graph.nodes if node.target is OutputTensors)
-    with traced.graph.inserting_before(output):
-        stacked = traced.graph.call_method("flatten", (raw, 1, 2))
+    graph = traced(model)
+    raw = next(node.args[0] for node in graph.graph.nodes if node.target is standardize)
+    output = next(node for node in graph.graph.nodes if node.target is OutputTensors)
+    with graph.graph.inserting_before(output):
+        stacked = graph.graph.call_method("flatten", (raw, 1, 2))
     output.update_arg(OutputTensors._fields.index("anomaly_map"), stacked)
-    traced.recompile()
+    graph.recompile()
     height, width = metadata.map_size
     count = model.get_buffer("map_spreads").shape[1]
 
     def in_torch(images: Tensor) -> tuple[Tensor, Tensor]:
-        outputs = OutputTensors(*traced(images))
+        outputs = OutputTensors(*graph(images))
         return outputs.anomaly_map.view(-1, count, height, width), outputs.nearest_class.long()
 
     if images < EXPORT_PAYS:
         return in_torch
-    runtime = open_proto(to_onnx(traced, metadata.replace(map_size=(count * height, width))))
+    runtime = open_proto(to_onnx(graph, metadata.replace(map_size=(count * height, width))))
 
     def in_onnxruntime(images: Tensor) -> tuple[Tensor, Tensor]:
         outputs = runtime.run(images.numpy())

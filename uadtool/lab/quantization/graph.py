@@ -5,7 +5,7 @@ from collections.abc import Callable, Collection, Iterable
 
 from torch import fx, nn
 
-from uadtool.lab.detectors.contract import nearest_prototype
+from uadtool.lab.detectors.contract import EXAMPLES, nearest_prototype
 from uadtool.lab.quantization.modules import Quantizable
 from uadtool.lab.quantization.plan import QuantizationPlan
 from uadtool.lab.quantization.targets import Target
@@ -35,7 +35,11 @@ def in_half_precision(plan: QuantizationPlan) -> fx.GraphModule:
 
 def _copy(plan: QuantizationPlan) -> fx.GraphModule:
     """The plan's graph, to be changed; nodes keep their names."""
-    return fx.GraphModule(plan.traced, copy.deepcopy(plan.traced.graph), class_name=type(plan.detector).__name__)
+    model = fx.GraphModule(plan.traced, copy.deepcopy(plan.traced.graph), class_name=type(plan.detector).__name__)
+    for name, values in plan.detector.named_buffers():
+        if name == EXAMPLES:  # no node reads it
+            model.register_buffer(name, values)
+    return model
 
 
 def _with_points(plan: QuantizationPlan, make: Callable[[str], nn.Module],

@@ -156,6 +156,7 @@ class QuantizedMemory(nn.Module):
             128.
     """
 
+    rows = ("weight", "weight_scale", "bias", "bank")
     weight: Tensor
     weight_scale: Tensor
     bias: Tensor
@@ -182,6 +183,17 @@ class QuantizedMemory(nn.Module):
         self.register_buffer("bank_unit", torch.tensor(1 / BANK_UNIT))
         self.register_buffer("bank_zero_point", torch.zeros((), dtype=torch.int8))
         self.constant = (WEIGHT_LIMIT**2 * (EXTRA - 1) + 1) / QUERY_UNIT**2
+
+    def dequantized(self) -> PatchMemory:
+        """The float memory of these codes."""
+        (classes, channels, size), entries = self.weight.shape, self.bank[:, :-EXTRA] / BANK_UNIT
+        memory = PatchMemory(classes, channels, size - EXTRA, entries.shape[2])
+        with torch.no_grad():
+            memory.weight[:, :, :-1].copy_((self.weight * self.weight_scale)[:, :, :-EXTRA])
+            memory.bias[:, :, :-1].copy_(self.bias[:, :, :-EXTRA])
+            memory.bias[:, :, -1] = 1
+            memory.bank.copy_(torch.cat([entries, entries.square().sum(1, keepdim=True) / -2], dim=1))
+        return memory
 
     def forward(self, patches: Tensor, nearest: Tensor) -> Tensor:
         weight, scale, bias, bank = (table.index_select(0, nearest) for table in (

@@ -19,7 +19,7 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 from uadtool.errors import UadtoolError
-from uadtool.lab.detectors.backbones import Tracer
+from uadtool.lab.detectors.backbones import traced
 from uadtool.lab.detectors.patch_memory import PatchMemory
 from uadtool.lab.quantization.modules import Layer, Quantizable
 from uadtool.lab.quantization.targets import Target
@@ -41,7 +41,7 @@ class QuantizationPlan:
 
     def __init__(self, detector: nn.Module) -> None:
         self.detector = detector
-        self.traced = fx.GraphModule(detector, Tracer().trace(detector), class_name=type(detector).__name__)
+        self.traced = traced(detector)
         self._modules = dict(self.traced.named_modules())
         self.layers = tuple(str(node.target) for node in self.traced.graph.nodes if self._is(node, Quantizable))
         self.memories = tuple(str(node.target) for node in self.traced.graph.nodes if self._is(node, PatchMemory))

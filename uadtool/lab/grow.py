@@ -1,0 +1,236 @@
+"""Products come: classes are added to a detector as rows, in seconds, without the images of its other classes."""
+
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from uadtool import __version__
+from uadtool.data.inspection import Inspection
+from uadtool.data.samples import Sample
+from uadtool.data.splits import split_held_out
+from uadtool.errors import UadtoolError
+from uadtool.files import list_digest
+from uadtool.host import available_cores, build_time
+from uadtool.lab.detectors.backbones import traced
+from uadtool.lab.detectors.contract import EXAMPLES, ROWS, nearest_prototype, pooled_descriptor
+from uadtool.lab.detectors.memory import Memory
+from uadtool.lab.detectors.patch_memory import PatchMemory
+from uadtool.lab.detectors.registry import build_detector, find_method
+from uadtool.lab.detectors.statistics import HeldOut, Known, fit_prototypes, fit_statistics_from_files
+from uadtool.lab.models import assemble
+from uadtool.lab.onnx_export.deployed import deployed_maps
+from uadtool.lab.quantization.modules import QuantizedMemory
+from uadtool.lab.quantization.targets import TARGETS
+from uadtool.lab.rows import Model, choose, join, refuse_unknown, tables
+from uadtool.lab.train import inspect_samples, warn_of
+from uadtool.lab.training.data import Teacher, TeacherFeatures, names_digest
+from uadtool.lab.training.loop import Run
+from uadtool.metadata import Metadata
+from uadtool.scoring.thresholds import Thresholds, bounded_scores
+from uadtool.terminal import first_of, log
+
+
+@dataclass(frozen=True)
+class GrowthOptions:
+    """``replace`` and ``extend`` name classes of the base: to learn anew, or to add good images to."""
+
+    replace: Sequence[str] = field(default_factory=list)
+    extend: Sequence[str] = field(default_factory=list)
+    held_out: float = 0.2
+    seed: int = 0
+
+
+def grow(base: Model, digest: str, samples: Sequence[Sample], options: GrowthOptions) -> tuple[Model, dict[str, Any]]:
+    """Add the classes of the samples to a float or quantized model: the grown model, and a report.
+
+    Networks, units and ranges stay as they are, and so do the rows of all other classes: their images keep their scores
+    unless they are nearer to a new class.
+
+    Args:
+        digest: of the base's file.
+        samples: good images, each with a class.
+
+    Raises:
+        UadtoolError: the base cannot take classes, has one of them without a word in the options, or lacks one that
+            they name.
+    """
+    began, started = time.monotonic(), build_time()
+    _refuse(base, samples, options)
+    more = [sample for sample in samples if sample.class_name in options.extend]
+    new = [sample for sample in samples if sample.class_name not in options.extend]
+    report: dict[str, Any] = {"classes": {}, "conspicuous": []}
+    model = base
+    if more:
+        model = _extended(model, more, options, report)
+    if new:
+        model = _added(model, new, options, report)
+    step = {"command": "train", "tool_version": __version__, "base": digest, "started": started,
+            "classes": sorted(report["classes"]), "extended": sorted(options.extend),
+            "images": list_digest(sample.path for sample in samples), "names": names_digest(samples),
+            "held_out": options.held_out, "seed": options.seed}
+    metadata = model.metadata.replace(provenance=[*base.metadata.provenance, step], tool_version=__version__)
+    report["seconds"] = round(time.monotonic() - began, 1)
+    return model._replace(metadata=metadata), report
+
+
+def _refuse(base: Model, samples: Sequence[Sample], options: GrowthOptions) -> None:
+    metadata, classes = base.metadata, {str(sample.class_name) for sample in samples}
+    method = find_method(metadata.method)
+    if not getattr(method, "takes_classes", False):
+        raise UadtoolError(f"{metadata.method} learns all classes together; train again with the images of all, or use "
+                           "memory or duet, which take classes later")
+    if not metadata.map_units:
+        raise UadtoolError(f"{base.path} was made by an earlier version, which did not store the units of its maps; "
+                           "train it again")
+    named = [*options.replace, *options.extend]
+    refuse_unknown(base, named)
+    if known := sorted(classes.intersection(metadata.classes).difference(named)):
+        raise UadtoolError(f"{base.path} already has {first_of(known, 'classes')}; name them after --replace to learn "
+                           "them anew, or after --extend to add good images to them")
+    if missing := [name for name in named if name not in classes]:
+        raise UadtoolError(f"there are no images of {first_of(missing, 'classes')}, which --replace or --extend names")
+
+
+def _added(base: Model, samples: Sequence[Sample], options: GrowthOptions, report: dict[str, Any]) -> Model:
+    """The base with rows of new classes."""
+    classes = sorted({str(sample.class_name) for sample in samples})
+    if options.replace:
+        base = choose(base, [name for name in base.metadata.classes if name not in options.replace])
+    inspection, metadata = _inspected(base.metadata, classes, samples)
+    training, held_out = split_held_out(samples, options.held_out, options.seed, inspection.originals)
+    known = _known(base)
+    part, run = _part(base, metadata, training, options.seed)
+    part.fit_memories(run)
+    limit = fit_prototypes(part, classes, run, known)
+    metadata = metadata.replace(class_distance_limit=max(limit, metadata.class_distance_limit or 0))
+    joined = join([base, _model(base, part, metadata)])
+    _warn_of_routing(joined, base.metadata.classes)
+    found = _fit_statistics(joined, held_out, known)
+    warn_of(found)
+    counts = [Counter(sample.class_name for sample in part) for part in (training, held_out)]
+    copies = Counter(samples[number].class_name for number, original in enumerate(inspection.originals)
+                     if number != original)
+    report["conspicuous"] += found.conspicuous
+    report["classes"].update({name: {
+        "training": counts[0][name], "held_out": counts[1][name], "copies": copies[name],
+        "recognised": found.taken_for[name, name]} for name in classes})
+    return joined._replace(metadata=_with_scores(joined.metadata, found, classes))
+
+
+def _extended(base: Model, samples: Sequence[Sample], options: GrowthOptions, report: dict[str, Any]) -> Model:
+    """The base with more good patches in the banks of some classes; all else of them stays, in the banks' new unit."""
+    classes = sorted(options.extend)
+    inspection, metadata = _inspected(base.metadata, classes, samples)
+    originals = [sample for number, sample in enumerate(samples) if inspection.originals[number] == number]
+    old = choose(base, classes)
+    part, run = _part(base, old.metadata.replace(preprocessing=metadata.preprocessing), originals, options.seed)
+    for name, module in old.module.named_modules():
+        if isinstance(module, (PatchMemory, QuantizedMemory)):
+            part.get_submodule(name).load_state_dict(_float_memory(module).state_dict())
+    for name in ROWS:
+        part.get_buffer(name).copy_(old.module.get_buffer(name))
+    factors = part.extend_memories(run)[:, :, None, None]
+    for name in ("expected_maps", "map_spreads"):
+        part.get_buffer(name)[:, :factors.shape[1]] *= factors
+    report["classes"].update({name: {"training": count, "held_out": 0, "copies": len(samples) - len(originals)}
+                              for name, count in Counter(str(sample.class_name) for sample in originals).items()})
+    extended = _model(base, part, old.metadata)
+    others = [name for name in base.metadata.classes if name not in classes]
+    return join([choose(base, others), extended]) if others else extended
+
+
+def _inspected(metadata: Metadata, classes: list[str], samples: Sequence[Sample]) -> tuple[Inspection, Metadata]:
+    """What the images look like, and the metadata of a model of these classes alone."""
+    inspection = inspect_samples(samples, None)
+    return inspection, metadata.replace(
+        classes=classes, thresholds={}, good_scores={},
+        preprocessing={**metadata.preprocessing, "grey_bits": inspection.grey_bits})
+
+
+def _part(base: Model, metadata: Metadata, samples: list[Sample], seed: int) -> tuple[Memory, Run]:
+    """A float detector of some classes, to be fitted, and its run with the base's teacher."""
+    part = build_detector(metadata)
+    assert isinstance(part, Memory)
+    images = TeacherFeatures(samples, metadata.reading, _teacher(base), available_cores())
+    return part, Run(images, images, 0, seed, torch.device("cpu"), torch.float32, Path(), {}, False)
+
+
+def _teacher(base: Model) -> Teacher:
+    """Images -> the feature maps that the base computes, in float or in int8."""
+    network = traced(base.module)
+    output = next(node for node in network.graph.nodes if node.op == "output")
+    output.args = next(node for node in network.graph.nodes if node.target is pooled_descriptor).args
+    network.graph.eliminate_dead_code()
+    network.recompile()
+
+    def teacher(images: Tensor) -> Sequence[Tensor]:
+        with torch.inference_mode():
+            return cast(Sequence[Tensor], network(images))
+
+    return teacher
+
+
+def _known(base: Model) -> Known:
+    return Known(base.module.get_buffer("descriptor_scale"), torch.tensor(base.metadata.map_units)[:, None, None],
+                 float(base.module.get_buffer("score_std").square().mean()))
+
+
+def _model(base: Model, part: Memory, metadata: Metadata) -> Model:
+    """The part's rows on the base, in the base's precision."""
+    tensors, names = base.module.state_dict(), tables(base.module)
+    state = part.state_dict()
+    for name, module in base.module.named_modules():
+        if isinstance(module, QuantizedMemory):
+            memory = part.get_submodule(name)
+            assert isinstance(memory, PatchMemory)
+            quantized = QuantizedMemory(memory, TARGETS[str(metadata.target)].signed_queries)
+            state.update({f"{name}.{own}": tensor for own, tensor in quantized.state_dict().items()})
+    rows = {name: state[name] for name in names & tensors.keys()}
+    return Model(assemble({**tensors, **rows}, metadata, base.path), metadata, base.path)
+
+
+def _float_memory(module: PatchMemory | QuantizedMemory) -> PatchMemory:
+    return module.dequantized() if isinstance(module, QuantizedMemory) else module
+
+
+def _fit_statistics(model: Model, held_out: Sequence[Sample], known: Known) -> HeldOut:
+    """Set the statistics of the classes of these images, in place."""
+    with torch.device("meta"):
+        detector = build_detector(model.metadata)
+    for name in ROWS:
+        setattr(detector, name, model.module.get_buffer(name))
+    maps = deployed_maps(model.module, model.metadata, len(held_out))
+    return fit_statistics_from_files(detector, maps, model.metadata.classes, held_out, model.metadata.reading,
+                                     torch.device("cpu"), known)
+
+
+def _with_scores(metadata: Metadata, found: HeldOut, classes: Sequence[str]) -> Metadata:
+    """The metadata with thresholds of new classes; the common one stays, and with it those of the others."""
+    scores = {name: values for name, values in found.scores.items() if name in classes}
+    thresholds = Thresholds.at(metadata.false_positive_rate, scores, metadata.threshold).by_class
+    confused = [*metadata.good_scores.get("", []), *found.scores.get("", [])]
+    if confused:
+        scores[""] = confused
+    return metadata.replace(thresholds={**metadata.thresholds, **thresholds},
+                            good_scores={**metadata.good_scores, **bounded_scores(scores)})
+
+
+def _warn_of_routing(model: Model, known: Sequence[str]) -> None:
+    """Warn when images of known classes are nearer to a new prototype; ``warn_of`` tells of the other way round."""
+    examples = model.module.get_buffer(EXAMPLES)
+    for row, name in enumerate(model.metadata.classes):
+        if name not in known:
+            continue
+        own = examples[row][examples[row].isfinite().all(1)]
+        nearest = nearest_prototype(own, model.module.get_buffer("prototypes"),
+                                    model.module.get_buffer("descriptor_scale"))
+        taken = Counter(model.metadata.classes[place] for place in nearest.tolist())
+        for other in sorted(taken.keys() - {*known}):
+            log.warning("%d of %d images of %s are now taken for %s: what is normal for one passes in the other; make "
+                        "them one class if their images are alike", taken[other], len(own), name, other)

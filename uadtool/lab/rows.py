@@ -1,0 +1,145 @@
+"""Classes as rows: what a detector knows of a class is one row of each table, so classes come and go without training.
+
+Everything else is the base: networks, units, scales. Models that grew from one base can be joined.
+"""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from functools import reduce
+from itertools import takewhile
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from uadtool.errors import UadtoolError
+from uadtool.lab.detectors.complexity import count_parameters
+from uadtool.lab.detectors.contract import ROWS
+from uadtool.lab.detectors.registry import build_detector
+from uadtool.lab.models import assemble
+from uadtool.metadata import Metadata
+from uadtool.terminal import first_of
+
+
+class Model(NamedTuple):
+    """A detector or its quantized graph, as ``load_model`` returns it, and the file that messages name."""
+
+    module: nn.Module
+    metadata: Metadata
+    path: str = "the model"
+
+
+def tables(module: nn.Module) -> set[str]:
+    """The names of the tensors with a row for each class."""
+    parts = module.named_modules()
+    return {*ROWS, *(f"{prefix}.{name}" for prefix, part in parts for name in getattr(part, "rows", ()))}
+
+
+def choose(model: Model, classes: Sequence[str]) -> Model:
+    """The model of these of its classes, in its order. Images whose nearest class is one of them keep their outputs.
+
+    Raises:
+        UadtoolError: the model does not have one of the classes, or none is left.
+    """
+    metadata = model.metadata
+    refuse_unknown(model, classes)
+    if not classes:
+        raise UadtoolError(f"no class of {model.path} would be left")
+    kept = [number for number, name in enumerate(metadata.classes) if name in classes]
+    names, rows = tables(model.module), torch.tensor(kept)
+    tensors = {name: tensor[rows] if name in names else tensor for name, tensor in model.module.state_dict().items()}
+    return _with(model, tensors, _of_classes(metadata, [metadata.classes[number] for number in kept]))
+
+
+def join(models: Sequence[Model]) -> Model:
+    """The model of all classes of these models, which grew from one base. Their order makes no difference.
+
+    Raises:
+        UadtoolError: their bases differ, or a class has two different rows.
+    """
+    return reduce(_join, models)
+
+
+def refuse_unknown(model: Model, classes: Sequence[str]) -> None:
+    """Require that the model has all these classes.
+
+    Raises:
+        UadtoolError: one is missing.
+    """
+    if missing := [name for name in classes if name not in model.metadata.classes]:
+        raise UadtoolError(f"{model.path} has no class {first_of(missing, 'classes')}; it has "
+                           f"{first_of(model.metadata.classes, 'classes')}")
+
+
+def base_digest(model: Model) -> str:
+    """Digest of everything that is not a row of a class."""
+    digest, names = hashlib.sha256(), tables(model.module)
+    for name, tensor in sorted(model.module.state_dict().items()):
+        if name not in names:
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.contiguous().numpy().tobytes())
+    metadata = model.metadata
+    shared: dict[str, Any] = {
+        **metadata.identity, "classes": None, "options": metadata.options, "target": metadata.target,
+        "threshold": metadata.threshold, "rate": metadata.false_positive_rate, "units": metadata.map_units}
+    digest.update(json.dumps(shared, sort_keys=True).encode())
+    return f"sha256:{digest.hexdigest()}"
+
+
+def _join(one: Model, other: Model) -> Model:
+    digests = [base_digest(model) for model in (one, other)]
+    if digests[0] != digests[1]:
+        raise UadtoolError(f"{one.path} and {other.path} did not grow from one base: theirs are {digests[0][:19]} and "
+                           f"{digests[1][:19]}; join models that --add-to made from the same file")
+    names = sorted({*one.metadata.classes, *other.metadata.classes})
+    places = [[model.metadata.classes.index(name) if name in model.metadata.classes else None for name in names]
+              for model in (one, other)]
+    states, row_names = [model.module.state_dict() for model in (one, other)], tables(one.module)
+    tensors = dict(states[0])
+    for table in row_names & tensors.keys():
+        rows = []
+        for name, *pair in zip(names, *places):
+            found = [state[table][place] for state, place in zip(states, pair) if place is not None]
+            if len(found) == 2 and not torch.equal(*found):
+                raise UadtoolError(f"the class {name} of {one.path} is not that of {other.path}; leave one out with "
+                                   "--drop")
+            rows.append(found[0])
+        tensors[table] = torch.stack(rows)
+    return _with(one, tensors, _joined(one.metadata, other.metadata, names))
+
+
+def _with(model: Model, tensors: Mapping[str, Tensor], metadata: Metadata) -> Model:
+    module = assemble(dict(tensors), metadata, model.path)
+    with torch.device("meta"):
+        parameters = count_parameters(build_detector(metadata))  # an int8 graph has them as codes
+    return Model(module, metadata.replace(parameters=parameters), model.path)
+
+
+def _of_classes(metadata: Metadata, classes: list[str]) -> Metadata:
+    """The metadata of these classes. Scores of images that were taken for another class remain."""
+    def part(values: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in values.items() if name in classes or not name}
+
+    return metadata.replace(
+        classes=classes, thresholds=part(metadata.thresholds), good_scores=part(metadata.good_scores),
+        preprocessing={**metadata.preprocessing, "grey_bits": part(metadata.preprocessing["grey_bits"])})
+
+
+def _joined(one: Metadata, other: Metadata, classes: list[str]) -> Metadata:
+    """The metadata of both. The steps after those that made their base are in an order of their own."""
+    pairs = zip(one.provenance, other.provenance)
+    common = len(list(takewhile(lambda pair: pair[0] == pair[1], pairs)))
+    later = {json.dumps(step, sort_keys=True): step for step in (*one.provenance[common:], *other.provenance[common:])}
+    confused = Counter(one.good_scores.get("", [])) | Counter(other.good_scores.get("", []))
+    good_scores = {**one.good_scores, **other.good_scores, "": sorted(confused.elements())}
+    limits = [metadata.class_distance_limit for metadata in (one, other)]
+    return one.replace(
+        classes=classes, thresholds={**one.thresholds, **other.thresholds},
+        good_scores={name: scores for name, scores in good_scores.items() if scores},
+        class_distance_limit=None if None in limits else max(limit for limit in limits if limit is not None),
+        preprocessing={**one.preprocessing, "grey_bits": {**one.preprocessing["grey_bits"],
+                                                          **other.preprocessing["grey_bits"]}},
+        provenance=[*one.provenance[:common], *(later[text] for text in sorted(later))])
+
