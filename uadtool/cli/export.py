@@ -1,4 +1,4 @@
-from typing import Any, Callable, Optional
+from typing import Any, Callable, List, Optional, Tuple
 
 import click
 
@@ -7,8 +7,10 @@ from uadtool.errors import require_lab
 
 
 @click.command()
-@click.argument("model", metavar="MODEL", type=click.Path(exists=True, dir_okay=False))
-@options.output("The ONNX detector (.onnx) or TensorRT engine (.engine) to write.")
+@click.argument("models", metavar="MODEL...", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False))
+@options.output("The ONNX detector (.onnx), TensorRT engine (.engine) or model (.safetensors) to write.")
+@options.names("--classes", "Write only these classes of the models.")
+@options.names("--drop", "Write all classes but these.")
 @click.option("--images", metavar="PATH",
               help="Compare torch and the runtime on images of this folder or data set  [default: synthetic images]")
 @options.threshold_from
@@ -26,9 +28,13 @@ from uadtool.errors import require_lab
 @click.option("--compute-capability", metavar="X.Y", help="Build for a GPU that is not here (TensorRT-RTX only).")
 @options.max_pixels
 @options.verbosity
-def export(model: str, output: str, images: Optional[str], threshold_from: Optional[str],
-           false_positive_rate: Optional[float], **build: Any) -> None:
+def export(models: Tuple[str, ...], output: str, classes: Optional[List[str]], drop: Optional[List[str]],
+           images: Optional[str], threshold_from: Optional[str], false_positive_rate: Optional[float],
+           **build: Any) -> None:
     """Write MODEL as a complete ONNX detector and check that its scores match those of torch.
+
+    Several models that grew from one base (train --add-to) become one, with the classes of all. An OUTPUT in
+    .safetensors is such a model, or one with fewer classes.
 
     If MODEL is an ONNX detector, build a TensorRT engine from it, on the device that will run it. The metadata of the
     engine go into OUTPUT.json.
@@ -36,21 +42,31 @@ def export(model: str, output: str, images: Optional[str], threshold_from: Optio
     \b
     Examples:
       uadtool export unified-int8.safetensors -o unified-int8.onnx --images mvtec/
+      uadtool export line-1.safetensors line-2.safetensors -o both.safetensors
+      uadtool export unified.safetensors --classes screw,pcb -o two.onnx
       uadtool export unified-int8.onnx -o unified-int8.engine --workspace 1024
       uadtool export unified.safetensors -o unified.onnx --threshold-from good.jsonl
     """
-    to_engine = output.endswith(".engine")
+    to_engine, to_model = output.endswith(".engine"), output.endswith(".safetensors")
+    from_onnx = [model.endswith(".onnx") for model in models]
     build = {name: value for name, value in build.items() if value is not None}
     options.refuse(
-        (to_engine != model.endswith(".onnx") or not output.endswith((".onnx", ".engine")),
-         "export turns a .safetensors model into an .onnx file, and an .onnx file into an .engine file."),
+        (from_onnx != [to_engine] * len(models) or not output.endswith((".onnx", ".engine", ".safetensors")),
+         "export turns .safetensors models into an .onnx file or another model, and an .onnx file into an .engine "
+         "file."),
+        (to_engine and (len(models) > 1 or classes or drop),
+         "an engine has the classes of one .onnx file; join and choose when that is exported."),
+        (classes and drop, "--classes and --drop are mutually exclusive."),
+        (to_model and images, "--images requires an .onnx output."),
+        (to_model and not (len(models) > 1 or classes or drop or threshold_from),
+         "the output would be the same model; give several, --classes, --drop or --threshold-from."),
         (build and not to_engine, f"--{next(iter(build), '').replace('_', '-')} requires an .engine output."),
         (images and to_engine, "--images requires an .onnx output; check an engine with score."),
         ("gpu_fallback" in build and "dla" not in build, "--gpu-fallback requires --dla."),
         (false_positive_rate is not None and not threshold_from, "--false-positive-rate requires --threshold-from."),
     )
     for path in filter(None, (output, to_engine and f"{output}.json", build.get("timing_cache"))):
-        options.claim(path, [model, threshold_from])
+        options.claim(path, [*models, threshold_from])
 
     def retuned(metadata: Any) -> Any:
         if not threshold_from:
@@ -60,9 +76,9 @@ def export(model: str, output: str, images: Optional[str], threshold_from: Optio
         return with_thresholds_from(metadata, threshold_from, false_positive_rate)
 
     if to_engine:
-        _write_engine(model, output, retuned, build)
+        _write_engine(models[0], output, retuned, build)
     else:
-        _write_onnx(model, output, retuned, images)
+        _write_model(models, output, classes, drop, retuned, images)
 
 
 def _write_engine(model: str, output: str, retuned: Callable[[Any], Any], build: Any) -> None:
@@ -78,21 +94,36 @@ def _write_engine(model: str, output: str, retuned: Callable[[Any], Any], build:
     write_json(save_engine(engine, metadata, digest, output))
 
 
-def _write_onnx(model: str, output: str, retuned: Callable[[Any], Any], images: Optional[str]) -> None:
+def _write_model(models: Tuple[str, ...], output: str, classes: Optional[List[str]], drop: Optional[List[str]],
+                 retuned: Callable[[Any], Any], images: Optional[str]) -> None:
     require_lab()
+    from contextlib import ExitStack
+
+    from uadtool import __version__
     from uadtool.files import file_digest, unchanged
     from uadtool.lab.export import export as run
-    from uadtool.lab.models import load_model
+    from uadtool.lab.models import load_model, save_model
     from uadtool.lab.onnx_export.writer import save_onnx
+    from uadtool.lab.rows import Model, choose, join, without
     from uadtool.lab.training.precision import use_available_cores
     from uadtool.schemas.json_files import write_json
 
     use_available_cores()
-    with unchanged(model) as digest:
-        detector, metadata = load_model(model)
-    metadata = retuned(metadata)
-    proto, parity = run(detector, metadata, digest, images)
-    save_onnx(proto, output)
-    write_json({"schema": "uadtool.export/1", "output": output, "digest": file_digest(output), "model_digest": digest,
-                "precision": metadata.precision, "target": metadata.target,
-                "opset": next(opset.version for opset in proto.opset_import if not opset.domain), "parity": parity})
+    with ExitStack() as stack:
+        digests = [stack.enter_context(unchanged(path)) for path in models]
+        model = join([Model(*load_model(path), path) for path in models])
+    if classes or drop:
+        model = choose(model, classes or without(model, drop or []))
+    detector, metadata = model.module, retuned(model.metadata)
+    record = {"schema": "uadtool.export/1", "output": output, "model_digest": digests[0], "classes": metadata.classes,
+              "precision": metadata.precision, "target": metadata.target}
+    if len(models) > 1:
+        record["joined"] = digests
+    if output.endswith(".safetensors"):
+        step = {"command": "export", "tool_version": __version__, "models": sorted(digests)}
+        save_model(detector, metadata.replace(provenance=[*metadata.provenance, step]), output)
+    else:
+        proto, record["parity"] = run(detector, metadata, digests[0], images)
+        save_onnx(proto, output)
+        record["opset"] = next(opset.version for opset in proto.opset_import if not opset.domain)
+    write_json({**record, "digest": file_digest(output)})

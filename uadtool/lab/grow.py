@@ -4,6 +4,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,15 +19,15 @@ from uadtool.errors import UadtoolError
 from uadtool.files import list_digest
 from uadtool.host import available_cores, build_time
 from uadtool.lab.detectors.backbones import traced
-from uadtool.lab.detectors.contract import EXAMPLES, ROWS, nearest_prototype, pooled_descriptor
+from uadtool.lab.detectors.contract import EXAMPLES, ROWS, Detector, nearest_prototype, pooled_descriptor
 from uadtool.lab.detectors.memory import Memory
 from uadtool.lab.detectors.patch_memory import PatchMemory
 from uadtool.lab.detectors.registry import build_detector, find_method
-from uadtool.lab.detectors.statistics import HeldOut, Known, fit_prototypes, fit_statistics_from_files
+from uadtool.lab.detectors.statistics import HeldOut, Known, fit_prototypes, fit_statistics, fit_statistics_from_files
+from uadtool.lab.few_images import FEW, left_out_maps
 from uadtool.lab.models import assemble
 from uadtool.lab.onnx_export.deployed import deployed_maps
 from uadtool.lab.quantization.modules import QuantizedMemory
-from uadtool.lab.quantization.targets import TARGETS
 from uadtool.lab.rows import Model, choose, join, refuse_unknown, tables
 from uadtool.lab.train import inspect_samples, warn_of
 from uadtool.lab.training.data import Teacher, TeacherFeatures, names_digest
@@ -103,7 +104,7 @@ def _added(base: Model, samples: Sequence[Sample], options: GrowthOptions, repor
     if options.replace:
         base = choose(base, [name for name in base.metadata.classes if name not in options.replace])
     inspection, metadata = _inspected(base.metadata, classes, samples)
-    training, held_out = split_held_out(samples, options.held_out, options.seed, inspection.originals)
+    training, held_out, few = _split(samples, options, inspection.originals)
     known = _known(base)
     part, run = _part(base, metadata, training, options.seed)
     part.fit_memories(run)
@@ -111,16 +112,41 @@ def _added(base: Model, samples: Sequence[Sample], options: GrowthOptions, repor
     metadata = metadata.replace(class_distance_limit=max(limit, metadata.class_distance_limit or 0))
     joined = join([base, _model(base, part, metadata)])
     _warn_of_routing(joined, base.metadata.classes)
-    found = _fit_statistics(joined, held_out, known)
+    detector, results = _row_statistics(joined), []
+    for members, images, raw in left_out_maps(joined, part, run, few) if few else ():
+        results.append(fit_statistics(detector, partial(_stored, raw), joined.metadata.classes, [(members, images)],
+                                      known))
+    if held_out:
+        maps = deployed_maps(joined.module, joined.metadata, len(held_out))
+        results.append(fit_statistics_from_files(detector, maps, joined.metadata.classes, held_out, metadata.reading,
+                                                 torch.device("cpu"), known))
+    found = _merged(results)
     warn_of(found)
-    counts = [Counter(sample.class_name for sample in part) for part in (training, held_out)]
-    copies = Counter(samples[number].class_name for number, original in enumerate(inspection.originals)
+    trained = Counter(str(sample.class_name) for sample in training)
+    copies = Counter(str(samples[number].class_name) for number, original in enumerate(inspection.originals)
                      if number != original)
     report["conspicuous"] += found.conspicuous
     report["classes"].update({name: {
-        "training": counts[0][name], "held_out": counts[1][name], "copies": copies[name],
-        "recognised": found.taken_for[name, name]} for name in classes})
+        "training": trained[name], "held_out": sum(count for (owner, _), count in found.taken_for.items()
+                                                   if owner == name),
+        "copies": copies[name], "recognised": found.taken_for[name, name]} for name in classes})
     return joined._replace(metadata=_with_scores(joined.metadata, found, classes))
+
+
+def _split(samples: Sequence[Sample], options: GrowthOptions, originals: Sequence[int]
+           ) -> tuple[list[Sample], list[Sample], set[str]]:
+    """(To train on, held out, classes of so few images that none is held out)."""
+    different = [sample for number, sample in enumerate(samples) if originals[number] == number]
+    few = {str(name) for name, count in Counter(sample.class_name for sample in different).items() if count < FEW}
+    training, held_out = split_held_out(samples, options.held_out, options.seed, originals)
+    return ([sample for sample in different if sample.class_name in few]
+            + [sample for sample in training if sample.class_name not in few],
+            [sample for sample in held_out if sample.class_name not in few], few)
+
+
+def _stored(raw: tuple[Tensor, Tensor], images: Tensor) -> tuple[Tensor, Tensor]:
+    """``RawMaps`` that are known already."""
+    return raw
 
 
 def _extended(base: Model, samples: Sequence[Sample], options: GrowthOptions, report: dict[str, Any]) -> Model:
@@ -189,7 +215,7 @@ def _model(base: Model, part: Memory, metadata: Metadata) -> Model:
         if isinstance(module, QuantizedMemory):
             memory = part.get_submodule(name)
             assert isinstance(memory, PatchMemory)
-            quantized = QuantizedMemory(memory, TARGETS[str(metadata.target)].signed_queries)
+            quantized = QuantizedMemory(memory, module.signed)
             state.update({f"{name}.{own}": tensor for own, tensor in quantized.state_dict().items()})
     rows = {name: state[name] for name in names & tensors.keys()}
     return Model(assemble({**tensors, **rows}, metadata, base.path), metadata, base.path)
@@ -199,15 +225,22 @@ def _float_memory(module: PatchMemory | QuantizedMemory) -> PatchMemory:
     return module.dequantized() if isinstance(module, QuantizedMemory) else module
 
 
-def _fit_statistics(model: Model, held_out: Sequence[Sample], known: Known) -> HeldOut:
-    """Set the statistics of the classes of these images, in place."""
+def _row_statistics(model: Model) -> Detector:
+    """A detector that has only the rows of the model, which it shares."""
     with torch.device("meta"):
         detector = build_detector(model.metadata)
     for name in ROWS:
         setattr(detector, name, model.module.get_buffer(name))
-    maps = deployed_maps(model.module, model.metadata, len(held_out))
-    return fit_statistics_from_files(detector, maps, model.metadata.classes, held_out, model.metadata.reading,
-                                     torch.device("cpu"), known)
+    return detector
+
+
+def _merged(results: Sequence[HeldOut]) -> HeldOut:
+    """What the images of all classes showed."""
+    scores: dict[str, list[float]] = {}
+    for name, values in (item for found in results for item in found.scores.items()):
+        scores.setdefault(name, []).extend(values)
+    return HeldOut(scores, sum((found.taken_for for found in results), Counter()),
+                   [path for found in results for path in found.conspicuous], results[0].units)
 
 
 def _with_scores(metadata: Metadata, found: HeldOut, classes: Sequence[str]) -> Metadata:

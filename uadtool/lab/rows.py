@@ -62,6 +62,16 @@ def join(models: Sequence[Model]) -> Model:
     return reduce(_join, models)
 
 
+def without(model: Model, dropped: Sequence[str]) -> list[str]:
+    """The classes of the model except these.
+
+    Raises:
+        UadtoolError: the model does not have one of them.
+    """
+    refuse_unknown(model, dropped)
+    return [name for name in model.metadata.classes if name not in dropped]
+
+
 def refuse_unknown(model: Model, classes: Sequence[str]) -> None:
     """Require that the model has all these classes.
 
@@ -133,13 +143,17 @@ def _joined(one: Metadata, other: Metadata, classes: list[str]) -> Metadata:
     common = len(list(takewhile(lambda pair: pair[0] == pair[1], pairs)))
     later = {json.dumps(step, sort_keys=True): step for step in (*one.provenance[common:], *other.provenance[common:])}
     confused = Counter(one.good_scores.get("", [])) | Counter(other.good_scores.get("", []))
-    good_scores = {**one.good_scores, **other.good_scores, "": sorted(confused.elements())}
+    good_scores = {**_both(one.good_scores, other.good_scores), "": sorted(confused.elements())}
     limits = [metadata.class_distance_limit for metadata in (one, other)]
     return one.replace(
-        classes=classes, thresholds={**one.thresholds, **other.thresholds},
+        classes=classes, thresholds=_both(one.thresholds, other.thresholds),
         good_scores={name: scores for name, scores in good_scores.items() if scores},
         class_distance_limit=None if None in limits else max(limit for limit in limits if limit is not None),
-        preprocessing={**one.preprocessing, "grey_bits": {**one.preprocessing["grey_bits"],
-                                                          **other.preprocessing["grey_bits"]}},
+        preprocessing={**one.preprocessing, "grey_bits": _both(one.preprocessing["grey_bits"],
+                                                               other.preprocessing["grey_bits"])},
         provenance=[*one.provenance[:common], *(later[text] for text in sorted(later))])
 
+
+def _both(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of both by class, in the order of the names."""
+    return dict(sorted({**one, **other}.items()))

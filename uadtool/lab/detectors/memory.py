@@ -86,7 +86,7 @@ class Memory(Detector):
 
     def fit_memories(self, run: Run) -> None:
         """Fill the tables."""
-        for row, patches, images in self._classes(run):
+        for row, patches, images in self.classes(run):
             for memory, one in zip(cast(Sequence[PatchMemory], self.memories), patches):
                 memory.fit(row, one, torch.arange(len(one)) // (len(one) // images))
 
@@ -94,9 +94,9 @@ class Memory(Detector):
         """Add the patches of more good images to the banks: the factors of the distances, [classes, memories]."""
         memories = cast(Sequence[PatchMemory], self.memories)
         return torch.tensor([[memory.extend(row, one) for memory, one in zip(memories, patches)]
-                             for row, patches, _ in self._classes(run)])
+                             for row, patches, _ in self.classes(run)])
 
-    def _classes(self, run: Run) -> Iterator[tuple[int, list[Tensor], int]]:
+    def classes(self, run: Run) -> Iterator[tuple[int, list[Tensor], int]]:
         """The patches of each class in turn, so that only those of one are in memory.
 
         Yields:

@@ -166,7 +166,7 @@ class QuantizedMemory(nn.Module):
 
     def __init__(self, memory: PatchMemory, signed: bool = False) -> None:
         super().__init__()
-        self.query = ActivationQuantizer(signed)
+        self.signed, self.query = signed, ActivationQuantizer(signed)
         self.query.scale.fill_(1 / QUERY_UNIT)
         self.query.zero_point.fill_(0 if signed else 128)
         projection, entries = memory.weight.detach()[:, :, :-1], memory.bank.detach()[:, :-1]
