@@ -33,7 +33,7 @@ REPLACEMENTS: List[Tuple[str, str]] = [
     (r"^pip install (.*)", rf"{sys.executable} -m pip install --dry-run --no-deps --no-build-isolation -q \1"),
     (r"^pip wheel", f"{sys.executable} -m pip wheel --no-build-isolation -q"),
     (r"^torchrun --nproc-per-node 2 -m ", ""),
-    (r"(uadtool train parts .*?)(?: --image-size \d+|$)", r"\1 --image-size 64"),
+    (r"(uadtool train parts (?!.*--add-to).*?)(?: --image-size \d+|$)", r"\1 --image-size 64"),
     (r"--(?:steps|epochs) \d+", "--steps 2"),
     (r"^uadtool bench \S+", r"\g<0> --duration 0.1 --repetitions 1"),
     (r"^uadtool export .*\.engine.*", r"\g<0> --compute-capability 8.6"),

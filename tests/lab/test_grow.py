@@ -17,7 +17,7 @@ from uadtool.errors import UadtoolError
 from uadtool.lab.detectors.contract import ROWS
 from uadtool.lab.export import export
 from uadtool.lab.few_images import FEW
-from uadtool.lab.models import load_model
+from uadtool.lab.models import load_model, save_model
 from uadtool.lab.rows import Model, choose, join, tables
 
 keep_registry()
@@ -94,7 +94,8 @@ def exported(path, folder, *options):
 # Add
 
 
-@pytest.mark.parametrize("name", ["fp32", "int8", "openvino", "fp16"])
+@pytest.mark.parametrize("name", ["fp32", "int8", *(pytest.param(name, marks=pytest.mark.slow)
+                                                    for name in ("openvino", "fp16"))])
 def test_a_class_is_added_and_the_others_keep_every_bit(parts, base, grown, name, tmp_path):
     old = [parts / name for name in OLD]
     for runtime in ("torch", "onnxruntime") if name in ("fp32", "int8") else ("torch",):
@@ -158,7 +159,7 @@ def test_what_an_operator_cleared_no_longer_alarms_and_defects_still_do(parts, b
     assert [one.score for _, one in before] == [one.score for _, one in after]
 
 
-@pytest.mark.parametrize("count", [1, 2, 4])
+@pytest.mark.parametrize("count", [1, pytest.param(2, marks=pytest.mark.slow), 4])
 def test_few_images_are_all_used_and_still_judge_new_ones(parts, base, tmp_path, count):
     for path in sorted((parts / NEW / "train" / "good").iterdir())[:count]:
         target = tmp_path / NEW / "train" / "good" / path.name
@@ -205,7 +206,8 @@ def test_models_are_joined_exactly_in_any_order(branches, tmp_path):
         assert all(torch.equal(tensor, chosen.module.state_dict()[name]) for name, tensor in part.state_dict().items())
 
 
-@pytest.mark.parametrize("options", [("--classes", "dots"), ("--drop", f"stripes,{NEW}")])
+@pytest.mark.parametrize("options", [pytest.param(("--classes", "dots"), marks=pytest.mark.slow),
+                                     ("--drop", f"stripes,{NEW}")])
 def test_some_classes_make_a_smaller_file_with_the_same_scores(parts, grown, tmp_path, options):
     whole, some = exported(grown("int8"), tmp_path), exported(grown("int8"), tmp_path, *options)
     assert some.stat().st_size < whole.stat().st_size
@@ -215,6 +217,7 @@ def test_some_classes_make_a_smaller_file_with_the_same_scores(parts, grown, tmp
         assert np.array_equal(one.anomaly_map, other.anomaly_map)
 
 
+@pytest.mark.slow
 def test_thirteen_classes_are_exported(grown, tmp_path):
     """As many as the images with which the exporter runs a model."""
     module, metadata = load_model(grown("fp32"))
@@ -252,6 +255,26 @@ def test_classes_that_cannot_be_added(parts, base, tmp_path, options, message):
     with pytest.raises(UadtoolError, match=message):
         run_here("train", parts, "--add-to", base["fp32"], *options, "-o", tmp_path / "m.safetensors")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_grown_model_is_not_quantized_with_images(parts, base, grown, tmp_path):
+    run_here("calibrate", grown("fp32"), parts, "-o", tmp_path / "ranges.json")
+    with pytest.raises(UadtoolError, match=r"^classes were added to this model later; quantize the model that they"):
+        run_here("quantize", grown("fp32"), parts, "--ranges", tmp_path / "ranges.json", "-o",
+                 tmp_path / "m.safetensors")
+
+
+def test_ranges_that_do_not_cover_a_class_are_refused(parts, base, tmp_path):
+    module, metadata = load_model(base["int8"])
+    *_, point = module.points.children()
+    assert point.cut_off(torch.zeros(3)) == 0
+    point.scale.div_(20)
+    assert point.cut_off(torch.tensor([-1.0, 0.0, 1.0]) * 1000) >= 1 / 3
+    save_model(module, metadata, tmp_path / "narrow.safetensors")
+    with pytest.raises(UadtoolError, match=r"^the int8 ranges of .*narrow.safetensors cut off \d\d% of the activ"):
+        run_here("train", parts, "--classes", NEW, "--add-to", tmp_path / "narrow.safetensors", "-o",
+                 tmp_path / "m.safetensors")
+    assert not (tmp_path / "m.safetensors").exists()
 
 
 def test_a_method_without_rows_takes_no_classes(trained, parts, tmp_path):

@@ -63,11 +63,11 @@ def _origins(models: List[Dict[str, Any]]) -> Iterator[Tuple[str, List[str]]]:
     """Rows of text that describe the models: quantization only if a model is quantized, all but the precision
     otherwise only if they differ.
     """
-    sizes = [{**model, "image_size": "x".join(map(str, model["image_size"])),
+    sizes = [{**model, "classes": str(len(model["classes"])), "image_size": "x".join(map(str, model["image_size"])),
               "steps": str(model.get("training", {}).get("steps", "-")),
               "trained": model.get("training", {}).get("started", "-").replace("T", " ")[:16]} for model in models]
-    for label, key in (("method", "method"), ("teacher", "teacher"), ("image size", "image_size"), ("steps", "steps"),
-                       ("trained", "trained")):
+    for label, key in (("method", "method"), ("teacher", "teacher"), ("classes", "classes"),
+                       ("image size", "image_size"), ("steps", "steps"), ("trained", "trained")):
         if len({model[key] for model in sizes}) > 1:
             yield label, [model[key] for model in sizes]
     yield "precision", [model["precision"] for model in models]

@@ -174,7 +174,44 @@ def test_principal_components_are_those_of_scikit_learn():
     np.testing.assert_allclose(np.abs(vectors.numpy() @ reference.components_.T), np.eye(3), atol=1e-3)
 
 
+# More patches, other patches
+
+
+@settings(max_examples=20, deadline=None)
+@given(SEEDS, st.integers(2, 12))
+def test_a_bank_represents_the_patches_that_extend_it(seed, size):
+    memory, nearest = fitted(seed, 2, 450, size, size), torch.tensor([1])
+    more, new = patches(seed + 1, 20, size) + 40, patches(seed + 2, 20, size) * 20
+    before, other = memory(as_maps(new, 4, 5), nearest), memory.bank[0].clone()
+    factor = memory.extend(1, more)
+    assert memory(as_maps(more, 4, 5), nearest).amax() <= 3e-3  # there is room for all
+    after = memory(as_maps(new, 4, 5), nearest)
+    assert (after <= before * factor * (1 + 1e-3) + 3e-3).all()
+    assert memory.bank[1, :-1].abs().max() <= 1 + 1e-6
+    assert torch.equal(memory.bank[0], other)
+
+
+@given(SEEDS, st.integers(2, 12))
+def test_a_bank_of_other_patches_has_the_same_projection(seed, size):
+    memory, nearest = fitted(seed, 2, 60, size, size), torch.tensor([0])
+    others = patches(seed + 1, 20, size)
+    weight, bias = memory.weight.clone(), memory.bias.clone()
+    memory.fill(0, others)
+    assert torch.equal(memory.weight, weight)
+    assert torch.equal(memory.bias, bias)
+    torch.testing.assert_close(memory(as_maps(others, 4, 5), nearest), torch.zeros(1, 1, 4, 5), rtol=0, atol=3e-3)
+
+
 # In int8
+
+
+@given(SEEDS, st.integers(2, 40), st.integers(1, 40), st.booleans())
+def test_codes_stand_for_a_memory_that_has_the_same_codes(seed, size, components, signed):
+    quantized = QuantizedMemory(fitted(seed, 2, 30, size, components), signed)
+    again = QuantizedMemory(quantized.dequantized(), signed)
+    assert torch.equal(again.bank, quantized.bank)
+    torch.testing.assert_close(again.weight.float(), quantized.weight.float(), rtol=0, atol=1)
+    torch.testing.assert_close(again.bias, quantized.bias)
 
 
 @settings(max_examples=20, deadline=None)

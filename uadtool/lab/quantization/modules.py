@@ -58,6 +58,12 @@ class ActivationQuantizer(nn.Module):
             quantizer.zero_point.fill_(round(-minimum / scale))
         return quantizer
 
+    def cut_off(self, values: Tensor) -> float:
+        """Share of the values that lie outside the range by more than half a code."""
+        codes = torch.iinfo(self.zero_point.dtype)
+        places = values / self.scale + int(self.zero_point) - (codes.max + codes.min) / 2
+        return float((places.abs() > (codes.max - codes.min + 1) / 2).float().mean())
+
     def forward(self, values: Tensor) -> Tensor:
         codes = torch.iinfo(self.zero_point.dtype)
         if is_in_onnx_export():

@@ -51,12 +51,16 @@ def split_again(metadata: Metadata, samples: Sequence[Sample]) -> tuple[list[Sam
     """The split of the run that trained this model: (trained on, held out).
 
     Raises:
-        UadtoolError: the metadata do not record the split, or the samples are not those of the run.
+        UadtoolError: the metadata do not record the split, the samples are not those of the run, or classes were added
+            to the model.
     """
     origin = metadata.provenance[0] if metadata.provenance else {}
     share, seed = origin.get("held_out"), origin.get("seed")
     if not isinstance(share, float) or not 0 < share < 1 or not isinstance(seed, int):
         raise UadtoolError("the model does not record which images were held out when it was trained; train it again")
+    if any("base" in step for step in metadata.provenance):
+        raise UadtoolError("classes were added to this model later; quantize the model that they were added to, with "
+                           "its images, and add them to the result")
     if "names" in origin and not trained_on(metadata, samples):
         raise UadtoolError("these are not the good images that the model was trained on: some were added, removed or "
                            "renamed; give the original images, or train again")
