@@ -117,15 +117,16 @@ def test_the_same_images_below_another_folder_have_changes(files):
 
 
 def test_models_that_differ_can_be_told_apart(files):
-    for name, changes in (("fp32", {"training": {"started": "2026-11-02T08:15:00Z", "steps": 640}}),
-                          ("int8", {"method": "duet", "image_size": [64, 48]})):
+    base = {"started": "2026-11-02T08:15:00Z", "steps": 640, "base": f"sha256:{'0123456789ab' * 5}0123"}
+    for name, changes in (("fp32", {"training": base}),
+                          ("int8", {"method": "duet", "image_size": [64, 48], "classes": ["a", "b", "c"]})):
         run, *rest = score_records(f"{name}.onnx")
         Path(f"{name}.jsonl").write_text(lines([{**run, "model": {**run["model"], **changes}}, *rest]))
     record = compare(["fp32.jsonl", "int8.jsonl"])
     validate(json.loads(json.dumps(record)), "compare")
     shown = {words[0]: words for words in (line.split("  ") for line in as_table(record).splitlines())}
     for label, *values in (("method", "stfpm", "duet"), ("image size", "256x256", "64x48"), ("steps", "640", "-"),
-                           ("trained", "2026-11-02", "-")):
+                           ("trained", "2026-11-02", "-"), ("base", "0123456789ab", "-"), ("classes", "2", "3")):
         assert [word.strip() for word in shown[label][1:] if word.strip()] == values
     assert "teacher" not in shown  # it is the same
 

@@ -189,7 +189,7 @@ def _origin(model: Model) -> Dict[str, Any]:
     files = {"scores": model.scores, "bench": model.bench}
     return {
         "label": model.label, "path": result.path, "digest": result.digest,
-        **{name: result.model[name] for name in ("method", "teacher", "image_size", "precision")},
+        **{name: result.model[name] for name in ("method", "teacher", "classes", "image_size", "precision")},
         **({"training": training} if training else {}),
         "runtime": result.runtime, "machine": result.machine,
         **({"quantization": result.quantization} if result.quantization else {}),

@@ -89,7 +89,7 @@ def grow(base: Model, digest: str, samples: Sequence[Sample], options: GrowthOpt
 def _refuse(base: Model, samples: Sequence[Sample], options: GrowthOptions) -> None:
     metadata, classes = base.metadata, {str(sample.class_name) for sample in samples}
     method = find_method(metadata.method)
-    if not getattr(method, "takes_classes", False):
+    if not (isinstance(method, type) and issubclass(method, Memory)):
         raise UadtoolError(f"{metadata.method} learns all classes together; train again with the images of all, or use "
                            "memory or duet, which take classes later")
     if not metadata.map_units:
@@ -170,8 +170,9 @@ def _extended(base: Model, samples: Sequence[Sample], options: GrowthOptions, re
     factors = part.extend_memories(run)[:, :, None, None]
     for name in ("expected_maps", "map_spreads"):
         part.get_buffer(name)[:, :factors.shape[1]] *= factors
-    report["classes"].update({name: {"training": count, "held_out": 0, "copies": len(samples) - len(originals)}
-                              for name, count in Counter(str(sample.class_name) for sample in originals).items()})
+    given, used = (Counter(str(sample.class_name) for sample in images) for images in (samples, originals))
+    report["classes"].update({name: {"training": used[name], "held_out": 0, "copies": given[name] - used[name]}
+                              for name in classes})
     extended = _model(base, part, old.metadata)
     others = [name for name in base.metadata.classes if name not in classes]
     return join([choose(base, others), extended]) if others else extended

@@ -108,9 +108,11 @@ def describe(runtime: Runtime) -> Dict[str, Any]:
         "path": runtime.path, "digest": digest, "method": metadata.method, "teacher": metadata.teacher,
         "precision": metadata.precision, "target": metadata.target, "classes": metadata.classes,
         "image_size": list(metadata.image_size)}
-    origin = metadata.provenance[0] if metadata.provenance else {}
-    if training := {name: origin[name] for name, kind in (("started", str), ("steps", int))
-                    if isinstance(origin.get(name), kind)}:
+    trainings = [step for step in metadata.provenance if step.get("command") == "train"] or [{}]
+    values = {"steps": trainings[0].get("steps"), "started": trainings[-1].get("started"),
+              "base": trainings[-1].get("base")}
+    if training := {name: value for name, value in values.items()
+                    if isinstance(value, int if name == "steps" else str)}:
         model["training"] = training
     if metadata.quantization:
         model["quantization"] = {**dataclasses.asdict(metadata.quantization),

@@ -69,8 +69,6 @@ class Detector(nn.Module, ABC):
     """Training requires the teacher's features in fp32, even where bfloat16 would be faster."""
     one_pass: ClassVar[bool] = False
     """Training takes no steps, but sees each image once."""
-    takes_classes: ClassVar[bool] = False
-    """A class can be added without training the networks again."""
     alters_images: ClassVar[bool] = False
     """Steps alter the images and compute the features of the result, so those of the images need not stay in memory."""
     teacher: fx.GraphModule

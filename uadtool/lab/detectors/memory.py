@@ -45,7 +45,6 @@ class Memory(Detector):
 
     float_teacher = True
     one_pass = True
-    takes_classes = True
     other_maps: ClassVar[int] = 0
     """Raw maps besides those of the memories."""
 
