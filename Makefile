@@ -11,7 +11,7 @@ BIN := $(abspath $(VENV))/bin
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 28
 
-demo: demo/solar-cells ## train, quantize and compare on real images of solar cells (3 to 4 minutes on 2 cores)
+demo: demo/solar-cells ## train, quantize and compare on real images of solar cells (2 minutes on 2 cores)
 	@$(MAKE) --no-print-directory -f examples/Makefile UADTOOL=$(BIN)/uadtool DATA=demo/solar-cells OUT=demo
 
 demo/solar-cells: examples/solar_cells.py | $(VENV)/.demo
