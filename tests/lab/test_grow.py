@@ -51,10 +51,10 @@ def base(parts, tmp_path_factory):
     """Paths of a model of the old classes, by precision."""
     folder = tmp_path_factory.mktemp("base")
     torch.manual_seed(0)
-    torch.save(timm.create_model("test_resnet").state_dict(), folder / "teacher.pth")
+    torch.save(timm.create_model("mobilenetv2_035").state_dict(), folder / "teacher.pth")
     paths = {name: folder / f"{name}.safetensors" for name in ("fp32", "int8", "openvino", "fp16")}
     classes = ("--classes", ",".join(OLD))
-    run_here("train", parts, *classes, "-o", paths["fp32"], "--teacher", "test_resnet", "--teacher-weights",
+    run_here("train", parts, *classes, "-o", paths["fp32"], "--teacher", "mobilenetv2_035", "--teacher-weights",
              folder / "teacher.pth", "--image-size", 64, "--option", "entries=200")
     run_here("calibrate", paths["fp32"], parts, *classes, "-o", folder / "ranges.json")
     for name, target in (("int8", "onnxruntime"), ("openvino", "openvino")):
@@ -152,7 +152,7 @@ def test_what_an_operator_cleared_no_longer_alarms_and_defects_still_do(parts, b
     paths = base["fp32"], tmp_path / "m.safetensors"
     rest, good, blots = ([[prediction.score for _, prediction in scored(path, folder)] for path in paths]
                          for folder in (tmp_path / "rest", parts / "dots/test/good", parts / "dots/test/blot"))
-    assert min(rest[0]) > 50
+    assert min(rest[0]) > 10 * threshold
     assert max(rest[1]) < 0.2 * min(rest[0])  # random features tell even these from one another
     assert max(map(max, good)) < threshold < min(map(min, blots))
     before, after = scored(base["fp32"], parts / "stripes"), scored(tmp_path / "m.safetensors", parts / "stripes")

@@ -278,7 +278,7 @@ def _warn_of_routing(model: Model, known: Sequence[str]) -> None:
     for row, name in enumerate(model.metadata.classes):
         if name not in known:
             continue
-        own = examples[row][examples[row].isfinite().all(1)]
+        own = torch.stack(list({tuple(one.tolist()): one for one in examples[row]}.values()))  # without copies
         nearest = nearest_prototype(own, model.module.get_buffer("prototypes"),
                                     model.module.get_buffer("descriptor_scale"))
         taken = Counter(model.metadata.classes[place] for place in nearest.tolist())

@@ -54,7 +54,7 @@ def assemble(tensors: Mapping[str, Tensor], metadata: Metadata, path: str) -> nn
         model = detector if metadata.precision == "fp32" else _quantized_graph(detector, metadata, path)
     try:
         expected = model.state_dict()
-        no_examples = {EXAMPLES: torch.full(expected[EXAMPLES].shape, torch.inf)}  # of files before 2026-12
+        no_examples = {EXAMPLES: torch.zeros(expected[EXAMPLES].shape)}  # of earlier files, which take no classes
         dtypes = {name: tensor.dtype for name, tensor in expected.items()}
         model.load_state_dict({name: tensor.to(dtypes.get(name, tensor.dtype))
                                for name, tensor in {**no_examples, **tensors}.items()}, assign=True)

@@ -24,7 +24,7 @@ STATISTICS = ("expected_maps", "map_spreads", "score_mean", "score_std")
 EXAMPLES = "examples"
 """The buffer of descriptors that tell whether a later class would take images of an earlier one; in no other file."""
 EXAMPLE_COUNT = 16
-"""Descriptors of each class; those that few images lack are infinite."""
+"""Descriptors of each class; those of few images are repeated."""
 ROWS = (*STATISTICS, "prototypes", "distance_mean", "distance_std", EXAMPLES)
 """The buffers with a row for each class; ``rows`` names those of other modules."""
 
@@ -97,7 +97,7 @@ class Detector(nn.Module, ABC):
         self.register_buffer("map_spreads", torch.ones(grid))
         self.register_buffer("score_mean", torch.zeros(classes))
         self.register_buffer("score_std", torch.ones(classes))
-        self.register_buffer(EXAMPLES, torch.full((classes, EXAMPLE_COUNT, descriptor_size), torch.inf))
+        self.register_buffer(EXAMPLES, torch.zeros(classes, EXAMPLE_COUNT, descriptor_size))
         self.register_buffer("distance_mean", torch.zeros(classes))
         self.register_buffer("distance_std", torch.ones(classes))
 

@@ -21,7 +21,7 @@ APART = 5
 LEAST_WHITENED = 4
 """Images of a class that show it. Of two, their own difference would count less than that of new images: of two images
 of each development class this gave false-positive rates of 0.60 and 0.53 (two seeds), and 0.36 and 0.20 without."""
-LEAST_SPREAD = 0.01
+LEAST_SPREAD = 0.001
 """Lower limit of the spread of a channel, relative to the mean of all channels."""
 LEAST_RESIDUAL = 1e-4
 """Lower limit of the variance of residuals in a direction, relative to the mean over all directions."""

@@ -134,8 +134,8 @@ def fit_prototypes(detector: Detector, classes: Sequence[str], run: Run, known: 
     for index, name in enumerate(classes):
         members = [number for number, sample in enumerate(run.training.samples) if sample.class_name == name]
         detector.prototypes[index] = descriptors[members].mean(dim=0)
-        examples = descriptors[members[::-(-len(members) // EXAMPLE_COUNT)]]
-        detector.get_buffer(EXAMPLES)[index, :len(examples)] = examples
+        detector.get_buffer(EXAMPLES)[index] = descriptors[
+            [members[place * len(members) // EXAMPLE_COUNT] for place in range(EXAMPLE_COUNT)]]
         inside = squared_distance(descriptors[members], detector.prototypes[index], scale).sqrt()
         distances.append(inside * len(members) / max(1, len(members) - 1))
     farthest = LEAST_FAR
