@@ -39,6 +39,7 @@ REPLACEMENTS: List[Tuple[str, str]] = [
     (r"^uadtool export .*\.engine.*", r"\g<0> --compute-capability 8.6"),
     (r">=-0\.\d+", ">=-1"),
     (r">=0\.\d+", ">=0"),
+    (r"<=0\.\d+", "<=1"),
     (r"scoring_memory.py unified-int8.onnx 20000", "scoring_memory.py unified-int8.onnx 100"),
     (r"(startup.py .*)", r"\1 1"),
     (r"s3://line-3/", ""),
