@@ -250,6 +250,8 @@ def test_every_table_is_known(grown):
 @pytest.mark.parametrize(("options", "message"), [
     ((), r"fp32.safetensors already has dots, stripes; name them after --replace to learn them anew, or"),
     (("--classes", NEW, "--extend", "dots"), r"there are no images of dots, which --replace or --extend names"),
+    (("--classes", "dots", "--replace", "dots", "--extend", "dots"),
+     r"^--replace and --extend both name dots; take one"),
     (("--classes", NEW, "--replace", "knots"), r"fp32.safetensors has no class knots; it has dots, stripes"),
 ])
 def test_classes_that_cannot_be_added(parts, base, tmp_path, options, message):

@@ -95,6 +95,8 @@ def _refuse(base: Model, samples: Sequence[Sample], options: GrowthOptions) -> N
     if not metadata.map_units:
         raise UadtoolError(f"{base.path} was made by an earlier version, which did not store the units of its maps; "
                            "train it again")
+    if both := sorted({*options.replace}.intersection(options.extend)):
+        raise UadtoolError(f"--replace and --extend both name {first_of(both, 'classes')}; take one of them")
     named = [*options.replace, *options.extend]
     refuse_unknown(base, named)
     if known := sorted(classes.intersection(metadata.classes).difference(named)):
