@@ -103,21 +103,24 @@ def _join(one: Model, other: Model) -> Model:
     if digests[0] != digests[1]:
         raise UadtoolError(f"{one.path} and {other.path} did not grow from one base: theirs are {digests[0][:19]} and "
                            f"{digests[1][:19]}; join models that --add-to made from the same file")
-    names = sorted({*one.metadata.classes, *other.metadata.classes})
-    places = [[model.metadata.classes.index(name) if name in model.metadata.classes else None for name in names]
-              for model in (one, other)]
-    states, row_names = [model.module.state_dict() for model in (one, other)], tables(one.module)
-    tensors = dict(states[0])
-    for table in row_names & tensors.keys():
-        rows = []
-        for name, *pair in zip(names, *places):
-            found = [state[table][place] for state, place in zip(states, pair) if place is not None]
-            if len(found) == 2 and not torch.equal(*found):
-                raise UadtoolError(f"the class {name} of {one.path} is not that of {other.path}; leave one out with "
-                                   "--drop")
-            rows.append(found[0])
-        tensors[table] = torch.stack(rows)
+    found, theirs = _rows(one), _rows(other)
+    for name in sorted(found.keys() & theirs.keys()):
+        if one.metadata.thresholds.get(name) != other.metadata.thresholds.get(name) or not all(
+                torch.equal(row, theirs[name][table]) for table, row in found[name].items()):
+            raise UadtoolError(f"the class {name} of {one.path} is not that of {other.path}; leave one out with --drop")
+    found.update(theirs)
+    names, tensors = sorted(found), one.module.state_dict()
+    for table in next(iter(found.values())):
+        tensors[table] = torch.stack([found[name][table] for name in names])
     return _with(one, tensors, _joined(one.metadata, other.metadata, names))
+
+
+def _rows(model: Model) -> dict[str, dict[str, Tensor]]:
+    """For each class its row of each table."""
+    state = model.module.state_dict()
+    names = tables(model.module) & state.keys()
+    return {name: {table: state[table][place] for table in names}
+            for place, name in enumerate(model.metadata.classes)}
 
 
 def _with(model: Model, tensors: Mapping[str, Tensor], metadata: Metadata) -> Model:
