@@ -196,7 +196,8 @@ def test_onnx_runtime_looks_up_memories_in_integers(tmp_path):
     assert sum(types[name] == onnx.TensorProto.INT8 for name in banks) == 2 * 3  # projections and banks
 
 
-@pytest.mark.skipif(not find_spec("openvino"), reason="openvino is not installed")
+@pytest.mark.skipif(not find_spec("openvino") or not adds_int8_exactly(),
+                    reason="openvino is not installed, or not chosen for int8 on this processor")
 def test_openvino_looks_up_memories_in_integers(tmp_path):
     made = flavour("duet", "openvino", "int8")
     save_onnx(made.proto, tmp_path / "duet.onnx")
