@@ -14,6 +14,7 @@ from sklearn.metrics import roc_auc_score
 
 import uadtool
 from uadtool.errors import UadtoolError
+from uadtool.lab.detectors import patch_memory
 from uadtool.lab.detectors.contract import ROWS
 from uadtool.lab.export import export
 from uadtool.lab.few_images import FEW
@@ -175,6 +176,16 @@ def test_few_images_are_all_used_and_still_judge_new_ones(parts, base, tmp_path,
     assert roc_auc_score([label != "good" for label, _ in results], [one.score for _, one in results]) >= 0.9
     threshold = load_model(tmp_path / "m.safetensors")[1].thresholds[NEW]
     assert np.mean([one.score > threshold for label, one in results if label == "good"]) <= 0.5
+
+
+def test_few_images_with_more_patches_than_a_sample_has(parts, base, tmp_path, monkeypatch):
+    monkeypatch.setattr(patch_memory, "CANDIDATES", 100)
+    for path in sorted((parts / NEW / "train" / "good").iterdir())[:4]:
+        target = tmp_path / NEW / "train" / "good" / path.name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, target)
+    record = json.loads(run_here("train", tmp_path, "--add-to", base["fp32"], "-o", tmp_path / "m.safetensors"))
+    assert record["classes"][NEW] == {"training": 4, "held_out": 4, "copies": 0, "recognised": 4}
 
 
 # Join, choose

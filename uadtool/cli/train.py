@@ -8,12 +8,9 @@ from uadtool.cli import options
 from uadtool.errors import UadtoolError, require_lab
 from uadtool.terminal import log
 
-OF_THE_BASE = {"method": "--method", "method_options": "--option", "teacher": "--teacher",
-               "teacher_weights": "--teacher-weights", "image_size": "--image-size", "grey_bits": "--grey-bits",
-               "epochs": "--epochs", "steps": "--steps", "false_positive_rate": "--false-positive-rate",
-               "teacher_ranges": "--teacher-int8", "target": "--target", "device": "--device", "resume": "--resume",
-               "check": "--check"}
-"""Options that have no meaning where classes are added to a model: their parameters and names."""
+OF_THE_BASE = ("method", "method_options", "teacher", "teacher_weights", "image_size", "grey_bits", "epochs", "steps",
+               "false_positive_rate", "teacher_ranges", "target", "device", "resume", "check")
+"""Options that have no meaning where classes are added to a model."""
 
 
 def _size(ctx: click.Context, param: click.Parameter, value: str) -> Tuple[int, int]:
@@ -106,9 +103,9 @@ def train(ctx: click.Context, data: str, output: Optional[str], method: str, met
         (not teacher_ranges and options.given(ctx, "target"),
          "--target requires --teacher-int8; a float model runs on every runtime."),
         ((replace or extend) and not base, "--replace and --extend require --add-to."),
-        *((base and options.given(ctx, name),
-           f"{flag} does not go with --add-to: the model decides, and no step is taken.")
-          for name, flag in OF_THE_BASE.items()),
+        *((base and param.name in OF_THE_BASE and options.given(ctx, param.name),
+           f"{param.opts[0]} does not go with --add-to: the model decides, and no step is taken.")
+          for param in ctx.command.params),
     )
     if check:
         _check(data, classes, held_out, false_positive_rate)

@@ -36,26 +36,27 @@ def left_out_maps(model: Model, part: Memory, run: Run, few: Collection[str]
     compute = deployed_maps(model.module, model.metadata, 1)
     tables = {name: module for name, module in model.module.named_modules()
               if isinstance(module, (PatchMemory, QuantizedMemory))}
-    names, samples = sorted({str(sample.class_name) for sample in run.training.samples}), run.training.samples
-    for own, patches, count in part.classes(run):
-        if names[own] not in few:
+    samples = run.training.samples
+    for own, name in enumerate(sorted({str(sample.class_name) for sample in samples})):
+        if name not in few:
             continue
-        row = model.metadata.classes.index(names[own])
-        members = [number for number, sample in enumerate(samples) if sample.class_name == names[own]]
-        images = run.training.images(members)
+        row = model.metadata.classes.index(name)
+        members = [number for number, sample in enumerate(samples) if sample.class_name == name]
+        images, features = run.training.batch(members)
+        patches = part.patches(features)
         maps, nearest = compute(images)
-        before = {name: module.bank[row].clone() for name, module in tables.items()}
-        for mask in _left_out(count, part.map_size):
-            for (name, module), one, factor in zip(tables.items(), patches, part.factors):
-                memory = part.get_submodule(name)
+        before = {table: module.bank[row].clone() for table, module in tables.items()}
+        for mask in _left_out(len(members), part.map_size):
+            for (table, module), one in zip(tables.items(), patches):
+                memory = part.get_submodule(table)
                 assert isinstance(memory, PatchMemory)
-                grid = [round(side * min(1, factor)) for side in part.map_size]
-                memory.fill(own, one[F.interpolate(mask, size=grid).flatten() == 0])
+                kept = F.interpolate(mask, size=one.shape[2:])[:, 0] == 0
+                memory.fill(own, one.permute(0, 2, 3, 1)[kept])
                 coded = QuantizedMemory(memory, module.signed) if isinstance(module, QuantizedMemory) else memory
                 module.bank[row] = coded.bank[own]
             maps = torch.where(mask > 0, compute(images)[0], maps)
-        for name, bank in before.items():
-            tables[name].bank[row] = bank
+        for table, bank in before.items():
+            tables[table].bank[row] = bank
         yield [samples[number] for number in members], images, (maps, nearest)
 
 
