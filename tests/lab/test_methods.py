@@ -49,7 +49,7 @@ ROWS = {
     "stfpm": Row("stfpm", {}, 20, 2.5, 0.9),
     "stfpm-options": Row("stfpm", {"fusion": "product", "dcam": "true", "shared_stages": "1"}, 20, 9.0, 0.9),
     "rd": Row("rd", {"width": "1"}, 60, 1.5, 0.9),
-    "us": Row("us", {}, 200, 2.0, 0.9),
+    "us": Row("us", {}, 400, 2.0, 0.9),
     "dinomaly": Row("dinomaly", {"width": "64", "depth": "2"}, 60, 1.7, 0.9),
     "dinomaly-vit": Row("dinomaly", {"width": "64", "depth": "2"}, 60, 1.7, 0.7, "test_vit"),
     "memory": Row("memory", {"entries": "200"}, 0, 0.0, 0.95, int8=0.03),

@@ -114,7 +114,8 @@ class Decoder(nn.Module):
 
     def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
         joined = torch.cat([F.pixel_unshuffle(values, factor) for values, factor in zip(maps, self.factors)], dim=1)
-        tokens = self.bottleneck(joined.flatten(2).transpose(1, 2)) + self.position
+        # Not flattened first: OpenVINO 2026.4 cannot compile a transpose between that and a quantizer (constant_fold).
+        tokens = self.bottleneck(joined.permute(0, 2, 3, 1).flatten(1, 2)) + self.position
         outputs = []
         for block in self.blocks:
             tokens = block(tokens)
