@@ -3,7 +3,7 @@
 import dataclasses
 import json
 from dataclasses import dataclass, field
-from typing import Any, Dict, List, NamedTuple, Optional, Tuple
+from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Tuple
 
 from uadtool.errors import UadtoolError
 from uadtool.schemas.json_files import refuse_newer
@@ -23,6 +23,10 @@ PREPROCESSING = {
     "aspect_ratio": "not-kept",
 }
 """What happens between an image file and the model's input, besides the grey depths; see data/README.md."""
+
+
+OF_A_SIZE = ("threshold", "thresholds", "good_scores", "map_units")
+"""The fields that depend on the size of banks, besides the option ``entries``."""
 
 
 class Reading(NamedTuple):
@@ -64,6 +68,7 @@ class Metadata:
     An image whose class distance exceeds ``class_distance_limit`` is of no class of the model; None if no distances
     are known (files before 2026-12).
     ``map_units`` are the units of the raw maps in their sum; classes that are added to the model are measured in them.
+    ``sizes`` are smaller banks that the model holds, ascending: their ``entries``, and the fields in ``OF_A_SIZE``.
     ``preprocessing`` says how image files become the input: ``PREPROCESSING``, and ``grey_bits``, the bits of the
     values in 16-bit grey files, by class.
     ``provenance`` lists the steps that made the file, oldest first, each with digests of the model file that went in
@@ -92,6 +97,7 @@ class Metadata:
     class_distance_limit: Optional[float] = None
     map_units: List[float] = field(default_factory=list)
     preprocessing: Dict[str, Any] = field(default_factory=lambda: {**PREPROCESSING, "grey_bits": {}})
+    sizes: List[Dict[str, Any]] = field(default_factory=list)
 
     @property
     def identity(self) -> Dict[str, Any]:
@@ -153,6 +159,17 @@ class Metadata:
         if isinstance(values.get("good_scores"), list):  # written before there were thresholds for classes
             values["good_scores"] = {"": values["good_scores"]}
         return cls(**values)
+
+    def smaller(self) -> "List[Metadata]":
+        """The metadata of each of the ``sizes``, which has those below it."""
+        return [self.replace(options={**self.options, "entries": fields["entries"]}, sizes=self.sizes[:place],
+                             **{name: fields[name] for name in OF_A_SIZE})
+                for place, fields in enumerate(self.sizes)]
+
+    def with_smaller(self, smaller: "Iterable[Metadata]") -> "Metadata":
+        """The metadata with the ``sizes`` that these describe."""
+        return self.replace(sizes=[
+            {"entries": one.options["entries"], **{name: getattr(one, name) for name in OF_A_SIZE}} for one in smaller])
 
     def replace(self, **changes: Any) -> "Metadata":
         """A copy with some fields changed."""

@@ -56,7 +56,7 @@ def base(parts, tmp_path_factory):
     paths = {name: folder / f"{name}.safetensors" for name in ("fp32", "int8", "openvino", "fp16")}
     classes = ("--classes", ",".join(OLD))
     run_here("train", parts, *classes, "-o", paths["fp32"], "--teacher", "mobilenetv2_035", "--teacher-weights",
-             folder / "teacher.pth", "--image-size", 64, "--option", "entries=200")
+             folder / "teacher.pth", "--image-size", 64, "--option", "entries=400")
     run_here("calibrate", paths["fp32"], parts, *classes, "-o", folder / "ranges.json")
     for name, target in (("int8", "onnxruntime"), ("openvino", "openvino")):
         run_here("quantize", paths["fp32"], "--ranges", folder / "ranges.json", "--target", target, "-o", paths[name])

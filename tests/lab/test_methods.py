@@ -51,7 +51,7 @@ ROWS = {
     "rd": Row("rd", {"width": "1"}, 60, 1.5, 0.9),
     "us": Row("us", {}, 400, 2.0, 0.9),
     "dinomaly": Row("dinomaly", {"width": "64", "depth": "2"}, 60, 1.7, 0.9),
-    "dinomaly-vit": Row("dinomaly", {"width": "64", "depth": "2"}, 60, 1.7, 0.7, "test_vit"),
+    "dinomaly-vit": Row("dinomaly", {"width": "64", "depth": "2"}, 300, 1.7, 0.8, "test_vit"),
     "memory": Row("memory", {"entries": "200"}, 0, 0.0, 0.95, int8=0.03),
     "memory-vit": Row("memory", {"entries": "200"}, 0, 0.0, 0.7, "test_vit"),
     "duet": Row("duet", {"entries": "200"}, 30, 1.0, 0.95, int8=0.03),

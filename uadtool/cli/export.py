@@ -11,6 +11,8 @@ from uadtool.errors import require_lab
 @options.output("The ONNX detector (.onnx), TensorRT engine (.engine) or model (.safetensors) to write.")
 @options.names("--classes", "Write only these classes of the models.")
 @options.names("--drop", "Write all classes but these.")
+@click.option("--size", type=click.IntRange(1), metavar="N",
+              help="Take banks of N entries, one of the sizes that train --sizes made  [default: the largest]")
 @click.option("--images", metavar="PATH",
               help="Compare torch and the runtime on images of this folder or data set  [default: synthetic images]")
 @options.threshold_from
@@ -29,8 +31,8 @@ from uadtool.errors import require_lab
 @options.max_pixels
 @options.verbosity
 def export(models: Tuple[str, ...], output: str, classes: Optional[List[str]], drop: Optional[List[str]],
-           images: Optional[str], threshold_from: Optional[str], false_positive_rate: Optional[float],
-           **build: Any) -> None:
+           size: Optional[int], images: Optional[str], threshold_from: Optional[str],
+           false_positive_rate: Optional[float], **build: Any) -> None:
     """Write MODEL as a complete ONNX detector and check that its scores match those of torch.
 
     Several models that grew from one base (train --add-to) become one, with the classes of all. An OUTPUT in
@@ -44,6 +46,7 @@ def export(models: Tuple[str, ...], output: str, classes: Optional[List[str]], d
       uadtool export unified-int8.safetensors -o unified-int8.onnx --images mvtec/
       uadtool export line-1.safetensors line-2.safetensors -o both.safetensors
       uadtool export unified.safetensors --classes screw,pcb -o two.onnx
+      uadtool export unified.safetensors --size 250 -o small.onnx
       uadtool export unified-int8.onnx -o unified-int8.engine --workspace 1024
       uadtool export unified.safetensors -o unified.onnx --threshold-from good.jsonl
     """
@@ -54,12 +57,12 @@ def export(models: Tuple[str, ...], output: str, classes: Optional[List[str]], d
         (from_onnx != [to_engine] * len(models) or not output.endswith((".onnx", ".engine", ".safetensors")),
          "export turns .safetensors models into an .onnx file or another model, and an .onnx file into an .engine "
          "file."),
-        (to_engine and (len(models) > 1 or classes or drop),
-         "an engine has the classes of one .onnx file; join and choose when that is exported."),
+        (to_engine and (len(models) > 1 or classes or drop or size),
+         "an engine has the classes and the size of one .onnx file; join and choose when that is exported."),
         (classes and drop, "--classes and --drop are mutually exclusive."),
         (to_model and images, "--images requires an .onnx output."),
-        (to_model and not (len(models) > 1 or classes or drop or threshold_from),
-         "the output would be the same model; give several, --classes, --drop or --threshold-from."),
+        (to_model and not (len(models) > 1 or classes or drop or size or threshold_from),
+         "the output would be the same model; give several, --classes, --drop, --size or --threshold-from."),
         (build and not to_engine, f"--{next(iter(build), '').replace('_', '-')} requires an .engine output."),
         (images and to_engine, "--images requires an .onnx output; check an engine with score."),
         ("gpu_fallback" in build and "dla" not in build, "--gpu-fallback requires --dla."),
@@ -78,7 +81,7 @@ def export(models: Tuple[str, ...], output: str, classes: Optional[List[str]], d
     if to_engine:
         _write_engine(models[0], output, retuned, build)
     else:
-        _write_model(models, output, classes, drop, retuned, images)
+        _write_model(models, output, classes, drop, size, retuned, images)
 
 
 def _write_engine(model: str, output: str, retuned: Callable[[Any], Any], build: Any) -> None:
@@ -95,7 +98,7 @@ def _write_engine(model: str, output: str, retuned: Callable[[Any], Any], build:
 
 
 def _write_model(models: Tuple[str, ...], output: str, classes: Optional[List[str]], drop: Optional[List[str]],
-                 retuned: Callable[[Any], Any], images: Optional[str]) -> None:
+                 size: Optional[int], retuned: Callable[[Any], Any], images: Optional[str]) -> None:
     require_lab()
     from contextlib import ExitStack
 
@@ -105,6 +108,7 @@ def _write_model(models: Tuple[str, ...], output: str, classes: Optional[List[st
     from uadtool.lab.models import load_model, save_model
     from uadtool.lab.onnx_export.writer import save_onnx
     from uadtool.lab.rows import Model, choose, join, without
+    from uadtool.lab.sizes import at_size
     from uadtool.lab.training.precision import use_available_cores
     from uadtool.schemas.json_files import write_json
 
@@ -114,6 +118,8 @@ def _write_model(models: Tuple[str, ...], output: str, classes: Optional[List[st
         model = join([Model(*load_model(path), path) for path in models])
     if classes or drop:
         model = choose(model, classes or without(model, drop or []))
+    if size:
+        model = at_size(model, size)
     detector, metadata = model.module, retuned(model.metadata)
     record = {"schema": "uadtool.export/1", "output": output, "model_digest": digests[0], "classes": metadata.classes,
               "precision": metadata.precision, "target": metadata.target}

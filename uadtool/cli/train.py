@@ -8,8 +8,8 @@ from uadtool.cli import options
 from uadtool.errors import UadtoolError, require_lab
 from uadtool.terminal import log
 
-OF_THE_BASE = ("method", "method_options", "teacher", "teacher_weights", "image_size", "grey_bits", "epochs", "steps",
-               "false_positive_rate", "teacher_ranges", "target", "device", "resume", "check")
+OF_THE_BASE = ("method", "method_options", "sizes", "teacher", "teacher_weights", "image_size", "grey_bits", "epochs",
+               "steps", "false_positive_rate", "teacher_ranges", "target", "device", "resume", "check")
 """Options that have no meaning where classes are added to a model."""
 
 
@@ -22,6 +22,17 @@ def _size(ctx: click.Context, param: click.Parameter, value: str) -> Tuple[int, 
     if len(numbers) not in (1, 2) or not all(32 <= n <= 4096 and n % 16 == 0 for n in numbers):
         raise click.BadParameter(f"{value!r} is not a size such as 256 or 256x320 (multiples of 16, 32 to 4096)")
     return numbers[0], numbers[-1]
+
+
+def _sizes(ctx: click.Context, param: click.Parameter, value: Optional[str]) -> List[int]:
+    """``250,1000``."""
+    try:
+        sizes = [int(part) for part in value.split(",")] if value is not None else []
+    except ValueError:
+        sizes = [0]
+    if not all(1 <= size <= 1_000_000 for size in sizes) or len(sizes) > 20:
+        raise click.BadParameter(f"{value!r} is not a list of up to 20 numbers of entries such as 250,1000")
+    return sizes
 
 
 def _pairs(ctx: click.Context, param: click.Parameter, value: Tuple[str, ...]) -> Dict[str, str]:
@@ -40,6 +51,8 @@ def _pairs(ctx: click.Context, param: click.Parameter, value: Tuple[str, ...]) -
               help="Option of the method: memory has entries, components and strides; duet has entries, components "
                    "and width; stfpm has fusion, dcam and shared_stages; rd and us have width; dinomaly has width, "
                    "depth, bottleneck and dropout.")
+@click.option("--sizes", metavar="N,N", callback=_sizes,
+              help="Entries of the banks of memory or duet in several sizes, of which export --size takes one.")
 @click.option("--teacher", default="tf_efficientnet_lite0", show_default=True, metavar="NAME",
               help="Name of a timm CNN; dinomaly and memory also take a vision transformer.")
 @click.option("--teacher-weights", metavar="FILE", type=click.Path(exists=True, dir_okay=False),
@@ -75,7 +88,7 @@ def _pairs(ctx: click.Context, param: click.Parameter, value: Tuple[str, ...]) -
 @options.verbosity
 @click.pass_context
 def train(ctx: click.Context, data: str, output: Optional[str], method: str, method_options: Dict[str, str],
-          teacher: str, teacher_weights: Optional[str], image_size: Tuple[int, int], grey_bits: str,
+          sizes: List[int], teacher: str, teacher_weights: Optional[str], image_size: Tuple[int, int], grey_bits: str,
           classes: Optional[List[str]], base: Optional[str], replace: Optional[List[str]],
           extend: Optional[List[str]], epochs: Optional[int], steps: Optional[int], held_out: float,
           false_positive_rate: float, teacher_ranges: Optional[str], target: str, device: str, seed: int,
@@ -102,6 +115,7 @@ def train(ctx: click.Context, data: str, output: Optional[str], method: str, met
         (not check and not output, "Missing option '-o' / '--output'."),
         (not teacher_ranges and options.given(ctx, "target"),
          "--target requires --teacher-int8; a float model runs on every runtime."),
+        (sizes and "entries" in method_options, "--sizes and --option entries are mutually exclusive."),
         ((replace or extend) and not base, "--replace and --extend require --add-to."),
         *((base and param.name in OF_THE_BASE and options.given(ctx, param.name),
            f"{param.opts[0]} does not go with --add-to: the model decides, and no step is taken.")
@@ -135,7 +149,7 @@ def train(ctx: click.Context, data: str, output: Optional[str], method: str, met
         samples = training_samples(data, classes)
         checkpoint = Path(f"{output}.checkpoint")
         result = run(samples, TrainingOptions(
-            method=method, method_options=method_options, teacher=teacher, teacher_weights=teacher_weights,
+            method=method, method_options=method_options, sizes=sizes, teacher=teacher, teacher_weights=teacher_weights,
             image_size=image_size, grey_bits=None if grey_bits == "auto" else int(grey_bits), held_out=held_out,
             false_positive_rate=false_positive_rate, device=device, seed=seed,
             teacher_ranges=ranges, target=target, epochs=epochs, steps=steps,
@@ -149,6 +163,7 @@ def train(ctx: click.Context, data: str, output: Optional[str], method: str, met
             "threshold": result.metadata.threshold, "thresholds": result.metadata.thresholds,
             "false_positive_rate": false_positive_rate,
             "parameters": result.metadata.parameters, "macs": result.metadata.macs,
+            **({"sizes": sorted(set(sizes))} if sizes else {}),
         })
 
 

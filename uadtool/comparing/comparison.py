@@ -190,6 +190,7 @@ def _origin(model: Model) -> Dict[str, Any]:
     return {
         "label": model.label, "path": result.path, "digest": result.digest,
         **{name: result.model[name] for name in ("method", "teacher", "classes", "image_size", "precision")},
+        **({"entries": result.model["entries"]} if "entries" in result.model else {}),
         **({"training": training} if training else {}),
         "runtime": result.runtime, "machine": result.machine,
         **({"quantization": result.quantization} if result.quantization else {}),

@@ -64,12 +64,12 @@ def _origins(models: List[Dict[str, Any]]) -> Iterator[Tuple[str, List[str]]]:
     otherwise only if they differ.
     """
     sizes = [{**model, "classes": str(len(model["classes"])), "image_size": "x".join(map(str, model["image_size"])),
-              "steps": str(model.get("training", {}).get("steps", "-")),
+              "entries": str(model.get("entries", "-")), "steps": str(model.get("training", {}).get("steps", "-")),
               "trained": model.get("training", {}).get("started", "-").replace("T", " ")[:16],
               "base": model.get("training", {}).get("base", "-").rpartition(":")[2][:12]} for model in models]
     for label, key in (("method", "method"), ("teacher", "teacher"), ("classes", "classes"),
-                       ("image size", "image_size"), ("steps", "steps"), ("trained", "trained"),
-                       ("base", "base")):
+                       ("image size", "image_size"), ("entries", "entries"), ("steps", "steps"),
+                       ("trained", "trained"), ("base", "base")):
         if len({model[key] for model in sizes}) > 1:
             yield label, [model[key] for model in sizes]
     yield "precision", [model["precision"] for model in models]

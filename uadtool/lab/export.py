@@ -26,7 +26,7 @@ def export(model: nn.Module, metadata: Metadata, digest: str,
     """
     pixels = parity_images(images, metadata.reading)
     step = {"command": "export", "tool_version": __version__, "model_digest": digest}
-    metadata = metadata.replace(provenance=[*metadata.provenance, step])
+    metadata = metadata.replace(provenance=[*metadata.provenance, step], sizes=[])
     proto = to_onnx(model, metadata)
     if metadata.target == "tensorrt" and (findings := lint(proto)):
         raise UadtoolError(f"TensorRT would refuse the exported graph: {findings[0]}; nothing was written")

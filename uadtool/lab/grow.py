@@ -19,7 +19,7 @@ from uadtool.errors import UadtoolError
 from uadtool.files import list_digest
 from uadtool.host import available_cores, build_time
 from uadtool.lab.detectors.backbones import traced
-from uadtool.lab.detectors.contract import EXAMPLES, ROWS, Detector, nearest_prototype, pooled_descriptor
+from uadtool.lab.detectors.contract import EXAMPLES, nearest_prototype, pooled_descriptor
 from uadtool.lab.detectors.memory import Memory
 from uadtool.lab.detectors.patch_memory import PatchMemory
 from uadtool.lab.detectors.registry import build_detector, find_method
@@ -28,8 +28,9 @@ from uadtool.lab.few_images import FEW, left_out_maps
 from uadtool.lab.models import assemble
 from uadtool.lab.onnx_export.deployed import deployed_maps
 from uadtool.lab.quantization.modules import ActivationQuantizer, QuantizedMemory
+from uadtool.lab.report import class_counts, inspect_samples, warn_of
 from uadtool.lab.rows import Model, choose, join, refuse_unknown, tables
-from uadtool.lab.train import inspect_samples, warn_of
+from uadtool.lab.sizes import at_size, fit_every_size, row_statistics
 from uadtool.lab.training.data import TeacherFeatures, names_digest
 from uadtool.lab.training.loop import Run
 from uadtool.metadata import Metadata
@@ -120,25 +121,28 @@ def _added(base: Model, samples: Sequence[Sample], options: GrowthOptions, repor
     metadata = metadata.replace(class_distance_limit=max(limit, metadata.class_distance_limit or 0))
     joined = join([base, _model(base, part, metadata)])
     _warn_of_routing(joined, base.metadata.classes)
-    detector, results = _row_statistics(joined), []
-    for members, images, raw in left_out_maps(joined, part, run, few) if few else ():
-        results.append(fit_statistics(detector, partial(_stored, raw), joined.metadata.classes, [(members, images)],
-                                      known))
-    if held_out:
-        maps = deployed_maps(joined.module, joined.metadata, len(held_out))
-        results.append(fit_statistics_from_files(detector, maps, joined.metadata.classes, held_out, metadata.reading,
-                                                 torch.device("cpu"), known))
-    found = _merged(results)
-    warn_of(found)
-    trained = Counter(str(sample.class_name) for sample in training)
-    copies = Counter(str(samples[number].class_name) for number, original in enumerate(inspection.originals)
-                     if number != original)
-    report["conspicuous"] += found.conspicuous
-    report["classes"].update({name: {
-        "training": trained[name], "held_out": sum(count for (owner, _), count in found.taken_for.items()
-                                                   if owner == name),
-        "copies": copies[name], "recognised": found.taken_for[name, name]} for name in classes})
-    return joined._replace(metadata=_with_scores(joined.metadata, found, classes))
+    founds: list[HeldOut] = []
+
+    def fit(model: Model) -> Metadata:
+        entries = model.metadata.options["entries"]
+        known, rows, results = _known(at_size(base, entries)), row_statistics(model), []
+        fitted = at_size(Model(part, metadata.replace(precision="fp32")), entries).module
+        assert isinstance(fitted, Memory)
+        for members, images, raw in left_out_maps(model, fitted, run, few) if few else ():
+            results.append(fit_statistics(rows, partial(_stored, raw), model.metadata.classes, [(members, images)],
+                                          known))
+        if held_out:
+            maps = deployed_maps(model.module, model.metadata, len(held_out))
+            results.append(fit_statistics_from_files(rows, maps, model.metadata.classes, held_out, metadata.reading,
+                                                     torch.device("cpu"), known))
+        founds.append(_merged(results))
+        return _with_scores(model.metadata, founds[-1], classes)
+
+    joined = fit_every_size(joined, fit)
+    warn_of(founds[-1])
+    report["conspicuous"] += founds[-1].conspicuous
+    report["classes"].update(class_counts(classes, samples, inspection.originals, training, founds[-1]))
+    return joined
 
 
 def _split(samples: Sequence[Sample], options: GrowthOptions, originals: Sequence[int]
@@ -164,14 +168,16 @@ def _extended(base: Model, samples: Sequence[Sample], options: GrowthOptions, re
     originals = [sample for number, sample in enumerate(samples) if inspection.originals[number] == number]
     old = choose(base, classes)
     part, run = _part(base, old.metadata.replace(preprocessing=metadata.preprocessing), originals, options.seed)
+    own, theirs = part.state_dict(), old.module.state_dict()
     for name, module in old.module.named_modules():
-        if isinstance(module, (PatchMemory, QuantizedMemory)):
-            part.get_submodule(name).load_state_dict(_float_memory(module).state_dict())
-    for name in ROWS:
-        part.get_buffer(name).copy_(old.module.get_buffer(name))
+        if isinstance(module, QuantizedMemory):
+            theirs.update({f"{name}.{table}": tensor for table, tensor in module.dequantized().state_dict().items()})
+    for name in tables(part) & own.keys():
+        own[name].copy_(theirs[name])
     factors = part.extend_memories(run)[:, :, None, None]
-    for name in ("expected_maps", "map_spreads"):
-        part.get_buffer(name)[:, :factors.shape[1]] *= factors
+    for statistics in (part, *part.sizes.values()):
+        for name in ("expected_maps", "map_spreads"):
+            statistics.get_buffer(name)[:, :factors.shape[1]] *= factors
     given, used = (Counter(str(sample.class_name) for sample in images) for images in (samples, originals))
     report["classes"].update({name: {"training": used[name], "held_out": 0, "copies": given[name] - used[name]}
                               for name in classes})
@@ -183,6 +189,7 @@ def _extended(base: Model, samples: Sequence[Sample], options: GrowthOptions, re
 def _inspected(metadata: Metadata, classes: list[str], samples: Sequence[Sample]) -> tuple[Inspection, Metadata]:
     """What the images look like, and the metadata of a model of these classes alone."""
     inspection = inspect_samples(samples, None)
+    metadata = metadata.with_smaller(one.replace(thresholds={}, good_scores={}) for one in metadata.smaller())
     return inspection, metadata.replace(
         classes=classes, thresholds={}, good_scores={},
         preprocessing={**metadata.preprocessing, "grey_bits": inspection.grey_bits})
@@ -239,19 +246,6 @@ def _model(base: Model, part: Memory, metadata: Metadata) -> Model:
             state.update({f"{name}.{own}": tensor for own, tensor in quantized.state_dict().items()})
     rows = {name: state[name] for name in names & tensors.keys()}
     return Model(assemble({**tensors, **rows}, metadata, base.path), metadata, base.path)
-
-
-def _float_memory(module: PatchMemory | QuantizedMemory) -> PatchMemory:
-    return module.dequantized() if isinstance(module, QuantizedMemory) else module
-
-
-def _row_statistics(model: Model) -> Detector:
-    """A detector that has only the rows of the model, which it shares."""
-    with torch.device("meta"):
-        detector = build_detector(model.metadata)
-    for name in ROWS:
-        setattr(detector, name, model.module.get_buffer(name))
-    return detector
 
 
 def _merged(results: Sequence[HeldOut]) -> HeldOut:

@@ -28,6 +28,8 @@ from uadtool.lab.quantization.qat import fine_tune
 from uadtool.lab.quantization.ranges import RangesFile, ranges_digest
 from uadtool.lab.quantization.sensitivity import anomaly_maps, layer_sensitivity, map_distance
 from uadtool.lab.quantization.targets import TARGETS
+from uadtool.lab.rows import Model
+from uadtool.lab.sizes import fit_every_size, row_statistics
 from uadtool.lab.training.data import read_images, split_again
 from uadtool.lab.training.synthetic import synthetic_anomalies
 from uadtool.metadata import Metadata, Quantization
@@ -118,12 +120,21 @@ def apply_recipe(detector: Detector, metadata: Metadata, digest: str, ranges: Op
     if images:
         report["map_distance"] = map_distance(anomaly_maps(detector, images.held_out),
                                               anomaly_maps(model, images.held_out))
-        refitted = copy.deepcopy(detector)  # the model shares its statistics with the float detector, which keeps them
-        raw_maps = deployed_maps(model, metadata, images.held_out_count)
-        metadata = refit_statistics(refitted, raw_maps, metadata, images.samples)
-        for name in STATISTICS:
-            setattr(model, name, refitted.get_buffer(name))
+        metadata = _refit(Model(model, metadata), images)
     return Quantized(model, metadata, report)
+
+
+def _refit(model: Model, images: _Images) -> Metadata:
+    """Set the statistics of a quantized model at every size; the float detector that it shares them with keeps its."""
+    for name in STATISTICS:
+        setattr(model.module, name, model.module.get_buffer(name).clone())
+    model.module.sizes = copy.deepcopy(model.module.sizes)
+
+    def fit(one: Model) -> Metadata:
+        raw_maps = deployed_maps(one.module, one.metadata, images.held_out_count)
+        return refit_statistics(row_statistics(one), raw_maps, one.metadata, images.samples)
+
+    return fit_every_size(model, fit).metadata
 
 
 def _to_int8(plan: QuantizationPlan, metadata: Metadata, ranges: RangesFile, images: Optional[_Images], recipe: Recipe,

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from uadtool.errors import UadtoolError
-from uadtool.lab.detectors.complexity import count_parameters
+from uadtool.lab.detectors.complexity import count_macs, count_parameters
 from uadtool.lab.detectors.contract import ROWS
 from uadtool.lab.detectors.registry import build_detector
 from uadtool.lab.models import assemble
@@ -50,7 +50,7 @@ def choose(model: Model, classes: Sequence[str]) -> Model:
     kept = [number for number, name in enumerate(metadata.classes) if name in classes]
     names, rows = tables(model.module), torch.tensor(kept)
     tensors = {name: tensor[rows] if name in names else tensor for name, tensor in model.module.state_dict().items()}
-    return _with(model, tensors, _of_classes(metadata, [metadata.classes[number] for number in kept]))
+    return rebuilt(model, tensors, _of_classes(metadata, [metadata.classes[number] for number in kept]))
 
 
 def join(models: Sequence[Model]) -> Model:
@@ -93,7 +93,8 @@ def base_digest(model: Model) -> str:
     metadata = model.metadata
     shared: dict[str, Any] = {
         **metadata.identity, "classes": None, "options": metadata.options, "target": metadata.target,
-        "threshold": metadata.threshold, "rate": metadata.false_positive_rate, "units": metadata.map_units}
+        "rate": metadata.false_positive_rate,
+        "sizes": [(one.threshold, one.map_units) for one in (*metadata.smaller(), metadata)]}
     digest.update(json.dumps(shared, sort_keys=True).encode())
     return f"sha256:{digest.hexdigest()}"
 
@@ -112,7 +113,7 @@ def _join(one: Model, other: Model) -> Model:
     names, tensors = sorted(found), one.module.state_dict()
     for table in next(iter(found.values())):
         tensors[table] = torch.stack([found[name][table] for name in names])
-    return _with(one, tensors, _joined(one.metadata, other.metadata, names))
+    return rebuilt(one, tensors, _joined(one.metadata, other.metadata, names))
 
 
 def _rows(model: Model) -> dict[str, dict[str, Tensor]]:
@@ -123,15 +124,20 @@ def _rows(model: Model) -> dict[str, dict[str, Tensor]]:
             for place, name in enumerate(model.metadata.classes)}
 
 
-def _with(model: Model, tensors: Mapping[str, Tensor], metadata: Metadata) -> Model:
+def rebuilt(model: Model, tensors: Mapping[str, Tensor], metadata: Metadata) -> Model:
+    """The model with other tensors and metadata, whose counts of parameters and multiply-accumulates are set."""
     module = assemble(dict(tensors), metadata, model.path)
     with torch.device("meta"):
-        parameters = count_parameters(build_detector(metadata))  # an int8 graph has them as codes
-    return Model(module, metadata.replace(parameters=parameters), model.path)
+        detector = build_detector(metadata)  # an int8 graph has parameters as codes
+        metadata = metadata.replace(parameters=count_parameters(detector),
+                                    macs=count_macs(detector, metadata.image_size))
+    return Model(module, metadata, model.path)
 
 
 def _of_classes(metadata: Metadata, classes: list[str]) -> Metadata:
     """The metadata of these classes. Scores of images that were taken for another class remain."""
+    metadata = metadata.with_smaller(_of_classes(one, classes) for one in metadata.smaller())
+
     def part(values: Mapping[str, Any]) -> dict[str, Any]:
         return {name: value for name, value in values.items() if name in classes or not name}
 
@@ -142,6 +148,7 @@ def _of_classes(metadata: Metadata, classes: list[str]) -> Metadata:
 
 def _joined(one: Metadata, other: Metadata, classes: list[str]) -> Metadata:
     """The metadata of both. The steps after those that made their base are in an order of their own."""
+    one = one.with_smaller(_joined(*pair, classes) for pair in zip(one.smaller(), other.smaller()))
     pairs = zip(one.provenance, other.provenance)
     common = len(list(takewhile(lambda pair: pair[0] == pair[1], pairs)))
     later = {json.dumps(step, sort_keys=True): step for step in (*one.provenance[common:], *other.provenance[common:])}

@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 
 from uadtool import __version__
-from uadtool.data.inspection import Inspection, inspect
+from uadtool.data.inspection import Inspection
 from uadtool.data.samples import Sample
 from uadtool.data.splits import LEAST_HELD_OUT, balanced, split_held_out
 from uadtool.errors import UadtoolError
 from uadtool.files import file_digest, list_digest
-from uadtool.host import available_cores, build_time
+from uadtool.host import build_time
 from uadtool.lab.detectors.backbones import DEFAULT_TEACHER
 from uadtool.lab.detectors.complexity import count_macs, count_parameters
-from uadtool.lab.detectors.contract import Detector
+from uadtool.lab.detectors.contract import Detector, Statistics
 from uadtool.lab.detectors.registry import find_method, method_options
 from uadtool.lab.detectors.statistics import HeldOut, fit_prototypes, fit_statistics_from_files
 from uadtool.lab.detectors.weights import load_teacher_weights
@@ -26,18 +26,19 @@ from uadtool.lab.quantization.bias_correction import CORRECTION_IMAGES
 from uadtool.lab.quantization.ranges import Ranges, ranges_digest
 from uadtool.lab.quantization.targets import TARGETS
 from uadtool.lab.quantization.teacher import quantized_teacher
+from uadtool.lab.report import class_counts, inspect_samples, warn_of
+from uadtool.lab.rows import Model
+from uadtool.lab.sizes import fit_every_size
 from uadtool.lab.training import distributed
 from uadtool.lab.training.data import Teacher, TeacherFeatures, fits, names_digest, pack_originals, read_images
 from uadtool.lab.training.loop import BATCH_SIZE, Outcome, Run, steps_per_epoch
 from uadtool.lab.training.precision import autocast, autocast_dtype, choose_device
 from uadtool.metadata import PREPROCESSING, Metadata, Reading
 from uadtool.scoring.thresholds import with_thresholds
-from uadtool.terminal import first_of, log
+from uadtool.terminal import log
 
 EPOCHS = 40
 """Epochs of a training unless it says otherwise."""
-MOST_CONFUSED = 0.01
-"""Share of the held-out images of two classes that may be taken for the other without a warning."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,8 @@ class TrainingOptions:
     ``steps``, batches of 16, replace ``epochs``, which are 40 by default; a method that takes no steps has neither.
     ``held_out`` is the share of good images of each class that
     is held out: it chooses the checkpoint and sets the score statistics and the threshold, which held-out images exceed
-    at ``false_positive_rate``. ``image_size`` is (height, width). ``grey_bits`` are those of the values in 16-bit grey
+    at ``false_positive_rate``. ``sizes`` are numbers of entries: the model has banks of the largest, which begin with
+    the others. ``image_size`` is (height, width). ``grey_bits`` are those of the values in 16-bit grey
     files; None takes for each class the fewest that fit. With ``teacher_ranges`` the student learns the
     features of the teacher in int8, as ``target`` rounds it.
     """
@@ -58,6 +60,7 @@ class TrainingOptions:
     image_size: tuple[int, int] = (256, 256)
     grey_bits: Optional[int] = None
     method_options: Mapping[str, str] = field(default_factory=dict)
+    sizes: Sequence[int] = ()
     epochs: Optional[int] = None
     steps: Optional[int] = None
     held_out: float = 0.2
@@ -123,6 +126,10 @@ def _prepare(samples: Sequence[Sample], options: TrainingOptions, checkpoint: Pa
     classes = sorted({str(sample.class_name) for sample in samples})
     _warn_of_similar(classes)
     all_options = method_options(options.method, options.method_options)
+    if options.sizes:
+        if "entries" not in all_options:
+            raise UadtoolError(f"{options.method} has no banks, and so one size; memory and duet have several")
+        all_options["entries"] = max(options.sizes)
     Metadata(options.method, options.teacher, classes, options.image_size, map_size=options.image_size, threshold=0.0,
              false_positive_rate=options.false_positive_rate, parameters=0, macs=0,
              options=all_options).to_json()  # raises if no command could read the model
@@ -182,18 +189,6 @@ def _hold(detector: Detector, training: TeacherFeatures, held_out: TeacherFeatur
             part.hold(features)
 
 
-def inspect_samples(samples: Sequence[Sample], bits: Optional[int]) -> Inspection:
-    """Look at the images before any long work, and say what is odd."""
-    inspection = inspect(samples, available_cores())
-    if bits:
-        inspection = inspection._replace(grey_bits=dict.fromkeys(inspection.grey_bits, bits))
-    for finding in inspection.findings:
-        log.warning("%s", finding)
-    for name, found in inspection.grey_bits.items():
-        log.info("16-bit grey images of %s are read with %d bits", name, found)
-    return inspection
-
-
 def _warn_of_similar(classes: Sequence[str]) -> None:
     """Warn of classes that differ only in case: a file system without case would take their folders for one."""
     groups: dict[str, list[str]] = {}
@@ -202,26 +197,6 @@ def _warn_of_similar(classes: Sequence[str]) -> None:
     similar = [" and ".join(names) for names in groups.values() if len(names) > 1]
     if similar:
         log.warning("classes whose names differ only in case are trained as separate classes: %s", ", ".join(similar))
-
-
-def warn_of(held_out: HeldOut) -> None:
-    """Warn of each pair of classes of which more than ``MOST_CONFUSED`` are taken for the other, and of outliers."""
-    totals: Counter[str] = Counter()
-    confused: Counter[tuple[str, ...]] = Counter()
-    for (name, nearest), count in held_out.taken_for.items():
-        totals[name] += count
-        if name != nearest:
-            confused[tuple(sorted((name, nearest)))] += count
-    for pair, count in confused.most_common():
-        total = sum(totals[name] for name in pair)
-        if count > MOST_CONFUSED * total:
-            log.warning("%d of %d held-out images of %s are taken for the other of the two: what is normal for one "
-                        "passes in the other; make them one class if their images are alike", count, total,
-                        " and ".join(pair))
-    if held_out.conspicuous:
-        log.warning("held-out images that score far above the others of their class: %s; if they are defects, remove "
-                    "them: they raise the threshold, and other defects pass",
-                    first_of(held_out.conspicuous, "images"))
 
 
 def _teacher(detector: Detector, options: TrainingOptions, samples: Sequence[Sample], reading: Reading,
@@ -248,19 +223,11 @@ def _finish(job: _Job, outcome: Optional[Outcome], samples: Sequence[Sample], op
     """Bring the trained detector into its deployed form, set its statistics, and describe it."""
     detector, run = job.detector, job.run
     detector.fold_batch_norm()
-    class_distance_limit = fit_prototypes(detector, job.classes, run)
-    found = fit_statistics_from_files(detector, detector.raw_maps_and_class, job.classes, run.held_out.samples,
-                                      job.reading, run.device)
+    metadata, found = _fit_statistics(job, options)
     warn_of(found)
     detector.to(device="cpu", memory_format=torch.contiguous_format)  # type: ignore[call-overload]
-    training, held_out = (Counter(sample.class_name for sample in images.samples)
-                          for images in (run.training, run.held_out))
-    copies = Counter(samples[number].class_name for number, original in enumerate(job.inspection.originals)
-                     if number != original)
     report = {
-        "classes": {name: {"training": training[name], "held_out": held_out[name], "copies": copies[name],
-                           "recognised": found.taken_for[name, name]}
-                    for name in job.classes},
+        "classes": class_counts(job.classes, samples, job.inspection.originals, run.training.samples, found),
         "conspicuous": found.conspicuous,
         "steps": run.steps,
         "epochs": round(run.steps / steps_per_epoch(len(run.training)), 2) if run.steps else 1,
@@ -278,12 +245,30 @@ def _finish(job: _Job, outcome: Optional[Outcome], samples: Sequence[Sample], op
     }
     if (packed := pack_originals(job.inspection.originals)) is not None:
         step["originals"] = packed
+    metadata = metadata.replace(parameters=count_parameters(detector), macs=count_macs(detector, options.image_size),
+                                provenance=[step])
+    return TrainingResult(detector, metadata, report)
+
+
+def _fit_statistics(job: _Job, options: TrainingOptions) -> tuple[Metadata, HeldOut]:
+    """Set the statistics of the deployed detector at every size: its metadata, and what held-out images showed."""
+    detector, run = job.detector, job.run
     metadata = Metadata(
-        method=options.method, teacher=options.teacher, classes=job.classes, image_size=options.image_size,
-        map_size=detector.map_size, threshold=0.0, false_positive_rate=options.false_positive_rate,
-        parameters=count_parameters(detector), macs=count_macs(detector, options.image_size),
-        options=job.method_options, tool_version=__version__, provenance=[step],
-        preprocessing={**PREPROCESSING, "grey_bits": job.inspection.grey_bits},
-        class_distance_limit=class_distance_limit, map_units=found.units,
-    )
-    return TrainingResult(detector, with_thresholds(metadata, found.scores, options.false_positive_rate), report)
+        options.method, options.teacher, job.classes, options.image_size, detector.map_size, threshold=0.0,
+        false_positive_rate=options.false_positive_rate, parameters=0, macs=0, options=job.method_options,
+        tool_version=__version__, class_distance_limit=fit_prototypes(detector, job.classes, run),
+        preprocessing={**PREPROCESSING, "grey_bits": job.inspection.grey_bits})
+    sizes = sorted(set(options.sizes))[:-1]
+    detector.sizes.update({str(entries): Statistics(detector) for entries in sizes})
+    found: list[HeldOut] = []
+
+    def fit(model: Model) -> Metadata:
+        assert isinstance(model.module, Detector)
+        found.append(fit_statistics_from_files(model.module, model.module.raw_maps_and_class, job.classes,
+                                               run.held_out.samples, job.reading, run.device))
+        return with_thresholds(model.metadata, found[-1].scores, options.false_positive_rate).replace(
+            map_units=found[-1].units)
+
+    model = Model(detector, metadata.with_smaller(
+        metadata.replace(options={**job.method_options, "entries": entries}) for entries in sizes))
+    return fit_every_size(model, fit).metadata, found[-1]

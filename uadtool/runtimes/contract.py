@@ -114,6 +114,8 @@ def describe(runtime: Runtime) -> Dict[str, Any]:
     if training := {name: value for name, value in values.items()
                     if isinstance(value, int if name == "steps" else str)}:
         model["training"] = training
+    if isinstance(entries := metadata.options.get("entries"), int):
+        model["entries"] = entries
     if metadata.quantization:
         model["quantization"] = {**dataclasses.asdict(metadata.quantization),
                                  "float_layers": len(metadata.quantization.float_layers)}

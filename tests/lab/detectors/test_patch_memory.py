@@ -35,12 +35,16 @@ def of_one_image(points):
     return torch.zeros(len(points), dtype=torch.long)
 
 
+def of_class(seed, row, size=5):
+    """400 patches of a class that has a place and spreads of its own."""
+    return patches(seed + row, 400, size) * torch.linspace(0.5, 3, size) * (1 + row) + 5 * row
+
+
 def fitted(seed, classes, entries, size=5, components=5):
-    """A memory of classes whose patches have places and spreads of their own."""
+    """A memory of such classes."""
     memory = PatchMemory(classes, size, components, entries)
     for row in range(classes):
-        spread = torch.linspace(0.5, 3, size) * (1 + row)
-        memory.fit(row, patches(seed + row, 400, size) * spread + 5 * row, torch.arange(400) // 10)
+        memory.fit(row, of_class(seed, row, size), torch.arange(400) // 10)
     return memory
 
 
@@ -60,11 +64,18 @@ def test_the_map_is_the_least_distance_to_the_bank_of_the_class(seed, entries, h
 @given(SEEDS)
 def test_the_components_of_entries_are_within_their_limits(seed):
     memory = fitted(seed, 2, 30)
-    entries, last = memory.bank[:, :-1], memory.bank[:, -1]
-    squares = entries.square().sum(1)
-    assert entries.abs().amax((1, 2)).tolist() == pytest.approx([1, 1])
-    torch.testing.assert_close(last, squares / -2)
-    assert squares.max() <= MOST_SQUARE
+    torch.testing.assert_close(memory.bank[:, -1], memory.bank[:, :-1].square().sum(1) / -2)
+    for row in range(2):
+        z = (of_class(seed, row) @ memory.weight[row] + memory.bias[row])[:, :-1]  # an entry may be any of these
+        assert max(float(z.abs().max()), float(z.square().sum(1).max() / MOST_SQUARE) ** 0.5) == pytest.approx(1)
+
+
+@given(SEEDS, st.integers(1, 60), st.integers(1, 60))
+def test_a_bank_begins_with_all_smaller_ones(seed, entries, more):
+    small, large = fitted(seed, 2, entries), fitted(seed, 2, entries + more)
+    assert torch.equal(large.weight, small.weight)
+    assert torch.equal(large.bias, small.bias)
+    assert torch.equal(large.bank[:, :, :entries], small.bank)
 
 
 def test_an_entry_with_many_large_components_is_within_the_limit():

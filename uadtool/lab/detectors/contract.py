@@ -98,6 +98,8 @@ class Detector(nn.Module, ABC):
         self.register_buffer("score_mean", torch.zeros(classes))
         self.register_buffer("score_std", torch.ones(classes))
         self.register_buffer(EXAMPLES, torch.zeros(classes, EXAMPLE_COUNT, descriptor_size))
+        self.sizes = nn.ModuleDict()
+        """The ``Statistics`` of banks with fewer entries, by their number (``Metadata.sizes``)."""
         self.register_buffer("distance_mean", torch.zeros(classes))
         self.register_buffer("distance_std", torch.ones(classes))
 
@@ -190,6 +192,17 @@ class Detector(nn.Module, ABC):
         """Mean of the highest hundredth of each map: [N, h, w] -> [N]."""
         count = max(1, round(SCORE_SHARE * self.map_size[0] * self.map_size[1]))
         return anomaly_map.flatten(1).topk(count, dim=1).values.mean(1)
+
+
+class Statistics(nn.Module):
+    """What normalises maps and scores of a smaller size of a detector, whose own has the same shapes."""
+
+    rows = STATISTICS
+
+    def __init__(self, detector: Detector) -> None:
+        super().__init__()
+        for name in STATISTICS:
+            self.register_buffer(name, torch.zeros_like(detector.get_buffer(name)))
 
 
 class Smoothing(nn.Module):

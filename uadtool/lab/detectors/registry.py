@@ -7,7 +7,7 @@ from importlib.metadata import entry_points
 from typing import Any
 
 from uadtool.errors import UadtoolError
-from uadtool.lab.detectors.contract import Detector
+from uadtool.lab.detectors.contract import Detector, Statistics
 from uadtool.lab.detectors.dinomaly import Dinomaly
 from uadtool.lab.detectors.duet import Duet
 from uadtool.lab.detectors.memory import Memory
@@ -74,6 +74,7 @@ def build_detector(metadata: Metadata) -> Detector:
     method = find_method(metadata.method)
     try:
         detector = method(metadata.teacher, metadata.image_size, len(metadata.classes), **metadata.options)
+        detector.sizes.update({str(size["entries"]): Statistics(detector) for size in metadata.sizes})
         return detector.fold_batch_norm()
     except UadtoolError:
         raise

@@ -36,9 +36,8 @@ def in_half_precision(plan: QuantizationPlan) -> fx.GraphModule:
 def _copy(plan: QuantizationPlan) -> fx.GraphModule:
     """The plan's graph, to be changed; nodes keep their names."""
     model = fx.GraphModule(plan.traced, copy.deepcopy(plan.traced.graph), class_name=type(plan.detector).__name__)
-    for name, values in plan.detector.named_buffers():
-        if name == EXAMPLES:  # no node reads it
-            model.register_buffer(name, values)
+    model.register_buffer(EXAMPLES, plan.detector.get_buffer(EXAMPLES))  # no node reads these two
+    model.sizes = plan.detector.sizes
     return model
 
 

@@ -1,0 +1,61 @@
+"""What training says of the images: what is odd about them, and how many of each class did what."""
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Optional
+
+from uadtool.data.inspection import Inspection, inspect
+from uadtool.data.samples import Sample
+from uadtool.host import available_cores
+from uadtool.lab.detectors.statistics import HeldOut
+from uadtool.terminal import first_of, log
+
+MOST_CONFUSED = 0.01
+"""Share of the held-out images of two classes that may be taken for the other without a warning."""
+
+
+def inspect_samples(samples: Sequence[Sample], bits: Optional[int]) -> Inspection:
+    """Look at the images before any long work, and say what is odd."""
+    inspection = inspect(samples, available_cores())
+    if bits:
+        inspection = inspection._replace(grey_bits=dict.fromkeys(inspection.grey_bits, bits))
+    for finding in inspection.findings:
+        log.warning("%s", finding)
+    for name, found in inspection.grey_bits.items():
+        log.info("16-bit grey images of %s are read with %d bits", name, found)
+    return inspection
+
+
+def warn_of(held_out: HeldOut) -> None:
+    """Warn of each pair of classes of which more than ``MOST_CONFUSED`` are taken for the other, and of outliers."""
+    totals: Counter[str] = Counter()
+    confused: Counter[tuple[str, ...]] = Counter()
+    for (name, nearest), count in held_out.taken_for.items():
+        totals[name] += count
+        if name != nearest:
+            confused[tuple(sorted((name, nearest)))] += count
+    for pair, count in confused.most_common():
+        total = sum(totals[name] for name in pair)
+        if count > MOST_CONFUSED * total:
+            log.warning("%d of %d held-out images of %s are taken for the other of the two: what is normal for one "
+                        "passes in the other; make them one class if their images are alike", count, total,
+                        " and ".join(pair))
+    if held_out.conspicuous:
+        log.warning("held-out images that score far above the others of their class: %s; if they are defects, remove "
+                    "them: they raise the threshold, and other defects pass",
+                    first_of(held_out.conspicuous, "images"))
+
+
+def class_counts(classes: Sequence[str], samples: Sequence[Sample], originals: Sequence[int],
+                 training: Sequence[Sample], found: HeldOut) -> dict[str, dict[str, int]]:
+    """For each class its images that were trained on, were held out, are copies, and were recognised when held out.
+
+    Args:
+        samples, originals: all images, and for each the number of the first that it equals.
+        training: the images that were trained on.
+    """
+    trained = Counter(sample.class_name for sample in training)
+    held_out = Counter(owner for owner, _ in found.taken_for.elements())
+    copies = Counter(samples[number].class_name for number, original in enumerate(originals) if number != original)
+    return {name: {"training": trained[name], "held_out": held_out[name], "copies": copies[name],
+                   "recognised": found.taken_for[name, name]} for name in classes}
