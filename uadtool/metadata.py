@@ -25,7 +25,7 @@ PREPROCESSING = {
 """What happens between an image file and the model's input, besides the grey depths; see data/README.md."""
 
 
-OF_A_SIZE = ("threshold", "thresholds", "good_scores", "map_units")
+OF_A_SIZE = ("threshold", "thresholds", "good_scores", "held_out", "map_units")
 """The fields that depend on the size of banks, besides the option ``entries``."""
 
 
@@ -65,6 +65,8 @@ class Metadata:
     above the mean of good images). Held-out good images exceed them at ``false_positive_rate``; ``good_scores`` are
     their scores, sorted, by class. Scores of images that were taken for another class, or of no known class, are those
     of the class ``""``.
+    ``held_out`` are the scores of the single held-out images by class and, below it, by ``tail_digest``, unless they
+    are too many; so models that saw the same images can be combined.
     An image whose class distance exceeds ``class_distance_limit`` is of no class of the model; None if no distances
     are known (files before 2026-12).
     ``map_units`` are the units of the raw maps in their sum; classes that are added to the model are measured in them.
@@ -94,6 +96,7 @@ class Metadata:
     tool_version: str = ""
     thresholds: Dict[str, float] = field(default_factory=dict)
     good_scores: Dict[str, List[float]] = field(default_factory=dict)
+    held_out: Dict[str, Dict[str, float]] = field(default_factory=dict)
     class_distance_limit: Optional[float] = None
     map_units: List[float] = field(default_factory=list)
     preprocessing: Dict[str, Any] = field(default_factory=lambda: {**PREPROCESSING, "grey_bits": {}})

@@ -14,14 +14,16 @@ from uadtool.terminal import log
               help="Output format; html is a page with charts and images  [default: table]")
 @click.option("--changed", is_flag=True,
               help="Print only the images that changed sides of the threshold, as JSON lines.")
+@click.option("--combine", "how", type=click.Choice(["mean", "max"]),
+              help="Add a column: the mean, or the highest, of the models' scores of each image.")
 @click.option("--gate", "conditions", multiple=True, metavar="EXPR",
               help="Exit with 4 unless METRIC OP NUMBER holds; may be repeated.")
 @click.option("--junit", metavar="FILE", type=click.Path(dir_okay=False),
               help="Write the gates as JUnit XML, one test case per gate.")
 @options.output("File to write instead of stdout (-).", required=False)
 @options.verbosity
-def compare(files: Tuple[str, ...], style: Optional[str], changed: bool, conditions: Tuple[str, ...],
-            junit: Optional[str], output: Optional[str]) -> None:
+def compare(files: Tuple[str, ...], style: Optional[str], changed: bool, how: Optional[str],
+            conditions: Tuple[str, ...], junit: Optional[str], output: Optional[str]) -> None:
     """Compare models, each with the first.
 
     FILES are outputs of score and bench, in any order, joined by model; `-` is stdin. Scores of the same model for
@@ -45,6 +47,7 @@ def compare(files: Tuple[str, ...], style: Optional[str], changed: bool, conditi
         --gate 'image_auroc>=-0.01' --gate 'file_size<=0.34x' --junit gates.xml
       uadtool compare fp32.jsonl int8.jsonl bench.json --format html -o report.html
       uadtool compare fp32.jsonl int8.jsonl --changed | jq -r .path
+      uadtool compare front.jsonl side.jsonl bench.json --combine mean
     """
     options.refuse((changed and style, "--changed prints JSON lines; leave out --format."),
                    (junit and not conditions, "--junit requires --gate."))
@@ -61,6 +64,10 @@ def compare(files: Tuple[str, ...], style: Optional[str], changed: bool, conditi
     for path in filter(None, (junit, output)):
         options.claim(path, files)
     models = comparison.join(files)
+    if how:
+        from uadtool.comparing.combination import combined
+
+        models = [*models, combined(models, how)]
     # Scores without labels have no figures, but their images may have changed sides.
     record = comparison.set_side_by_side(models) if gates or not changed else {}
     verdicts = decide(gates, record)

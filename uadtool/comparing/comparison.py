@@ -6,7 +6,8 @@ from typing import Any, Dict, Iterable, Iterator, List, NamedTuple, Optional, Se
 
 from uadtool import __version__
 from uadtool.comparing.results import BY_CLASS, Result, read_results
-from uadtool.comparing.shards import merge_shards, tail
+from uadtool.comparing.shards import merge_shards
+from uadtool.data.samples import tail
 from uadtool.errors import UadtoolError
 from uadtool.terminal import log
 

@@ -52,9 +52,10 @@ class Result:
     name and version, ``machine`` the board or processor. ``values`` maps metric names to values in the units of
     ``comparing.comparison.METRICS``.
 
-    The other fields are for scores: ``thresholds``; ``images`` that have a score, by path; ``pixels``, the counts
-    behind the pixel metrics (``Evaluation.pixels``), None if the file lacks them; ``shards``, the merged files;
-    ``unread``, paths of images that could not be scored; ``shard``, (I, N) of ``--shard I/N``.
+    The other fields are for scores: ``thresholds``; ``held_out``, an object of the run's record; ``images`` that have a
+    score, by path; ``pixels``, the counts behind the pixel metrics (``Evaluation.pixels``), None if the file lacks
+    them; ``shards``, the merged files; ``unread``, paths of images that could not be scored; ``shard``, (I, N) of
+    ``--shard I/N``.
     """
 
     kind: str
@@ -66,6 +67,7 @@ class Result:
     started: str
     values: Dict[str, float]
     thresholds: Thresholds = NO_THRESHOLDS
+    held_out: Dict[str, Any] = field(default_factory=dict)
     images: Dict[str, ScoredImage] = field(default_factory=dict)
     pixels: Optional[Dict[str, Any]] = None
     shards: Tuple[str, ...] = ()
@@ -132,6 +134,7 @@ def read_results(file: str, interrupted: bool = False) -> List[Result]:
                     raise ValueError(f"shard {shard['index']} of {shard['count']} does not exist")
                 run = replace(_result("scores", name, record, record, {}),
                               thresholds=Thresholds(float(record["threshold"]), record.get("thresholds") or {}),
+                              held_out=record.get("held_out") or {},
                               shard=(shard["index"], shard["count"]) if shard else None)
                 unread = set()
             elif kind == "image" and run:

@@ -1,11 +1,10 @@
 """Merges runs of ``score`` with one model over different images."""
-import unicodedata
 from collections import defaultdict
 from dataclasses import replace
-from pathlib import PurePath
 from typing import Any, Dict, Iterable, List, Set, Tuple
 
 from uadtool.comparing.results import Result, score_values
+from uadtool.data.samples import tail
 from uadtool.errors import UadtoolError
 from uadtool.schemas.validation import validate
 from uadtool.terminal import log
@@ -86,14 +85,6 @@ def _complete(results: Iterable[Result]) -> Set[_Place]:
         if result.shard:
             shards_at[_place(result)].add(result.shard[0])
     return {place for place, shards in shards_at.items() if len(shards) == place[1]}
-
-
-def tail(path: str) -> Tuple[str, ...]:
-    """The end of a path that identifies an image in any copy of its data set: CLASS/test/DEFECT/FILE.
-
-    It is in NFC, since copying a data set from a Mac may change how its names are stored.
-    """
-    return PurePath(unicodedata.normalize("NFC", path)).parts[-4:]
 
 
 def _ends(path: str) -> List[Tuple[str, ...]]:

@@ -1,6 +1,9 @@
 """A sample: an image, with its class, label and masks as far as they are known."""
 
+import hashlib
+import unicodedata
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import Optional, Tuple
 
 SUFFIXES = {
@@ -32,3 +35,16 @@ def label_of(name: str) -> Optional[str]:
     if not name:
         return None
     return "good" if name.lower() in GOOD_LABELS else "anomalous"
+
+
+def tail(path: str) -> Tuple[str, ...]:
+    """The end of a path that identifies an image in any copy of its data set: CLASS/test/DEFECT/FILE.
+
+    It is in NFC, since copying a data set from a Mac may change how its names are stored.
+    """
+    return PurePath(unicodedata.normalize("NFC", path)).parts[-4:]
+
+
+def tail_digest(path: str) -> str:
+    """12 hexadecimal digits that stand for the ``tail`` of a path."""
+    return hashlib.sha256("/".join(tail(path)).encode("utf-8", "surrogateescape")).hexdigest()[:12]

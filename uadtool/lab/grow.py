@@ -189,10 +189,10 @@ def _extended(base: Model, samples: Sequence[Sample], options: GrowthOptions, re
 def _inspected(metadata: Metadata, classes: list[str], samples: Sequence[Sample]) -> tuple[Inspection, Metadata]:
     """What the images look like, and the metadata of a model of these classes alone."""
     inspection = inspect_samples(samples, None)
-    metadata = metadata.with_smaller(one.replace(thresholds={}, good_scores={}) for one in metadata.smaller())
+    none: dict[str, Any] = {"thresholds": {}, "good_scores": {}, "held_out": {}}
+    metadata = metadata.with_smaller(one.replace(**none) for one in metadata.smaller())
     return inspection, metadata.replace(
-        classes=classes, thresholds={}, good_scores={},
-        preprocessing={**metadata.preprocessing, "grey_bits": inspection.grey_bits})
+        classes=classes, **none, preprocessing={**metadata.preprocessing, "grey_bits": inspection.grey_bits})
 
 
 def _part(base: Model, metadata: Metadata, samples: list[Sample], seed: int) -> tuple[Memory, Run]:
@@ -251,10 +251,13 @@ def _model(base: Model, part: Memory, metadata: Metadata) -> Model:
 def _merged(results: Sequence[HeldOut]) -> HeldOut:
     """What the images of all classes showed."""
     scores: dict[str, list[float]] = {}
-    for name, values in (item for found in results for item in found.scores.items()):
-        scores.setdefault(name, []).extend(values)
+    named: dict[str, dict[str, float]] = {}
+    for found in results:
+        for name, values in found.scores.items():
+            scores.setdefault(name, []).extend(values)
+            named.setdefault(name, {}).update(found.named.get(name, {}))
     return HeldOut(scores, sum((found.taken_for for found in results), Counter()),
-                   [path for found in results for path in found.conspicuous], results[0].units)
+                   [path for found in results for path in found.conspicuous], results[0].units, named)
 
 
 def _with_scores(metadata: Metadata, found: HeldOut, classes: Sequence[str]) -> Metadata:
@@ -264,7 +267,10 @@ def _with_scores(metadata: Metadata, found: HeldOut, classes: Sequence[str]) -> 
     confused = [*metadata.good_scores.get("", []), *found.scores.get("", [])]
     if confused:
         scores[""] = confused
-    return metadata.replace(thresholds={**metadata.thresholds, **thresholds},
+    named = {**metadata.held_out, **{name: found.named[name] for name in classes if name in found.named}}
+    if "" in named or "" in found.named:
+        named[""] = {**named.get("", {}), **found.named.get("", {})}
+    return metadata.replace(thresholds={**metadata.thresholds, **thresholds}, held_out=named,
                             good_scores={**metadata.good_scores, **bounded_scores(scores)})
 
 

@@ -143,6 +143,7 @@ def _of_classes(metadata: Metadata, classes: list[str]) -> Metadata:
 
     return metadata.replace(
         classes=classes, thresholds=part(metadata.thresholds), good_scores=part(metadata.good_scores),
+        held_out=part(metadata.held_out),
         preprocessing={**metadata.preprocessing, "grey_bits": part(metadata.preprocessing["grey_bits"])})
 
 
@@ -158,10 +159,17 @@ def _joined(one: Metadata, other: Metadata, classes: list[str]) -> Metadata:
     return one.replace(
         classes=classes, thresholds=_both(one.thresholds, other.thresholds),
         good_scores={name: scores for name, scores in good_scores.items() if scores},
+        held_out={**_both(one.held_out, other.held_out), **_confused(one, other)},
         class_distance_limit=None if None in limits else max(limit for limit in limits if limit is not None),
         preprocessing={**one.preprocessing, "grey_bits": _both(one.preprocessing["grey_bits"],
                                                                other.preprocessing["grey_bits"])},
         provenance=[*one.provenance[:common], *(later[text] for text in sorted(later))])
+
+
+def _confused(one: Metadata, other: Metadata) -> dict[str, dict[str, float]]:
+    """The held-out images of both that were taken for another class."""
+    named = {**one.held_out.get("", {}), **other.held_out.get("", {})}
+    return {"": dict(sorted(named.items()))} if named else {}
 
 
 def _both(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:

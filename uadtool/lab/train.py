@@ -267,7 +267,7 @@ def _fit_statistics(job: _Job, options: TrainingOptions) -> tuple[Metadata, Held
         found.append(fit_statistics_from_files(model.module, model.module.raw_maps_and_class, job.classes,
                                                run.held_out.samples, job.reading, run.device))
         return with_thresholds(model.metadata, found[-1].scores, options.false_positive_rate).replace(
-            map_units=found[-1].units)
+            map_units=found[-1].units, held_out=found[-1].named)
 
     model = Model(detector, metadata.with_smaller(
         metadata.replace(options={**job.method_options, "entries": entries}) for entries in sizes))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from uadtool.data.samples import Sample
+from uadtool.data.samples import Sample, tail_digest
 from uadtool.files import list_digest
 from uadtool.lab.detectors.contract import EXAMPLE_COUNT, EXAMPLES, PATCH, Detector, squared_distance, standardize
 from uadtool.lab.training import distributed
@@ -36,6 +36,8 @@ FARTHER = 1.25
 Four models of three classes each (a fourth left out) called 99 to 100 % of the fourth class unknown, 0.6 % or less of
 the good test images of their own classes, and 8 % or less of the defective ones.
 """
+MOST_NAMED = 10_000
+"""Held-out images up to which a model file names each."""
 LEAST_FAR = 5.0
 """Lower limit of that distance: few images do not show how far others may be."""
 
@@ -69,13 +71,14 @@ class HeldOut(NamedTuple):
     ``scores`` are those by class, and under ``""`` of images that are taken for another class. The highest of a class
     counts as at least 1, one standard deviation. ``taken_for`` counts the images by class and nearest class.
     ``conspicuous`` are the paths of images that score far above the others of their class: defects, perhaps.
-    ``units`` are the ``Metadata.map_units``.
+    ``units`` are the ``Metadata.map_units``, and ``named`` is the ``Metadata.held_out``.
     """
 
     scores: dict[str, list[float]]
     taken_for: Counter[tuple[str, str]]
     conspicuous: list[str]
     units: list[float]
+    named: dict[str, dict[str, float]]
 
 
 def class_statistics(scores: Sequence[Sequence[float]], known: Optional[Known] = None) -> list[ScoreStatistics]:
@@ -195,13 +198,16 @@ def fit_statistics(detector: Detector, raw_maps: RawMaps, classes: Sequence[str]
         detector.score_mean[index], detector.score_std[index] = mean, std
     normalised = (scores - detector.score_mean[nearest]) / detector.score_std[nearest]
     found: dict[str, list[float]] = {}
+    named: dict[str, dict[str, float]] = {}
     taken_for: Counter[tuple[str, str]] = Counter()
-    for owner, nearest_class, score in zip(owners, nearest.tolist(), normalised.tolist()):
-        found.setdefault(classes[owner] if owner == nearest_class else "", []).append(score)
+    for path, owner, nearest_class, score in zip(paths, owners, nearest.tolist(), normalised.tolist()):
+        name = classes[owner] if owner == nearest_class else ""
+        found.setdefault(name, []).append(score)
+        named.setdefault(name, {})[tail_digest(path)] = float(f"{score:.6g}")
         taken_for[classes[owner], classes[nearest_class]] += 1
     # Few or identical images do not show their class's spread, and a copy of one must not exceed a threshold of 0.
     return HeldOut({name: [*sorted(values)[:-1], max(1.0, *values)] for name, values in found.items()}, taken_for,
-                   suspects, units.flatten().tolist())
+                   suspects, units.flatten().tolist(), named if len(paths) <= MOST_NAMED else {})
 
 
 def fit_statistics_from_files(detector: Detector, raw_maps: RawMaps, classes: Sequence[str],
@@ -236,7 +242,8 @@ def refit_statistics(detector: Detector, raw_maps: RawMaps, metadata: Metadata, 
     *earlier_steps, last_step = metadata.provenance
     statistics = {"images": list_digest(sample.path for sample in samples), "count": len(samples)}
     return with_thresholds(metadata, found.scores, metadata.false_positive_rate).replace(
-        map_units=found.units, provenance=[*earlier_steps, {**last_step, "statistics": statistics}])
+        map_units=found.units, held_out=found.named,
+        provenance=[*earlier_steps, {**last_step, "statistics": statistics}])
 
 
 def _moments(maps: Tensor) -> Tensor:
