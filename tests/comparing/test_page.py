@@ -162,6 +162,37 @@ def test_a_thumbnail_keeps_its_shape(files):
     assert thumbnail("null\0byte.png") is None
 
 
+def framed(uri: str) -> np.ndarray:
+    """Where a thumbnail is pure white, on dark images: [H, W]."""
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(uri.split(",")[1]))).convert("L")) > 200
+
+
+def test_regions_are_framed_in_the_thumbnail(tmp_path):
+    Image.new("RGB", (800, 400)).save(tmp_path / "dark.png")
+    assert not framed(thumbnail(str(tmp_path / "dark.png"))).any()
+    frame = framed(thumbnail(str(tmp_path / "dark.png"), [(100, 50, 200, 100), (790, 390, 10, 10)]))
+    assert frame[10:31, 20:61].sum() == pytest.approx(2 * 41 + 2 * 19, abs=12)
+    assert frame[78, 158]
+    for box in ((0, 0, 0, 0), (10**400, 10**400, 10**400, 10**400), (799, 399, 5, 5)):
+        assert thumbnail(str(tmp_path / "dark.png"), [box])
+
+
+def test_the_page_frames_the_regions_of_one_model(make_detector, mvtec, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, divisor, more in (("a", 1.0, ["--regions"]), ("b", 100.0, ["--regions"]), ("c", 1.0, [])):
+        detector = make_detector(tmp_path / f"{name}.onnx", divisor=divisor)
+        Path(f"{name}.jsonl").write_text(run_here("score", "-q", detector, mvtec, "--threshold", 2, *more))
+    legend = "White frames show the regions above the threshold."
+    text = page("a.jsonl", "b.jsonl")  # b misses all defects and has no regions
+    found = alternatives(text)
+    assert sum(name.endswith(", with its anomalous regions framed") for name in found) == 6
+    assert len(found) == 12
+    assert legend in text
+    text = page("c.jsonl", "b.jsonl")
+    assert "framed" not in text
+    assert legend not in text
+
+
 @pytest.fixture
 def scored(make_detector, mvtec, tmp_path, monkeypatch) -> Callable[..., str]:
     """Score the images of ``mvtec`` with two models, each with a folder of heatmaps or None, and make the page.

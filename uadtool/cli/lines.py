@@ -14,7 +14,7 @@ from uadtool.host import parse_time
 from uadtool.terminal import printable
 
 COLUMNS = ("path", "time", "class", "label", "score", "raw_score", "threshold", "anomalous", "nearest_class",
-           "class_distance", "unknown_class", "milliseconds", "heatmap", "mask", "copy", "error")
+           "class_distance", "unknown_class", "milliseconds", "heatmap", "mask", "copy", "regions", "error")
 """Columns of CSV output."""
 
 LONGEST_PATH = 1 << 20
@@ -37,6 +37,7 @@ def csv_writer(stdout: TextIO) -> Writer:
     """Write a header now, and each ``image`` record as a line; other records are ignored.
 
     A terminal shows escapes for what is not in its encoding. Any other output is UTF-8, with the bytes of file names.
+    Regions are a cell of JSON.
     """
     if isinstance(stdout, io.TextIOWrapper):
         if stdout.isatty():
@@ -53,7 +54,8 @@ def csv_writer(stdout: TextIO) -> Writer:
 
     def write(record: Dict[str, Any]) -> None:
         if record["type"] == "image":
-            write_row(map(record.get, COLUMNS))
+            cells = {**record, "regions": json.dumps(record["regions"])} if "regions" in record else record
+            write_row(map(cells.get, COLUMNS))
 
     write_row(COLUMNS)
     return write

@@ -64,6 +64,8 @@ def _finite(ctx: click.Context, param: click.Parameter, value: Optional[float]) 
               help="Draw each image and its anomaly map into this folder.")
 @click.option("--masks", type=click.Path(file_okay=False), metavar="DIR",
               help="Write the anomalous pixels of each image into this folder, white on black, in the image's size.")
+@click.option("--regions", is_flag=True,
+              help="Add the anomalous regions of anomalous images to their lines, as boxes in pixels of the image.")
 @click.option("--contact-sheet", type=click.Path(dir_okay=False), metavar="FILE",
               help="Draw the images with the highest scores into one picture (.png, .jpg, .webp).")
 @click.option("--top", type=click.IntRange(1, 500), metavar="N", default=24, show_default=True,
@@ -219,11 +221,13 @@ def _samples(arguments: SimpleNamespace) -> Tuple[Iterator[Any], Optional[int]]:
 
 def _outputs(arguments: SimpleNamespace) -> Tuple[List[Any], Any]:
     """The writers of pictures and copies; and of these the contact sheet or None, since it is saved at the end."""
-    if not (arguments.heatmaps or arguments.masks or arguments.copy_anomalous or arguments.contact_sheet):
+    wanted = "heatmaps", "masks", "copy_anomalous", "contact_sheet", "regions"
+    if not any(getattr(arguments, name) for name in wanted):
         return [], None
     from uadtool.scoring.contact_sheet import ContactSheet
     from uadtool.scoring.heatmaps import Heatmaps
     from uadtool.scoring.image_files import AnomalousImages, Masks
+    from uadtool.scoring.regions import regions_of
 
     keep = arguments.follow or arguments.shard is not None  # such runs go on with a folder, or share it
     outputs = [kind(directory, keep).add for kind, directory in (
@@ -232,6 +236,8 @@ def _outputs(arguments: SimpleNamespace) -> Tuple[List[Any], Any]:
         outputs = [_if_anomalous(output) for output in outputs]
     if arguments.copy_anomalous:
         outputs.append(AnomalousImages(arguments.copy_anomalous, keep).add)
+    if arguments.regions:
+        outputs.append(regions_of)
     sheet = None
     if arguments.contact_sheet:
         options.claim(arguments.contact_sheet, [arguments.model])

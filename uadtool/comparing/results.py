@@ -26,7 +26,7 @@ class ScoredImage(NamedTuple):
     """An ``image`` line.
 
     ``anomalous`` is the verdict; ``label`` (good or anomalous) and ``class_name`` if known; ``heatmap`` is the path of
-    the picture from ``score --heatmaps``.
+    the picture from ``score --heatmaps``, and ``boxes`` (left, top, width, height) are from ``score --regions``.
     """
 
     score: float
@@ -37,6 +37,7 @@ class ScoredImage(NamedTuple):
     label: Optional[str]
     class_name: Optional[str]
     heatmap: Optional[str]
+    boxes: Tuple[Tuple[int, ...], ...]
 
     @property
     def margin(self) -> float:
@@ -146,7 +147,8 @@ def read_results(file: str, interrupted: bool = False) -> List[Result]:
                     run.images[record["path"]] = ScoredImage(
                         float(record["score"]), float(record["raw_score"]),
                         float(record.get("threshold", run.thresholds.common)), record["anomalous"],
-                        record["nearest_class"], record.get("label"), record.get("class"), record.get("heatmap"))
+                        record["nearest_class"], record.get("label"), record.get("class"), record.get("heatmap"),
+                        tuple(tuple(region["box"]) for region in record.get("regions") or ()))
             elif kind == "summary" and run:
                 validate(record, "score#/$defs/summary")
                 results.append(replace(run, values=score_values(record.get("metrics") or {}),

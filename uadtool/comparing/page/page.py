@@ -56,9 +56,9 @@ def as_html(models: Sequence[Model], record: Record, verdicts: Sequence[Verdict]
     histograms, classes = score_figures(models)
     groups = [group for group in disagreements(models) if group.total]
     images = [image for group in groups for image in group.images]
-    pictures = {path: thumbnail(path) for path in {image.path for image in images}}
+    pictures = {image: thumbnail(image.path, image.boxes) for image in set(images)}
     maps = map_thumbnails(images)
-    embedded = sum(picture is not None for picture in pictures.values())
+    embedded = len({image.path for image, picture in pictures.items() if picture})
     if embedded:
         log.info("the page holds thumbnails of %d images", embedded)
 

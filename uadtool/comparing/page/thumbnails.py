@@ -9,7 +9,7 @@ from functools import lru_cache
 from pathlib import PurePath
 from typing import Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple
 
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from uadtool.comparing.comparison import Model, changed
 from uadtool.comparing.results import Result
@@ -23,11 +23,15 @@ GROUP = 6
 SIDE = 160
 """Longer side of a thumbnail, in pixels."""
 
+MOST_BOXES = 20
+"""Regions framed in a thumbnail at most: those with the highest peaks."""
+
 
 class Shown(NamedTuple):
     """An image worth a look: the finding in words, and a model label, a score and a threshold for each model.
 
     ``heatmaps`` holds the label of each model whose anomaly map is of interest, and the path of its picture if known.
+    ``boxes`` are the regions that one of these models found, the first that found any.
     """
 
     path: str
@@ -36,6 +40,7 @@ class Shown(NamedTuple):
     finding: str
     scores: Tuple[Tuple[str, float, float], ...]
     heatmaps: Tuple[Tuple[str, Optional[str]], ...]
+    boxes: Tuple[Tuple[int, ...], ...]
 
     @property
     def kind(self) -> str:
@@ -49,7 +54,7 @@ class Shown(NamedTuple):
 
     @property
     def description(self) -> str:
-        """The alternative text of the thumbnail."""
+        """The alternative text of the thumbnail, without its frames."""
         return f"{self.kind} image{f' of {self.class_name}' if self.class_name else ''}, {self.name}"
 
 
@@ -100,7 +105,7 @@ def _moved(models: Sequence[Model]) -> List[Shown]:
             shown[path] = shown[path]._replace(scores=(*shown[path].scores, other))
         else:
             shown[path] = Shown(path, record.get("class"), label, findings[other[1] > other[2], label], (first, other),
-                                _heatmaps(path, record["models"], scored))
+                                _heatmaps(path, record["models"], scored), _boxes(path, record["models"], scored))
     return list(shown.values())
 
 
@@ -109,7 +114,7 @@ def _shown(path: str, finding: str, scored: Sequence[Tuple[str, Result]]) -> Sho
     first_and_last = [scored[0], scored[-1]] if len(scored) > 1 else scored
     return Shown(path, image.class_name, image.label, finding, tuple(
         (label, result.images[path].score, result.images[path].threshold) for label, result in first_and_last
-        if path in result.images), _heatmaps(path, [scored[-1][0]], scored))
+        if path in result.images), _heatmaps(path, [scored[-1][0]], scored), image.boxes)
 
 
 def _heatmaps(path: str, labels: Sequence[str], scored: Sequence[Tuple[str, Result]]
@@ -123,13 +128,33 @@ def _heatmaps(path: str, labels: Sequence[str], scored: Sequence[Tuple[str, Resu
     return tuple((label, files[label] if named.count(files[label]) == 1 else None) for label in labels)
 
 
-def thumbnail(path: str) -> Optional[str]:
-    """A JPEG of at most ``SIDE`` x ``SIDE`` pixels as a data URI; None if the image can no longer be read."""
+def _boxes(path: str, labels: Sequence[str], scored: Sequence[Tuple[str, Result]]) -> Tuple[Tuple[int, ...], ...]:
+    """``Shown.boxes`` of an image for the models with these labels."""
+    found = (result.images[path].boxes for label, result in scored if label in labels and path in result.images)
+    return next(filter(None, found), ())
+
+
+def thumbnail(path: str, boxes: Sequence[Tuple[int, ...]] = ()) -> Optional[str]:
+    """A JPEG of at most ``SIDE`` x ``SIDE`` pixels as a data URI; None if the image can no longer be read.
+
+    Args:
+        boxes: parts of the image to frame: left, top, width, height.
+    """
     try:
         size = image_size(path)
-        return _jpeg(Image.fromarray(read_image(path, fitted(size, min(SIDE, max(size))))))
+        picture = Image.fromarray(read_image(path, fitted(size, min(SIDE, max(size)))))
     except (UadtoolError, ValueError):  # ValueError: a path with a null byte
         return None
+    draw = ImageDraw.Draw(picture)
+    for left, top, width, height in boxes[:MOST_BOXES][::-1]:
+        # The least of integers first: a file may claim a box that no image has.
+        places = [min(place, side) * shown // side for place, side, shown in (
+            (left, size[1], picture.width), (top, size[0], picture.height),
+            (left + width, size[1], picture.width), (top + height, size[0], picture.height))]
+        for margin, colour in ((1, "black"), (0, "white")):  # visible on bright and on dark images
+            draw.rectangle((places[0] - margin, places[1] - margin, places[2] + margin, places[3] + margin),
+                           outline=colour)
+    return _jpeg(picture)
 
 
 def map_thumbnails(images: Iterable[Shown]) -> Dict[Shown, List[Tuple[str, str]]]:
