@@ -351,6 +351,29 @@ def _image_seeds(folder: Path) -> Iterable[bytes]:
     return sorted((content for content in contents if len(content) < 20_000), key=len)
 
 
+def _frames(folder: Path) -> Parse:
+    """Streams, in pieces of a length that their first byte says."""
+    from uadtool.data.frame_stream import split, split_raw
+
+    def parse(data: bytes) -> None:
+        length = 1 + (data[0] if data else 0)
+        for splitting in (split, lambda read: split_raw(read, (2, 3))):
+            pieces = iter([data[at:at + length] for at in range(0, len(data), length)])
+            taken = sum(len(frame.content) for frame in splitting(lambda pieces=pieces: next(pieces, b"")))
+            assert taken <= 2 * len(data)  # raw frames have headers
+
+    return parse
+
+
+def _frames_seeds(folder: Path) -> Iterable[bytes]:
+    sys.path.insert(0, str(TESTS))
+    from corpus import encoded
+
+    jpeg, png = encoded("JPEG", quality=20), encoded("PNG")
+    holding = encoded("JPEG", exif=b"Exif\0\0" + jpeg)
+    return [b"\x40" + jpeg + png + jpeg[:400] + jpeg, b"\x07" + holding + png[:900] + png]
+
+
 TARGETS = {
     "manifest-csv": Target(_manifest("m.csv"), _csv_seeds),
     "manifest-jsonl": Target(_manifest("m.jsonl"), _jsonl_seeds),
@@ -365,6 +388,7 @@ TARGETS = {
     "pixels": Target(_pixels, _pixels_seeds, 0.5),
     "gates": Target(_gates, _gates_seeds),
     "image": Target(_image, _image_seeds, 0.2),
+    "frames": Target(_frames, _frames_seeds),
 }
 
 # Mutations

@@ -14,7 +14,8 @@ from uadtool.host import parse_time
 from uadtool.terminal import printable
 
 COLUMNS = ("path", "time", "class", "label", "score", "raw_score", "threshold", "anomalous", "nearest_class",
-           "class_distance", "unknown_class", "milliseconds", "heatmap", "mask", "copy", "regions", "error")
+           "class_distance", "unknown_class", "milliseconds", "heatmap", "mask", "copy", "regions", "frame", "arrived",
+           "error")
 """Columns of CSV output."""
 
 LONGEST_PATH = 1 << 20

@@ -1,29 +1,19 @@
 import contextlib
 import math
-import signal
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple, Union
+from typing import Any, Callable, Dict, List, Optional, Tuple, Union
 
 import click
 
-from uadtool.cli import options
+from uadtool.cli import options, sources
 from uadtool.errors import GateFailed, UadtoolError
-from uadtool.host import available_cores, ending_signals
+from uadtool.host import available_cores
 from uadtool.terminal import log
 
 COMMON = "common"
 """The ``--threshold`` that is one for all classes."""
-
-
-def _shard(ctx: click.Context, param: click.Parameter, value: Optional[str]) -> Optional[Tuple[int, int]]:
-    if value is None:
-        return None
-    index, slash, count = value.partition("/")
-    if not (slash and index.isdecimal() and count.isdecimal() and 1 <= int(index) <= int(count)):
-        raise click.BadParameter(f"{value!r} is not I/N with I from 1 to N, such as 2/8")
-    return int(index), int(count)
 
 
 def _threshold(ctx: click.Context, param: click.Parameter, value: Optional[str]) -> Union[float, str, None]:
@@ -74,16 +64,7 @@ def _finite(ctx: click.Context, param: click.Parameter, value: Optional[float]) 
               help="Images that --heatmaps and --masks are about.")
 @click.option("--copy-anomalous", type=click.Path(file_okay=False), metavar="DIR",
               help="Copy anomalous images into this folder.")
-@click.option("--follow", is_flag=True,
-              help="Score each image that appears in the folder PATH from now on, until Ctrl-C.")
-@click.option("--done", type=click.Path(exists=True, dir_okay=False), metavar="FILE",
-              help="With --follow, first score the images that are not in FILE, the output of earlier runs, or changed "
-                   "since.")
-@click.option("--shard", metavar="I/N", callback=_shard,
-              help="Score only every N-th image, starting with the I-th; compare merges the N runs.")
-@click.option("--ray", metavar="ADDRESS",
-              help="Score on the Ray cluster at HOST:PORT, of this machine (auto), or on a new cluster (local).")
-@click.option("-0", "--null", is_flag=True, help="Paths on stdin end with NUL (find -print0).")
+@sources.source_options
 @options.max_pixels
 @options.verbosity
 @click.pass_context
@@ -102,11 +83,12 @@ def score(ctx: click.Context, /, **values: Any) -> None:
       uadtool score model.onnx mvtec/ --heatmaps pictures > scores.jsonl
       find photos -print0 | uadtool score model.onnx - -0 --fail-above 6
       uadtool score model.onnx --follow incoming/ --copy-anomalous suspicious/
+      ffmpeg -i rtsp://camera -f image2pipe -c:v mjpeg - | uadtool score model.onnx --frames --latest
       uadtool score model.onnx s3://line-3/photos --shard 2/8 > 2.jsonl
     """
     arguments = SimpleNamespace(**values)
+    sources.check_source(ctx, arguments)
     _check_usage(ctx, arguments)
-    arguments.paths = arguments.paths or ("-",)
     # Imported here and below, as needed: NumPy would slow down --help, and drawing would slow down scoring.
     from uadtool.cli.lines import csv_writer, end_line, json_writer
     from uadtool.progress import Progress
@@ -114,10 +96,10 @@ def score(ctx: click.Context, /, **values: Any) -> None:
     from uadtool.scoring.records import score as score_images
 
     # All cores together answer one image soonest; one core for each image scores many images soonest.
-    streams = 1 if arguments.follow else arguments.threads or available_cores()
+    streams = 1 if arguments.follow or arguments.latest else arguments.threads or available_cores()
     detector = open_model(arguments.model, arguments.threads, arguments.runtime, streams)
     thresholds = _thresholds(arguments, detector.metadata)
-    samples, total = _samples(arguments)
+    source = sources.open_source(arguments)
     outputs, sheet = _outputs(arguments)
     stdout = sys.stdout  # while a cluster is connected, sys.stdout is another file
     if arguments.done:
@@ -131,9 +113,12 @@ def score(ctx: click.Context, /, **values: Any) -> None:
 
             cluster = stack.enter_context(connected(arguments.ray, detector))
         records = stack.enter_context(contextlib.closing(score_images(
-            detector, samples, thresholds, arguments.batch_size, outputs, arguments.shard, cluster)))
-        progress = stack.enter_context(Progress("score", total))
+            detector, source.samples, thresholds, arguments.batch_size, outputs, arguments.shard, cluster,
+            workers=1 if arguments.latest else None)))  # a frame that waits for another one grows old
+        progress = stack.enter_context(Progress("score", source.total))
         for record in records:
+            if source.dropped and record["type"] == "summary":
+                record["dropped"] = source.dropped()
             write(record)
             if record["type"] == "image":
                 result.add(record)
@@ -141,19 +126,15 @@ def score(ctx: click.Context, /, **values: Any) -> None:
                     progress.update()
     if sheet:
         sheet.save()
-    result.check(arguments.follow, may_be_empty=arguments.follow or arguments.shard is not None)
+    result.check(arguments.follow or (arguments.frames and result.scored > 0),
+                 may_be_empty=arguments.follow or arguments.shard is not None)
 
 
 def _check_usage(ctx: click.Context, arguments: SimpleNamespace) -> None:
-    paths, follow = arguments.paths, arguments.follow
     directories = arguments.heatmaps, arguments.masks, arguments.copy_anomalous
     folders = [Path(directory).resolve() for directory in directories if directory]
-    followed = {Path(path).resolve() for path in paths if follow}
+    followed = {Path(path).resolve() for path in arguments.paths if arguments.follow}
     options.refuse(
-        (follow and len(paths) != 1, "--follow takes one folder."),
-        (not paths and sys.stdin.isatty(), "Give a PATH, or paths on stdin."),
-        ("-" in paths and len(paths) > 1, "Give either PATHs or -."),
-        (arguments.null and paths not in ((), ("-",)), "-0 requires paths on stdin."),
         (isinstance(arguments.threshold, float) and (arguments.false_positive_rate is not None
                                                      or arguments.threshold_from is not None),
          "--threshold SCORE leaves nothing to --false-positive-rate and --threshold-from; leave one out."),
@@ -165,11 +146,6 @@ def _check_usage(ctx: click.Context, arguments: SimpleNamespace) -> None:
          "--pictures requires --heatmaps or --masks."),
         (arguments.contact_sheet and not _is_picture(arguments.contact_sheet),
          f"{arguments.contact_sheet} must end with .png, .jpg or .webp."),
-        (arguments.done and not follow, "--done requires --follow."),
-        (follow and (arguments.shard or arguments.ray), "--follow uses one process; leave out --shard and --ray."),
-        (arguments.ray and arguments.threads, "--ray uses one core per image; leave out --threads."),
-        (arguments.ray and options.given(ctx, "max_pixels"), "--max-pixels does not reach a cluster; leave out --ray."),
-        (follow and arguments.batch_size > 1, "--follow scores images one by one; leave out --batch-size."),
         (any(followed & {folder, *folder.parents} for folder in folders),
          "Pictures in the followed folder would be scored again; write them elsewhere."),
     )
@@ -200,25 +176,6 @@ def _thresholds(arguments: SimpleNamespace, metadata: Any) -> Any:
     return Thresholds(thresholds.common) if arguments.threshold == COMMON else thresholds
 
 
-def _samples(arguments: SimpleNamespace) -> Tuple[Iterator[Any], Optional[int]]:
-    """The samples, and the number that this run scores, if it is known."""
-    from uadtool.cli.lines import scored_images, stdin_paths
-    from uadtool.data.dataset import scoring_samples
-
-    if arguments.follow:
-        from uadtool.data.watch import Watch
-
-        watch = Watch(arguments.paths[0], scored_images(arguments.done) if arguments.done else None)
-        for number in (signal.SIGINT, *ending_signals()):
-            signal.signal(number, lambda *_: watch.stop())
-        return scoring_samples(watch, strict=False), None
-    if arguments.paths == ("-",):
-        return scoring_samples(stdin_paths(b"\0" if arguments.null else b"\n"), strict=False), None
-    samples = list(scoring_samples(arguments.paths))
-    index, count = arguments.shard or (1, 1)
-    return iter(samples), len(samples[index - 1::count])
-
-
 def _outputs(arguments: SimpleNamespace) -> Tuple[List[Any], Any]:
     """The writers of pictures and copies; and of these the contact sheet or None, since it is saved at the end."""
     wanted = "heatmaps", "masks", "copy_anomalous", "contact_sheet", "regions"
@@ -229,7 +186,8 @@ def _outputs(arguments: SimpleNamespace) -> Tuple[List[Any], Any]:
     from uadtool.scoring.image_files import AnomalousImages, Masks
     from uadtool.scoring.regions import regions_of
 
-    keep = arguments.follow or arguments.shard is not None  # such runs go on with a folder, or share it
+    # Such runs go on with a folder, or share it.
+    keep = arguments.follow or arguments.frames or arguments.shard is not None
     outputs = [kind(directory, keep).add for kind, directory in (
         (Heatmaps, arguments.heatmaps), (Masks, arguments.masks)) if directory]
     if arguments.pictures == "anomalous":
@@ -271,6 +229,11 @@ class Result:
         elif record["anomalous"] if self._fail_anomalous else self._limit is not None and record["score"] > self._limit:
             self._above += 1
             self._worst = max(self._worst, (record["score"], record["path"]))
+
+    @property
+    def scored(self) -> int:
+        """Number of images with a score."""
+        return self._images - self._errors
 
     def check(self, may_have_errors: bool, may_be_empty: bool) -> None:
         """Raise the error that the run ends with, if any."""

@@ -20,7 +20,8 @@ class Sample:
 
     ``label`` is "good", "anomalous" or None (unknown). ``masks`` are the paths of its ground truth, to be united; a
     defect without masks has an unknown place. ``problem`` is the reason why ``path`` cannot be read, if it is already
-    known; ``path`` may then be a folder.
+    known; ``path`` may then be a folder. ``frame`` is the number in a stream of frames, from 1 on, and ``arrived`` the
+    time when it was read.
     """
 
     path: str
@@ -28,6 +29,8 @@ class Sample:
     label: Optional[str] = None
     masks: Tuple[str, ...] = ()
     problem: Optional[str] = None
+    frame: Optional[int] = None
+    arrived: Optional[str] = None
 
 
 def label_of(name: str) -> Optional[str]:

@@ -28,6 +28,17 @@ LEFTOVERS = {
 _URL = re.compile(r"[a-z][a-z0-9+.-]+://")  # not C:\
 
 
+class Held(str):
+    """The name of a file that is not on a disk: its ``content`` is in memory, and ``open_file`` opens that."""
+
+    content: bytes
+
+    def __new__(cls, name: str, content: bytes) -> "Held":
+        held = super().__new__(cls, name)
+        held.content = content
+        return held
+
+
 def is_url(name: str) -> bool:
     """Whether the name is a URL. For local files at ``file://``, see ``local``."""
     return bool(_URL.match(name))
@@ -69,6 +80,8 @@ def open_file(name: str) -> BinaryIO:
         OSError, ValueError: the file cannot be read, or is not a regular file (opening a FIFO would block).
         MissingPackage: the package that fsspec needs for this kind of URL is not installed.
     """
+    if isinstance(name, Held):
+        return io.BytesIO(name.content)
     if is_url(name):
         system, path = _file_system(name)
         with _as_os_error():

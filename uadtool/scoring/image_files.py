@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from uadtool.data.images import ImageError, image_size, upsample
-from uadtool.data.storage import is_url, open_file, without_query
+from uadtool.data.storage import Held, is_url, open_file, without_query
 from uadtool.errors import UadtoolError
 from uadtool.files import WRITTEN, atomic_write, check_folder, writing
 from uadtool.terminal import printable
@@ -59,7 +59,8 @@ class OutputFolder:
         Raises:
             UadtoolError: the image lies in this folder.
         """
-        if not is_url(image) and self._resolved in (Path(image).parent.resolve(), Path(image).resolve().parent):
+        is_file = not (is_url(image) or isinstance(image, Held))
+        if is_file and self._resolved in (Path(image).parent.resolve(), Path(image).resolve().parent):
             raise UadtoolError(f"{image} lies in {self._directory}, and a file there could overwrite it; write into a "
                                "separate folder")
         # In a data set: class, split, defect and file. Slashes and bytes that are not UTF-8 cannot stay.

@@ -75,12 +75,12 @@ def predict(runtime: Runtime, paths: Union[str, Iterable[str]], batch_size: int 
     return predict_samples(runtime, scoring_samples(map(os.fspath, names)), batch_size)
 
 
-def predict_samples(runtime: Runtime, samples: Iterable[Sample], batch_size: int = 1, pixels: bool = False
-                    ) -> Predictions:
+def predict_samples(runtime: Runtime, samples: Iterable[Sample], batch_size: int = 1, pixels: bool = False,
+                    workers: Optional[int] = None) -> Predictions:
     """Run a detector over ``samples``, in order. An image that cannot be read comes with its error.
 
-    As many threads as cores, but at least two, each decode a batch, run it and, if ``pixels``, count the pixels of its
-    labelled images. At most ``runtime.streams`` batches run at once.
+    So many ``workers`` (None: one for each core, but at least two) each take a batch, decode it, run it and, if
+    ``pixels``, count the pixels of its labelled images. At most ``runtime.streams`` batches run at once.
     """
     running = threading.Semaphore(runtime.streams)
 
@@ -111,7 +111,7 @@ def predict_samples(runtime: Runtime, samples: Iterable[Sample], batch_size: int
         return [with_pixels(result, sample, runtime.metadata.image_size)
                 if pixels and isinstance(result, Prediction) else result for sample, result in zip(batch, results)]
 
-    source, workers = iter(samples), max(2, runtime.threads)
+    source, workers = iter(samples), workers or max(2, runtime.threads)
     batches: Iterator[List[Sample]] = iter(lambda: list(islice(source, batch_size)), [])
     for batch, results in read_ahead(run, batches, workers, 2 * workers):
         if isinstance(results, UadtoolError):  # the runtime failed

@@ -1,4 +1,5 @@
 """Scoring images with an exported detector, and how well the scores agree with the labels of the images."""
+import functools
 import time
 from itertools import islice
 from typing import Any, Callable, Dict, Generator, Iterable, Optional, Sequence, Tuple
@@ -14,7 +15,7 @@ from uadtool.runtimes.contract import Runtime, describe
 from uadtool.scoring.cluster import Cluster
 from uadtool.scoring.evaluation import Evaluation
 from uadtool.scoring.metrics import rounded
-from uadtool.scoring.predict import Prediction, predict_samples
+from uadtool.scoring.predict import Prediction, Predictions, predict_samples
 from uadtool.scoring.thresholds import Thresholds
 from uadtool.terminal import first_of, log
 
@@ -27,8 +28,8 @@ Output = Callable[[Record, np.ndarray], Record]
 
 
 def score(runtime: Runtime, samples: Iterable[Sample], thresholds: Optional[Thresholds] = None, batch_size: int = 1,
-          outputs: Sequence[Output] = (), shard: Optional[Tuple[int, int]] = None, cluster: Optional[Cluster] = None
-          ) -> Generator[Record, None, None]:
+          outputs: Sequence[Output] = (), shard: Optional[Tuple[int, int]] = None, cluster: Optional[Cluster] = None,
+          workers: Optional[int] = None) -> Generator[Record, None, None]:
     """Yield the records of a run (schemas/score.json): ``run``, each ``image`` as soon as it is known, ``summary``.
 
     An image that cannot be read becomes an ``image`` with ``error``. Metrics come from the scores in the records, which
@@ -39,6 +40,7 @@ def score(runtime: Runtime, samples: Iterable[Sample], thresholds: Optional[Thre
         outputs: are called with each record and its anomaly map, float32 [h, w]. What they return joins the record.
         shard: (I, N) scores only every N-th sample, from the I-th (1 to N) on.
         cluster: does the work instead of this machine.
+        workers: as for ``predict_samples``.
     """
     thresholds = thresholds or Thresholds.of_model(runtime.metadata)
     run: Record = {"schema": SCHEMA, "type": "run", **host.opening(), **describe(runtime),
@@ -53,7 +55,8 @@ def score(runtime: Runtime, samples: Iterable[Sample], thresholds: Optional[Thre
     if cluster:
         run["cluster"] = cluster.size()
     yield run
-    predict = cluster.predict if cluster else predict_samples
+    on_this_machine = functools.partial(predict_samples, workers=workers)
+    predict: Callable[..., Predictions] = cluster.predict if cluster else on_this_machine
     began = time.perf_counter()
     images = errors = anomalous = unknown = unnamed = faint = 0
     evaluation, classes = Evaluation(), set(runtime.metadata.classes)
@@ -64,7 +67,7 @@ def score(runtime: Runtime, samples: Iterable[Sample], thresholds: Optional[Thre
         images += 1
         if isinstance(prediction, UadtoolError):
             errors += 1
-            yield {"type": "image", "path": sample.path, "time": host.now_exactly(), "error": str(prediction)}
+            yield {**_opening(sample), "error": str(prediction)}
             continue
         record = _image_record(sample, prediction, thresholds.of(prediction.nearest_class))
         anomalous += record["anomalous"]
@@ -98,11 +101,16 @@ def score(runtime: Runtime, samples: Iterable[Sample], thresholds: Optional[Thre
 
 
 def _image_record(sample: Sample, prediction: Prediction, threshold: float) -> Record:
-    record = {"type": "image", "path": sample.path, "time": host.now_exactly(), "score": prediction.score,
-              "raw_score": prediction.raw_score, "threshold": threshold, "anomalous": prediction.score > threshold,
-              "nearest_class": prediction.nearest_class, "class_distance": prediction.class_distance,
-              "unknown_class": prediction.unknown_class, "class": sample.class_name, "label": sample.label,
-              "milliseconds": prediction.milliseconds}
+    record = {**_opening(sample), "score": prediction.score, "raw_score": prediction.raw_score, "threshold": threshold,
+              "anomalous": prediction.score > threshold, "nearest_class": prediction.nearest_class,
+              "class_distance": prediction.class_distance, "unknown_class": prediction.unknown_class,
+              "class": sample.class_name, "label": sample.label, "milliseconds": prediction.milliseconds}
+    return {key: value for key, value in record.items() if value is not None}
+
+
+def _opening(sample: Sample) -> Record:
+    record = {"type": "image", "path": sample.path, "frame": sample.frame, "arrived": sample.arrived,
+              "time": host.now_exactly()}
     return {key: value for key, value in record.items() if value is not None}
 
 
