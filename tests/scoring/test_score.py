@@ -227,7 +227,7 @@ def test_fail_anomalous(uadtool, detector, photos):
 
 def test_a_false_positive_rate_chooses_a_threshold(uadtool, detector, photos, make_detector, tmp_path):
     (photos / "b.jpg").unlink()
-    for rate, threshold in ((0, 1.9), (0.05, 1.7), (0.5, -0.1)):  # of forty scores
+    for rate, threshold in ((0, 1.9), (0.05, 1.8), (0.5, 0.0)):  # of forty scores
         run, *_ = records(uadtool("score", detector, photos, "--false-positive-rate", rate).stdout)
         assert run["threshold"] == threshold
     without = make_detector(tmp_path / "old.onnx", METADATA.replace(good_scores={}))
@@ -455,7 +455,8 @@ def test_a_restart_goes_on_where_the_last_run_ended(uadtool, detector, mvtec, tm
     thresholds = uadtool("score", detector, images[0], "--threshold-from", log)
     assert thresholds.returncode == 0
     assert f"{log}:{half}: the line is cut short and left out" in thresholds.stderr
-    assert f"too few good images in {log} (2): a share of 0.05 requires at least 20" in thresholds.stderr
+    assert "2 good images promise a false-positive rate of 0.33" in thresholds.stderr
+    assert "a rate of 0.05 requires 19" in thresholds.stderr
     lines = log.read_text().splitlines()
     del lines[half - 1]
     scored = [line for line in map(json.loads, lines) if line["type"] == "image"]

@@ -1,5 +1,5 @@
 import json
-from typing import Optional, Tuple
+from typing import Any, Optional, Tuple
 
 import click
 
@@ -82,16 +82,8 @@ def compare(files: Tuple[str, ...], style: Optional[str], changed: bool, how: Op
 
     if changed:
         text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in comparison.changed(models))
-    elif style == "html":
-        from uadtool.comparing.page.page import as_html
-
-        text = as_html(models, record, verdicts)
-    elif style == "json":
-        text = json.dumps(record, indent=2, allow_nan=False) + "\n"
     else:
-        from uadtool.comparing.table import as_csv, as_table
-
-        text = as_csv(record) if style == "csv" else as_table(record, markdown=style == "markdown")
+        text = _formatted(style, models, record, verdicts)
     content = text.encode("utf-8", "backslashreplace")  # names may hold bytes that are not UTF-8; none becomes another
     if output:
         with atomic_write(output) as temporary:
@@ -103,3 +95,15 @@ def compare(files: Tuple[str, ...], style: Optional[str], changed: bool, how: Op
         log.error("gate failed: %s", failure)
     if failures:
         raise GateFailed("the comparison does not meet its gates")
+
+
+def _formatted(style: Optional[str], models: Any, record: Any, verdicts: Any) -> str:
+    if style == "html":
+        from uadtool.comparing.page.page import as_html
+
+        return as_html(models, record, verdicts)
+    if style == "json":
+        return json.dumps(record, indent=2, allow_nan=False) + "\n"
+    from uadtool.comparing.table import as_csv, as_table
+
+    return as_csv(record) if style == "csv" else as_table(record, markdown=style == "markdown")

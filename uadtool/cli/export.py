@@ -31,7 +31,7 @@ from uadtool.errors import require_lab
 @options.max_pixels
 @options.verbosity
 def export(models: Tuple[str, ...], output: str, classes: Optional[List[str]], drop: Optional[List[str]],
-           size: Optional[int], images: Optional[str], threshold_from: Optional[str],
+           size: Optional[int], images: Optional[str], threshold_from: Tuple[str, ...],
            false_positive_rate: Optional[float], **build: Any) -> None:
     """Write MODEL as a complete ONNX detector and check that its scores match those of torch.
 
@@ -69,7 +69,7 @@ def export(models: Tuple[str, ...], output: str, classes: Optional[List[str]], d
         (false_positive_rate is not None and not threshold_from, "--false-positive-rate requires --threshold-from."),
     )
     for path in filter(None, (output, to_engine and f"{output}.json", build.get("timing_cache"))):
-        options.claim(path, [*models, threshold_from])
+        options.claim(path, [*models, *threshold_from])
 
     def retuned(metadata: Any) -> Any:
         if not threshold_from:

@@ -28,7 +28,8 @@ def json_writer(stdout: TextIO) -> Writer:
     """Write each record as a line of JSON."""
     def write(record: Dict[str, Any]) -> None:
         if stdout.isatty():
-            record.pop("pixels", None)  # kilobytes of histograms
+            for name in ("pixels", "held_out"):  # kilobytes of histograms and scores
+                record.pop(name, None)
         print(json.dumps(record, allow_nan=False), file=stdout, flush=True)
 
     return write

@@ -113,7 +113,8 @@ seed = click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show
 max_pixels = click.option("--max-pixels", type=click.IntRange(1), metavar="N", expose_value=False,
                           callback=_limit_pixels, help="Refuse images of more pixels  [default: 178956970]")
 threshold_from = click.option("--threshold-from", metavar="FILE", type=click.Path(exists=True, dir_okay=False),
-                              help="Take thresholds from the good images in this output of score.")
+                              multiple=True,
+                              help="Take thresholds from the good images in this output of score; may be repeated.")
 runtime = click.option("--runtime", type=click.Choice(["auto", "onnxruntime", "openvino", "tensorrt", "torch"]),
                        default="auto", show_default=True,
                        help="Runtime of the model; auto takes the fastest installed runtime for this kind of file, and "

@@ -136,7 +136,7 @@ def _check_usage(ctx: click.Context, arguments: SimpleNamespace) -> None:
     followed = {Path(path).resolve() for path in arguments.paths if arguments.follow}
     options.refuse(
         (isinstance(arguments.threshold, float) and (arguments.false_positive_rate is not None
-                                                     or arguments.threshold_from is not None),
+                                                     or arguments.threshold_from),
          "--threshold SCORE leaves nothing to --false-positive-rate and --threshold-from; leave one out."),
         (arguments.fail_anomalous and arguments.fail_above is not None,
          "--fail-above and --fail-anomalous are mutually exclusive."),
@@ -158,11 +158,11 @@ def _is_picture(name: str) -> bool:
 
 
 def _thresholds(arguments: SimpleNamespace, metadata: Any) -> Any:
-    from uadtool.scoring.thresholds import Thresholds
+    from uadtool.scoring.thresholds import Thresholds, warn_of_few
 
-    if isinstance(arguments.threshold, float):
-        return Thresholds(arguments.threshold)
     rate, thresholds = arguments.false_positive_rate, Thresholds.of_model(metadata)
+    if isinstance(arguments.threshold, float):
+        return thresholds._replace(common=arguments.threshold, by_class={})
     if arguments.threshold_from:
         from uadtool.comparing.good_images import good_scores
 
@@ -172,8 +172,9 @@ def _thresholds(arguments: SimpleNamespace, metadata: Any) -> Any:
         if not metadata.good_scores:
             raise UadtoolError(f"{arguments.model} does not hold the scores of good images; train or quantize it "
                                "again, or give --threshold-from")
+        warn_of_few(sum(map(len, metadata.good_scores.values())), rate)
         thresholds = Thresholds.at(rate, metadata.good_scores)
-    return Thresholds(thresholds.common) if arguments.threshold == COMMON else thresholds
+    return thresholds._replace(by_class={}) if arguments.threshold == COMMON else thresholds
 
 
 def _outputs(arguments: SimpleNamespace) -> Tuple[List[Any], Any]:

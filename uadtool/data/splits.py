@@ -1,6 +1,7 @@
 """Choosing samples: those to hold out, and a number of them balanced over the classes."""
 
 import itertools
+import math
 import random
 from collections import defaultdict
 from typing import Callable, Dict, Iterable, List, Optional, Sequence, Set, Tuple, TypeVar
@@ -39,6 +40,11 @@ def split_held_out(samples: Sequence[Sample], share: float, seed: int, originals
         only.update(members if len(members) == 1 else ())
     return ([sample for sample, original in zip(samples, originals) if original not in held_out],
             [samples[number] for number in sorted(held_out | only)])
+
+
+def images_needed(false_positive_rate: float) -> int:
+    """Good images from which this rate, above 0, can be promised: n are exceeded at 1 / (n + 1) or more."""
+    return math.ceil(1 / false_positive_rate - 1 - 1e-9)
 
 
 def balanced(samples: Sequence[Sample], count: int, seed: int) -> List[Sample]:

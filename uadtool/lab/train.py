@@ -34,7 +34,7 @@ from uadtool.lab.training.data import Teacher, TeacherFeatures, fits, names_dige
 from uadtool.lab.training.loop import BATCH_SIZE, Outcome, Run, steps_per_epoch
 from uadtool.lab.training.precision import autocast, autocast_dtype, choose_device
 from uadtool.metadata import PREPROCESSING, Metadata, Reading
-from uadtool.scoring.thresholds import with_thresholds
+from uadtool.scoring.thresholds import warn_of_few, with_thresholds
 from uadtool.terminal import log
 
 EPOCHS = 40
@@ -225,6 +225,7 @@ def _finish(job: _Job, outcome: Optional[Outcome], samples: Sequence[Sample], op
     detector.fold_batch_norm()
     metadata, found = _fit_statistics(job, options)
     warn_of(found)
+    warn_of_few(sum(map(len, found.scores.values())), options.false_positive_rate)
     detector.to(device="cpu", memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     report = {
         "classes": class_counts(job.classes, samples, job.inspection.originals, run.training.samples, found),

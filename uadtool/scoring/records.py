@@ -69,7 +69,7 @@ def score(runtime: Runtime, samples: Iterable[Sample], thresholds: Optional[Thre
             errors += 1
             yield {**_opening(sample), "error": str(prediction)}
             continue
-        record = _image_record(sample, prediction, thresholds.of(prediction.nearest_class))
+        record = _image_record(sample, prediction, thresholds)
         anomalous += record["anomalous"]
         unknown += prediction.unknown_class is True
         unnamed += prediction.unknown_class is True and not sample.class_name
@@ -100,9 +100,11 @@ def score(runtime: Runtime, samples: Iterable[Sample], thresholds: Optional[Thre
            **({"metrics": metrics, "pixels": evaluation.pixels()} if metrics else {})}
 
 
-def _image_record(sample: Sample, prediction: Prediction, threshold: float) -> Record:
-    record = {**_opening(sample), "score": prediction.score, "raw_score": prediction.raw_score, "threshold": threshold,
-              "anomalous": prediction.score > threshold, "nearest_class": prediction.nearest_class,
+def _image_record(sample: Sample, prediction: Prediction, thresholds: Thresholds) -> Record:
+    score, name = prediction.score, prediction.nearest_class
+    threshold = thresholds.of(name)
+    record = {**_opening(sample), "score": score, "raw_score": prediction.raw_score, "threshold": threshold,
+              "anomalous": score > threshold, "p_value": thresholds.p_value(score, name), "nearest_class": name,
               "class_distance": prediction.class_distance, "unknown_class": prediction.unknown_class,
               "class": sample.class_name, "label": sample.label, "milliseconds": prediction.milliseconds}
     return {key: value for key, value in record.items() if value is not None}

@@ -1,11 +1,14 @@
-"""Thresholds from the scores of good images."""
+"""Thresholds and p-values from the scores of good images: split conformal prediction (Vovk et al., 2005)."""
 
+from bisect import bisect_left
 from itertools import chain
 from typing import Dict, List, Mapping, NamedTuple, Optional, Sequence
 
+from uadtool.data.splits import images_needed
 from uadtool.metadata import Metadata
+from uadtool.terminal import log
 
-MOST_SCORES = 1001
+MOST_SCORES = 10_001
 """Scores of a class, or quantiles of more scores, that a model file holds at most."""
 
 PSEUDO_COUNT = 20
@@ -20,15 +23,19 @@ Scores = Mapping[str, Sequence[float]]
 
 
 class Thresholds(NamedTuple):
-    """The score above which an image is anomalous: by its nearest class, or the ``common`` one if that has none."""
+    """The score above which an image is anomalous: by its nearest class, or the ``common`` one if that has none.
+
+    ``good`` are sorted scores of good images by class; p-values come from them.
+    """
 
     common: float
     by_class: Mapping[str, float] = {}
+    good: Mapping[str, List[float]] = {}
 
     @classmethod
     def of_model(cls, metadata: Metadata) -> "Thresholds":
         """The thresholds that a model file holds."""
-        return cls(metadata.threshold, metadata.thresholds)
+        return cls(metadata.threshold, metadata.thresholds, metadata.good_scores)
 
     @classmethod
     def at(cls, false_positive_rate: float, good_scores: Scores, common: Optional[float] = None) -> "Thresholds":
@@ -47,11 +54,23 @@ class Thresholds(NamedTuple):
             common = threshold_at(list(chain.from_iterable(good_scores.values())), false_positive_rate)
         by_class = {name: (len(scores) * threshold_at(scores, false_positive_rate) + PSEUDO_COUNT * common)
                     / (len(scores) + PSEUDO_COUNT) for name, scores in good_scores.items() if name and scores}
-        return cls(common, {name: float(f"{threshold:.6g}") for name, threshold in by_class.items()})
+        return cls(common, {name: float(f"{threshold:.6g}") for name, threshold in by_class.items()},
+                   bounded_scores(good_scores))
 
     def of(self, nearest_class: str) -> float:
         """The threshold of an image."""
         return self.by_class.get(nearest_class, self.common)
+
+    def p_value(self, score: float, nearest_class: str) -> Optional[float]:
+        """The share of good images of the class, this one included, that score at least as high; None if none is known.
+
+        If an image is as good as these n, its p-value is at most p with a probability of at most p, for every p; it is
+        at least 1 / (n + 1).
+        """
+        scores = self.good.get(nearest_class)
+        if not scores:
+            return None
+        return float(f"{(1 + len(scores) - bisect_left(scores, score)) / (1 + len(scores)):.6g}")
 
 
 def with_thresholds(metadata: Metadata, good_scores: Scores, false_positive_rate: float) -> Metadata:
@@ -66,17 +85,26 @@ def with_thresholds(metadata: Metadata, good_scores: Scores, false_positive_rate
 
 
 def threshold_at(scores: Sequence[float], false_positive_rate: float) -> float:
-    """The lowest of ``scores`` that at most this share of them exceeds.
+    """The lowest of n ``scores`` that at most this share of n + 1 exceeds, a new one included.
 
-    A rate below 1 / (number of scores) gives the highest score.
+    So a new good image exceeds it with at most this probability, if it is drawn as these were: a threshold that this
+    share of the n exceeds promises less. A rate below 1 / (n + 1) gives the highest score.
 
     Raises:
         ValueError: there are no scores.
     """
     if not scores:
         raise ValueError("no scores")
-    allowed = int(false_positive_rate * len(scores) + 1e-9)
+    allowed = max(0, int(false_positive_rate * (len(scores) + 1) + 1e-9) - 1)
     return sorted(scores)[len(scores) - 1 - allowed]
+
+
+def warn_of_few(count: int, false_positive_rate: float) -> None:
+    """Warn if so many good images cannot promise the rate."""
+    if false_positive_rate == 0 or count < images_needed(false_positive_rate):
+        remedy = f"requires {images_needed(false_positive_rate)}" if false_positive_rate else "cannot be promised"
+        log.warning("%d good images promise a false-positive rate of %.2g, and the threshold is the highest of their "
+                    "scores; a rate of %g %s", count, 1 / (count + 1), false_positive_rate, remedy)
 
 
 def bounded_scores(scores: Scores) -> Dict[str, List[float]]:
