@@ -15,6 +15,9 @@ from uadtool.errors import require_lab
               help="Take banks of N entries, one of the sizes that train --sizes made  [default: the largest]")
 @click.option("--images", metavar="PATH",
               help="Compare torch and the runtime on images of this folder or data set  [default: synthetic images]")
+@click.option("--input-size", metavar="HxW", callback=options.height_and_width(4096),
+              help="Take images of this height and width, such as a camera's, and resize them inside the graph  "
+                   "[default: the model's size]")
 @options.threshold_from
 @click.option("--false-positive-rate", metavar="SHARE", type=options.Share(0, 0.5),
               help="Share of the good images of --threshold-from above their thresholds  [default: the model's]")
@@ -31,7 +34,8 @@ from uadtool.errors import require_lab
 @options.max_pixels
 @options.verbosity
 def export(models: Tuple[str, ...], output: str, classes: Optional[List[str]], drop: Optional[List[str]],
-           size: Optional[int], images: Optional[str], threshold_from: Tuple[str, ...],
+           size: Optional[int], images: Optional[str], input_size: Optional[Tuple[int, int]],
+           threshold_from: Tuple[str, ...],
            false_positive_rate: Optional[float], **build: Any) -> None:
     """Write MODEL as a complete ONNX detector and check that its scores match those of torch.
 
@@ -48,6 +52,7 @@ def export(models: Tuple[str, ...], output: str, classes: Optional[List[str]], d
       uadtool export unified.safetensors --classes screw,pcb -o two.onnx
       uadtool export unified.safetensors --size 250 -o small.onnx
       uadtool export unified-int8.onnx -o unified-int8.engine --workspace 1024
+      uadtool export unified.safetensors -o camera.onnx --input-size 1080x1920
       uadtool export unified.safetensors -o unified.onnx --threshold-from good.jsonl
     """
     to_engine, to_model = output.endswith(".engine"), output.endswith(".safetensors")
@@ -60,6 +65,7 @@ def export(models: Tuple[str, ...], output: str, classes: Optional[List[str]], d
         (to_engine and (len(models) > 1 or classes or drop or size),
          "an engine has the classes and the size of one .onnx file; join and choose when that is exported."),
         (classes and drop, "--classes and --drop are mutually exclusive."),
+        (input_size and not output.endswith(".onnx"), "--input-size requires an .onnx output."),
         (to_model and images, "--images requires an .onnx output."),
         (to_model and not (len(models) > 1 or classes or drop or size or threshold_from),
          "the output would be the same model; give several, --classes, --drop, --size or --threshold-from."),
@@ -81,7 +87,7 @@ def export(models: Tuple[str, ...], output: str, classes: Optional[List[str]], d
     if to_engine:
         _write_engine(models[0], output, retuned, build)
     else:
-        _write_model(models, output, classes, drop, size, retuned, images)
+        _write_model(models, output, classes, drop, size, retuned, images, input_size)
 
 
 def _write_engine(model: str, output: str, retuned: Callable[[Any], Any], build: Any) -> None:
@@ -98,7 +104,8 @@ def _write_engine(model: str, output: str, retuned: Callable[[Any], Any], build:
 
 
 def _write_model(models: Tuple[str, ...], output: str, classes: Optional[List[str]], drop: Optional[List[str]],
-                 size: Optional[int], retuned: Callable[[Any], Any], images: Optional[str]) -> None:
+                 size: Optional[int], retuned: Callable[[Any], Any], images: Optional[str],
+                 input_size: Optional[Tuple[int, int]]) -> None:
     require_lab()
     from contextlib import ExitStack
 
@@ -129,7 +136,7 @@ def _write_model(models: Tuple[str, ...], output: str, classes: Optional[List[st
         step = {"command": "export", "tool_version": __version__, "models": sorted(digests)}
         save_model(detector, metadata.replace(provenance=[*metadata.provenance, step]), output)
     else:
-        proto, record["parity"] = run(detector, metadata, digests[0], images)
+        proto, record["parity"] = run(detector, metadata, digests[0], images, input_size)
         save_onnx(proto, output)
         record["opset"] = next(opset.version for opset in proto.opset_import if not opset.domain)
     write_json({**record, "digest": file_digest(output)})

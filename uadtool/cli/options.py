@@ -22,6 +22,7 @@ from click.core import ParameterSource
 from uadtool.terminal import log
 
 F = TypeVar("F", bound=Callable[..., Any])
+Callback = Callable[[click.Context, click.Parameter, Optional[str]], Any]
 
 _NAME = r'\s*("(?:[^"]|"")+"|[^",\s](?:[^,]*[^,\s])?)\s*'
 """A name in a list, as in CSV."""
@@ -98,6 +99,19 @@ def _split(ctx: click.Context, param: click.Parameter, value: Optional[str]) -> 
         raise click.BadParameter(f"{value!r} is not a list such as A,B; put a name with a comma in double quotes")
     names = re.findall(rf"{_NAME}(?:,|\Z)", value)
     return [name[1:-1].replace('""', '"') if name.startswith('"') else name for name in names]
+
+
+def height_and_width(longest: int) -> Callback:
+    """The callback of an option that takes HEIGHTxWIDTH, each at most ``longest`` pixels."""
+    def callback(ctx: click.Context, param: click.Parameter, value: Optional[str]) -> Optional[Tuple[int, int]]:
+        if value is None:
+            return None
+        height, x, width = value.lower().partition("x")
+        if not (x and all(side.isdecimal() and 1 <= int(side) <= longest for side in (height, width))):
+            raise click.BadParameter(f"{value!r} is not HEIGHTxWIDTH in pixels, such as 1080x1920 (at most {longest})")
+        return int(height), int(width)
+
+    return callback
 
 
 def names(flag: str, help: str) -> Callable[[F], F]:

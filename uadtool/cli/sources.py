@@ -38,15 +38,6 @@ def _shard(ctx: click.Context, param: click.Parameter, value: Optional[str]) -> 
     return int(index), int(count)
 
 
-def _raw(ctx: click.Context, param: click.Parameter, value: Optional[str]) -> Optional[Tuple[int, int]]:
-    if value is None:
-        return None
-    height, x, width = value.lower().partition("x")
-    if not (x and all(side.isdecimal() and 1 <= int(side) <= LONGEST_SIDE for side in (height, width))):
-        raise click.BadParameter(f"{value!r} is not HEIGHTxWIDTH in pixels, such as 1080x1920")
-    return int(height), int(width)
-
-
 def source_options(command: F) -> F:
     """The options that say where images come from, in this order."""
     for option in reversed((
@@ -57,7 +48,7 @@ def source_options(command: F) -> F:
                               "runs, or changed since."),
             click.option("--frames", is_flag=True,
                          help="Score the frames on stdin: JPEG or PNG files one after another."),
-            click.option("--raw", metavar="HxW", callback=_raw,
+            click.option("--raw", metavar="HxW", callback=options.height_and_width(LONGEST_SIDE),
                          help="With --frames, the frames are raw pixels (RGB24) of this height and width."),
             click.option("--latest", is_flag=True,
                          help="With --frames, always score the newest frame, and drop those that came before it."),

@@ -20,6 +20,8 @@ from uadtool.lab.onnx_export.deployed import open_proto
 from uadtool.metadata import Metadata, Reading
 
 IMAGES = 16
+MOST_PIXELS = 1 << 23
+"""Pixels of these images together; two images may have more."""
 TOLERANCE = {"fp32": 0.01, "fp16": 0.05, "int8": 0.5, "mixed": 0.5}
 """Allowed difference of a score, and of the median of an anomaly map, in standard deviations of good images' scores;
 beyond ``LARGE`` it grows in proportion to the score. In int8 one kernel rounds a sum between two codes up and another
@@ -32,11 +34,12 @@ often are, may go to either; its score is then in the units of another class and
 
 def parity_images(path: Optional[str], reading: Reading) -> NDArray[np.uint8]:
     """Up to 16 images of a folder or data set, its classes in turn; synthetic images if None: [N, H, W, 3]."""
+    count = min(IMAGES, max(2, MOST_PIXELS // (reading.size[0] * reading.size[1])))
     if path is None:
-        coarse = np.random.default_rng(0).integers(112, 144, (IMAGES, 8, 8, 3), dtype=np.uint8)
+        coarse = np.random.default_rng(0).integers(112, 144, (count, 8, 8, 3), dtype=np.uint8)
         return np.stack([np.asarray(Image.fromarray(image).resize(reading.size[::-1], Image.Resampling.BICUBIC))
                          for image in coarse])
-    samples = balanced(list(scoring_samples([path])), IMAGES, seed=0)
+    samples = balanced(list(scoring_samples([path])), count, seed=0)
     return np.stack([read_image(sample.path, *reading) for sample in samples])
 
 
