@@ -14,6 +14,7 @@ shift
 told=${TOLD:-$scores.told}
 [ -n "$(jq -r '.time // empty' "$told" 2> /dev/null)" ] ||
     date -u '+{"time": "%Y-%m-%dT%H:%M:%S.000Z", "path": ""}' > "$told"
+# shellcheck disable=SC2016 # $told is of jq
 new='select(.time > $told.time or (.time == $told.time and .path != $told.path))'
 { cat "$scores.1" 2> /dev/null || :; tail -n +1 -F "$scores" 2> /dev/null; } |
     jq --unbuffered -cR --argjson told "$(cat "$told")" "fromjson? | $new | ${FILTER:-select(.anomalous)}" |
@@ -21,5 +22,5 @@ new='select(.time > $told.time or (.time == $told.time and .path != $told.path))
         until printf %s "$record" | "$@"; do
             sleep 5
         done
-        printf '%s\n' "$record" | jq -c '{time, path}' > "$told.new" && mv "$told.new" "$told" || : # a full disk
+        { printf '%s\n' "$record" | jq -c '{time, path}' > "$told.new" && mv "$told.new" "$told"; } || : # a full disk
     done
