@@ -68,7 +68,8 @@ class Metadata:
     ``held_out`` are the scores of the single held-out images by class and, below it, by ``tail_digest``, unless they
     are too many; so models that saw the same images can be combined.
     An image whose class distance exceeds ``class_distance_limit`` is of no class of the model; None if no distances
-    are known (files before 2026-12).
+    are known (files before 2026-12). ``good_distances`` are class distances of good images, each by the prototype of
+    the others, sorted, by class.
     ``map_units`` are the units of the raw maps in their sum; classes that are added to the model are measured in them.
     ``sizes`` are smaller banks that the model holds, ascending: their ``entries``, and the fields in ``OF_A_SIZE``.
     ``preprocessing`` says how image files become the input: ``PREPROCESSING``, and ``grey_bits``, the bits of the
@@ -98,6 +99,7 @@ class Metadata:
     good_scores: Dict[str, List[float]] = field(default_factory=dict)
     held_out: Dict[str, Dict[str, float]] = field(default_factory=dict)
     class_distance_limit: Optional[float] = None
+    good_distances: Dict[str, List[float]] = field(default_factory=dict)
     map_units: List[float] = field(default_factory=list)
     preprocessing: Dict[str, Any] = field(default_factory=lambda: {**PREPROCESSING, "grey_bits": {}})
     sizes: List[Dict[str, Any]] = field(default_factory=list)

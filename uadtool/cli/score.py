@@ -114,7 +114,8 @@ def score(ctx: click.Context, /, **values: Any) -> None:
             cluster = stack.enter_context(connected(arguments.ray, detector))
         records = stack.enter_context(contextlib.closing(score_images(
             detector, source.samples, thresholds, arguments.batch_size, outputs, arguments.shard, cluster,
-            workers=1 if arguments.latest else None)))  # a frame that waits for another one grows old
+            workers=1 if arguments.latest else None,  # a frame that waits for another one grows old
+            drift=stack.enter_context(sources.drift_watch(arguments, detector)))))
         progress = stack.enter_context(Progress("score", source.total))
         for record in records:
             if source.dropped and record["type"] == "summary":

@@ -3,8 +3,9 @@
 import os
 import signal
 import sys
+from contextlib import nullcontext
 from types import SimpleNamespace
-from typing import Any, Callable, Iterable, NamedTuple, Optional, Tuple, TypeVar
+from typing import Any, Callable, ContextManager, Iterable, NamedTuple, Optional, Tuple, TypeVar
 
 import click
 
@@ -52,6 +53,8 @@ def source_options(command: F) -> F:
                          help="With --frames, the frames are raw pixels (RGB24) of this height and width."),
             click.option("--latest", is_flag=True,
                          help="With --frames, always score the newest frame, and drop those that came before it."),
+            click.option("--drift-state", type=click.Path(dir_okay=False), metavar="FILE",
+                         help="Go on to watch for drift from FILE, and keep the watch in it."),
             click.option("--shard", metavar="I/N", callback=_shard,
                          help="Score only every N-th image, starting with the I-th; compare merges the N runs."),
             click.option("--ray", metavar="ADDRESS",
@@ -74,6 +77,8 @@ def check_source(ctx: click.Context, arguments: SimpleNamespace) -> None:
         (arguments.raw and not frames, "--raw requires --frames."),
         (arguments.latest and not frames, "--latest requires --frames."),
         (follow and len(paths) != 1, "--follow takes one folder."),
+        (arguments.drift_state and (arguments.shard or arguments.ray),
+         "--drift-state takes images in the order of their time; leave out --shard and --ray."),
         (not paths and sys.stdin.isatty(), "Give a PATH, or paths on stdin."),
         ("-" in paths and len(paths) > 1, "Give either PATHs or -."),
         (arguments.null and paths not in ((), ("-",)), "-0 requires paths on stdin."),
@@ -108,6 +113,17 @@ def open_source(arguments: SimpleNamespace) -> Source:
     samples = list(scoring_samples(arguments.paths))
     index, count = arguments.shard or (1, 1)
     return Source(samples, len(samples[index - 1::count]))
+
+
+def drift_watch(arguments: SimpleNamespace, detector: Any) -> ContextManager[Any]:
+    """A watch for drift over images that come in the order of their time; None over others."""
+    if not (arguments.follow or arguments.frames or arguments.drift_state):
+        return nullcontext()
+    from uadtool.scoring.drift import watch
+
+    if arguments.drift_state:
+        options.claim(arguments.drift_state, [arguments.model])
+    return watch(detector.metadata, detector.path, arguments.drift_state)
 
 
 def _on_signals(stop: Callable[[], None]) -> None:

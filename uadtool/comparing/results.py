@@ -149,6 +149,8 @@ def read_results(file: str, interrupted: bool = False) -> List[Result]:
                         float(record.get("threshold", run.thresholds.common)), record["anomalous"],
                         record["nearest_class"], record.get("label"), record.get("class"), record.get("heatmap"),
                         tuple(tuple(region["box"]) for region in record.get("regions") or ()))
+            elif kind == "drift" and run:
+                validate(record, "score#/$defs/drift")
             elif kind == "summary" and run:
                 validate(record, "score#/$defs/summary")
                 results.append(replace(run, values=score_values(record.get("metrics") or {}),

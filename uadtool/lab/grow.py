@@ -117,8 +117,9 @@ def _added(base: Model, samples: Sequence[Sample], options: GrowthOptions, repor
     known = _known(base)
     part, run = _part(base, metadata, training, options.seed)
     part.fit_memories(run)
-    limit = fit_prototypes(part, classes, run, known)
-    metadata = metadata.replace(class_distance_limit=max(limit, metadata.class_distance_limit or 0))
+    limit, distances = fit_prototypes(part, classes, run, known)
+    metadata = metadata.replace(class_distance_limit=max(limit, metadata.class_distance_limit or 0),
+                                good_distances=distances)
     joined = join([base, _model(base, part, metadata)])
     _warn_of_routing(joined, base.metadata.classes)
     founds: list[HeldOut] = []

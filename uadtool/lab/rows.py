@@ -143,7 +143,7 @@ def _of_classes(metadata: Metadata, classes: list[str]) -> Metadata:
 
     return metadata.replace(
         classes=classes, thresholds=part(metadata.thresholds), good_scores=part(metadata.good_scores),
-        held_out=part(metadata.held_out),
+        held_out=part(metadata.held_out), good_distances=part(metadata.good_distances),
         preprocessing={**metadata.preprocessing, "grey_bits": part(metadata.preprocessing["grey_bits"])})
 
 
@@ -160,6 +160,7 @@ def _joined(one: Metadata, other: Metadata, classes: list[str]) -> Metadata:
         classes=classes, thresholds=_both(one.thresholds, other.thresholds),
         good_scores={name: scores for name, scores in good_scores.items() if scores},
         held_out={**_both(one.held_out, other.held_out), **_confused(one, other)},
+        good_distances=_both(one.good_distances, other.good_distances),
         class_distance_limit=None if None in limits else max(limit for limit in limits if limit is not None),
         preprocessing={**one.preprocessing, "grey_bits": _both(one.preprocessing["grey_bits"],
                                                                other.preprocessing["grey_bits"])},

@@ -254,10 +254,11 @@ def _finish(job: _Job, outcome: Optional[Outcome], samples: Sequence[Sample], op
 def _fit_statistics(job: _Job, options: TrainingOptions) -> tuple[Metadata, HeldOut]:
     """Set the statistics of the deployed detector at every size: its metadata, and what held-out images showed."""
     detector, run = job.detector, job.run
+    limit, distances = fit_prototypes(detector, job.classes, run)
     metadata = Metadata(
         options.method, options.teacher, job.classes, options.image_size, detector.map_size, threshold=0.0,
         false_positive_rate=options.false_positive_rate, parameters=0, macs=0, options=job.method_options,
-        tool_version=__version__, class_distance_limit=fit_prototypes(detector, job.classes, run),
+        tool_version=__version__, class_distance_limit=limit, good_distances=distances,
         preprocessing={**PREPROCESSING, "grey_bits": job.inspection.grey_bits})
     sizes = sorted(set(options.sizes))[:-1]
     detector.sizes.update({str(entries): Statistics(detector) for entries in sizes})

@@ -13,6 +13,7 @@ from uadtool.data.samples import Sample
 from uadtool.errors import UadtoolError
 from uadtool.runtimes.contract import Runtime, describe
 from uadtool.scoring.cluster import Cluster
+from uadtool.scoring.drift import Drift
 from uadtool.scoring.evaluation import Evaluation
 from uadtool.scoring.metrics import rounded
 from uadtool.scoring.predict import Prediction, Predictions, predict_samples
@@ -29,7 +30,7 @@ Output = Callable[[Record, np.ndarray], Record]
 
 def score(runtime: Runtime, samples: Iterable[Sample], thresholds: Optional[Thresholds] = None, batch_size: int = 1,
           outputs: Sequence[Output] = (), shard: Optional[Tuple[int, int]] = None, cluster: Optional[Cluster] = None,
-          workers: Optional[int] = None) -> Generator[Record, None, None]:
+          workers: Optional[int] = None, drift: Optional[Drift] = None) -> Generator[Record, None, None]:
     """Yield the records of a run (schemas/score.json): ``run``, each ``image`` as soon as it is known, ``summary``.
 
     An image that cannot be read becomes an ``image`` with ``error``. Metrics come from the scores in the records, which
@@ -41,6 +42,7 @@ def score(runtime: Runtime, samples: Iterable[Sample], thresholds: Optional[Thre
         shard: (I, N) scores only every N-th sample, from the I-th (1 to N) on.
         cluster: does the work instead of this machine.
         workers: as for ``predict_samples``.
+        drift: watches the images; a ``drift`` record follows the image that raises an alarm.
     """
     thresholds = thresholds or Thresholds.of_model(runtime.metadata)
     run: Record = {"schema": SCHEMA, "type": "run", **host.opening(), **describe(runtime),
@@ -80,6 +82,8 @@ def score(runtime: Runtime, samples: Iterable[Sample], thresholds: Optional[Thre
             except ImageError as error:  # the image was deleted after it was read
                 log.warning("%s", error)
         yield record
+        if drift and (alarm := drift.add(sample.path, prediction.nearest_class, prediction.class_distance)):
+            yield alarm
         if sample.label:
             evaluate(evaluation, record, prediction)
         if sample.class_name and sample.class_name not in classes:
@@ -96,6 +100,7 @@ def score(runtime: Runtime, samples: Iterable[Sample], thresholds: Optional[Thre
     metrics = evaluation.figures()
     yield {"type": "summary", "images": images, "errors": errors, "anomalous": anomalous, "seconds": rounded(seconds),
            "images_per_second": rounded((images - errors) / seconds),
+           **({"drift": drift.alarms} if drift and drift.alarms else {}),
            **({"unknown_class": unknown} if unknown else {}), **({"faint": faint} if faint else {}),
            **({"metrics": metrics, "pixels": evaluation.pixels()} if metrics else {})}
 

@@ -36,6 +36,8 @@ FARTHER = 1.25
 Four models of three classes each (a fourth left out) called 99 to 100 % of the fourth class unknown, 0.6 % or less of
 the good test images of their own classes, and 8 % or less of the defective ones.
 """
+MOST_DISTANCES = 1000
+"""Distances of a class that a model file holds at most."""
 MOST_NAMED = 10_000
 """Held-out images up to which a model file names each."""
 LEAST_FAR = 5.0
@@ -116,7 +118,8 @@ def conspicuous(scores: Sequence[Sequence[float]]) -> list[list[int]]:
 
 
 @torch.inference_mode()
-def fit_prototypes(detector: Detector, classes: Sequence[str], run: Run, known: Optional[Known] = None) -> float:
+def fit_prototypes(detector: Detector, classes: Sequence[str], run: Run, known: Optional[Known] = None
+                   ) -> tuple[float, dict[str, list[float]]]:
     """Set the prototypes of a deployed detector, in place, to the mean descriptors of each class's training images.
 
     The statistics of distances are leave-one-out: an image is nearer to a mean that it is part of, by (n - 1) / n.
@@ -126,7 +129,7 @@ def fit_prototypes(detector: Detector, classes: Sequence[str], run: Run, known: 
         known: of the detector that these classes will be added to.
 
     Returns:
-        The ``Metadata.class_distance_limit``.
+        The ``Metadata.class_distance_limit`` and the ``Metadata.good_distances``.
     """
     descriptors = detector.descriptors(run)
     spreads = descriptors.std(dim=0, correction=0)
@@ -141,11 +144,15 @@ def fit_prototypes(detector: Detector, classes: Sequence[str], run: Run, known: 
             [members[place * len(members) // EXAMPLE_COUNT] for place in range(EXAMPLE_COUNT)]]
         inside = squared_distance(descriptors[members], detector.prototypes[index], scale).sqrt()
         distances.append(inside * len(members) / max(1, len(members) - 1))
-    farthest = LEAST_FAR
+    good: dict[str, list[float]] = {}
     for index, (mean, std) in enumerate(class_statistics([values.tolist() for values in distances])):
         detector.distance_mean[index], detector.distance_std[index] = mean, std
-        farthest = max(farthest, FARTHER * (distances[index].max().item() - mean) / std)
-    return float(f"{farthest:.6g}")
+        chosen = torch.randperm(len(distances[index]), generator=torch.Generator().manual_seed(run.seed))
+        standardised = (distances[index].cpu()[chosen[:MOST_DISTANCES]] - mean) / std
+        good[classes[index]] = [float(f"{distance:.6g}") for distance in standardised.sort().values.tolist()]
+    farthest = max(FARTHER * float((values.max() - mean) / std) for values, mean, std in zip(
+        distances, detector.distance_mean, detector.distance_std))
+    return float(f"{max(farthest, LEAST_FAR):.6g}"), good
 
 
 @torch.inference_mode()
