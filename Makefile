@@ -24,8 +24,8 @@ test: $(VENV)/.dev ## run the tests
 test-slow: $(VENV)/.dev ## run the tests that take minutes each: killed processes, full disks, several processes
 	$(BIN)/python -m pytest -m slow -n auto --dist worksteal
 
-test-gpu: $(VENV)/.dev ## build and run engines on this machine's NVIDIA GPU (requires its driver and the CUDA toolkit)
-	$(BIN)/python -m pip install --quiet tensorrt pycuda
+test-gpu: $(VENV)/.dev ## build and run engines on this machine's NVIDIA GPU (requires its driver)
+	$(BIN)/python -m pip install --quiet tensorrt
 	$(BIN)/python -m pytest -m gpu -rs -s tests/runtimes/test_gpu.py
 
 fuzz: $(VENV)/.dev ## feed broken input to every parser, at most FUZZ_RUNS times each (x86-64 Linux, Python 3.11 or newer)

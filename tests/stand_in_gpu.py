@@ -1,84 +1,71 @@
-"""Stand-ins for ``tensorrt`` and ``pycuda.driver`` where there is no GPU: memory is the host's, an engine is an ONNX
-file that ONNX Runtime runs. What they cannot show, `make test-gpu` does on a machine that has one.
+"""Stand-ins for NVIDIA's driver and ``tensorrt`` where there is no GPU. An engine is an ONNX file for ONNX Runtime.
+
+The driver is a real library (stand_in_driver.c), which uadtool calls as it calls NVIDIA's. What the stand-ins cannot
+show, `make test-gpu` does on a machine that has a GPU.
 """
 
+import ctypes
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import Any, Dict, List, Set
+from typing import Any, Dict, List
 
 import numpy as np
 import onnxruntime
+import pytest
 
 VERSION = "8.5.2.2"
 MAX_BATCH = 4
 DTYPES = {"tensor(uint8)": "UINT8", "tensor(int32)": "INT32", "tensor(float)": "FLOAT"}
+HELD = ("contexts", "current", "streams", "graphs", "device_blocks", "device_bytes", "host_blocks", "launches")
+KERNEL = ctypes.CFUNCTYPE(None)
+
+
+def headers() -> List[str]:
+    """Where cuda.h lies: with the CUDA toolkit, or with torch for CUDA."""
+    patterns = ((Path("/usr/local"), "cuda*"), (Path(sys.prefix), "lib/python3*/site-packages/nvidia/*"))
+    return sorted(str(path) for root, pattern in patterns for path in root.glob(f"{pattern}/include/cuda.h"))
+
+
+def compile_driver(folder: Path, *options: str) -> str:
+    """The path of the stand-in for libcuda.so.1."""
+    if not shutil.which("gcc"):
+        pytest.skip("no gcc on this machine")
+    library = str(folder / "libcuda.so.1")
+    source = Path(__file__).with_name("stand_in_driver.c")
+    subprocess.run(["gcc", "-shared", "-fPIC", "-Wall", "-Werror", *options, str(source), "-o", library], check=True)
+    return library
 
 
 class Gpu:
-    """Its memory by address, and what is on it."""
+    """What the stand-ins hold and count.
 
-    def __init__(self) -> None:
-        self.memory: Dict[int, np.ndarray] = {}
-        self.current = 0  # contexts pushed and not popped
-        self.allocations = 0
+    ``memory_limit`` is in bytes. ``recordable`` is whether TensorRT can be recorded into a graph, ``has_context``
+    whether it can create a context.
+    """
+
+    def __init__(self, library: str) -> None:
+        self.driver = ctypes.CDLL(library)
+        self.driver.stand_in_limit.argtypes = [ctypes.c_size_t]
+        for name in ("stand_in_recording", "stand_in_break"):
+            getattr(self.driver, name).argtypes = [ctypes.c_void_p]
+        self.driver.stand_in_kernel.argtypes = [ctypes.c_void_p, KERNEL]
         self.shapes_set = 0
-        self.synchronized = True
         self.min_batch = 1
-        self.page_locked: Set[int] = set()
+        self.recordable = self.has_context = True
+        self.kernels: List[Any] = []  # the driver has only their addresses
+        self.memory_limit(0)
+        self._launches = self.driver.stand_in_held(HELD.index("launches"))
 
-    def driver(self) -> ModuleType:
-        """A stand-in for ``pycuda.driver``."""
-        gpu = self
+    def held(self) -> Dict[str, int]:
+        """What is not given back; ``launches`` counts those of graphs, and ``current`` is of this thread."""
+        counts = {name: self.driver.stand_in_held(index) for index, name in enumerate(HELD)}
+        return {**counts, "launches": counts["launches"] - self._launches}
 
-        class Allocation:
-            def __init__(self, size: int) -> None:
-                assert gpu.current
-                gpu.allocations += 1
-                gpu.memory[id(self)] = np.zeros(size, np.uint8)
-
-            def __int__(self) -> int:
-                return id(self)
-
-            def __del__(self) -> None:
-                del gpu.memory[id(self)]
-
-        class Stream:
-            handle = 7
-
-            def synchronize(self) -> None:
-                assert gpu.current
-                gpu.synchronized = True
-
-        class Context:
-            def push(self) -> None:
-                gpu.current += 1
-
-            def pop(self) -> None:
-                gpu.current -= 1
-
-        def pagelocked_empty(shape: Any, dtype: Any) -> np.ndarray:
-            array = np.empty(shape, dtype)
-            gpu.page_locked.add(array.ctypes.data)
-            return array
-
-        def htod(device: Any, host: np.ndarray, stream: Any) -> None:
-            assert gpu.current
-            assert host.ctypes.data in gpu.page_locked
-            gpu.memory[int(device)][:host.nbytes] = host.view(np.uint8).ravel()
-            gpu.synchronized = False
-
-        def dtoh(host: np.ndarray, device: Any, stream: Any) -> None:
-            assert gpu.current
-            assert host.ctypes.data in gpu.page_locked
-            host[...] = gpu.memory[int(device)][:host.nbytes].view(host.dtype).reshape(host.shape)
-            gpu.synchronized = False
-
-        driver = ModuleType("pycuda.driver")
-        vars(driver).update(
-            init=lambda: None, mem_alloc=Allocation, Stream=Stream, pagelocked_empty=pagelocked_empty,
-            memcpy_htod_async=htod, memcpy_dtoh_async=dtoh,
-            mem_get_info=lambda: (1_000_000_000 - sum(len(part) for part in gpu.memory.values()), 1_000_000_000),
-            Device=lambda index: SimpleNamespace(retain_primary_context=Context))
-        return driver
+    def memory_limit(self, size: int) -> None:
+        self.driver.stand_in_limit(size)
 
     def tensorrt(self) -> ModuleType:
         """A stand-in for ``tensorrt``."""
@@ -97,25 +84,43 @@ class Gpu:
                 self.shape: Any = None
                 self.profiler: Any = None
 
+            def __del__(self) -> None:
+                assert gpu.held()["current"], "destroyed while no context was current"
+
             def set_tensor_address(self, name: str, address: int) -> None:
+                assert address % 256 == 0
                 self.addresses[name] = address
 
             def set_input_shape(self, name: str, shape: Any) -> bool:
                 gpu.shapes_set += 1
                 self.shape = tuple(shape)
-                return gpu.min_batch <= shape[0] <= MAX_BATCH
+                return bool(gpu.min_batch <= shape[0] <= MAX_BATCH)
 
-            def execute_async_v3(self, handle: int) -> bool:
-                assert gpu.current
+            def execute_async_v3(self, stream: int) -> bool:
                 if not gpu.min_batch <= self.shape[0] <= MAX_BATCH:
                     return False
-                image = gpu.memory[self.addresses["image"]][:int(np.prod(self.shape))].reshape(self.shape)
-                names = [output.name for output in self.session.get_outputs()]
-                for name, value in zip(names, self.session.run(names, {"image": image})):
-                    gpu.memory[self.addresses[name]][:value.nbytes] = value.view(np.uint8).ravel()
+                if gpu.driver.stand_in_recording(stream) and not gpu.recordable:
+                    gpu.driver.stand_in_break(stream)
+                    return False
+                gpu.kernels.append(KERNEL(self._kernel(self.shape, dict(self.addresses))))
+                assert gpu.driver.stand_in_kernel(stream, gpu.kernels[-1]) == 0
                 for layer in ("convolution", "reduction") if self.profiler else ():
                     self.profiler.report_layer_time(layer, 0.25 if layer == "reduction" else 1.5)
                 return True
+
+            def _kernel(self, shape: Any, addresses: Dict[str, int]) -> Any:
+                session = self.session
+
+                def at(address: int, size: int) -> np.ndarray:
+                    return np.frombuffer((ctypes.c_uint8 * size).from_address(address), np.uint8)
+
+                def run() -> None:
+                    image = at(addresses["image"], int(np.prod(shape))).reshape(shape)
+                    names = [output.name for output in session.get_outputs()]
+                    for name, value in zip(names, session.run(names, {"image": image})):
+                        at(addresses[name], value.nbytes)[:] = np.frombuffer(value.tobytes(), np.uint8)
+
+                return run
 
         class Engine:
             def __init__(self, plan: bytes) -> None:
@@ -139,8 +144,8 @@ class Gpu:
                 shape = tuple(self.get_tensor_shape(name)[1:])
                 return [(gpu.min_batch, *shape), (MAX_BATCH, *shape), (MAX_BATCH, *shape)]
 
-            def create_execution_context(self) -> Execution:
-                return Execution(self.session)
+            def create_execution_context(self) -> Any:
+                return Execution(self.session) if gpu.has_context else None
 
         class Runtime:
             def __init__(self, logger: Any) -> None:

@@ -1,4 +1,5 @@
 import contextlib
+import gc
 import importlib.util
 import itertools
 import json
@@ -8,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
+import weakref
 
 import numpy as np
 import pytest
@@ -131,6 +133,18 @@ def test_torch_times_layers(trained):
     layers = open_model(str(trained.path), 1, "torch").layer_times(np.zeros((1, 64, 64, 3), np.uint8), runs=2)
     assert sum("Conv2d" in layer.kind for layer in layers) == 2 * 33
     assert all(layer.milliseconds > 0 for layer in layers)
+
+
+@pytest.mark.parametrize("name", [*EACH, "torch"])
+def test_a_detector_is_closed(request, fp32, trained, name):
+    with open_model(str(trained.path if name == "torch" else fp32.path), 1, name) as model:
+        pixels = np.zeros((1, *model.metadata.image_size, 3), np.uint8)
+        weak = [weakref.ref(value) for value in vars(model).values() if type(value).__name__ in (
+            "InferenceSession", "Model", "STFPM")]
+        assert model.run(pixels).score.shape == (1,)
+    model.close()
+    gc.collect()
+    assert [reference() for reference in weak] == [None]
 
 
 def test_score_runs_torch_when_asked(uadtool, trained, fp32, textures, detector):

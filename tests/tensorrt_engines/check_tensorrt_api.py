@@ -17,9 +17,9 @@ PACKAGE = Path(__file__).parents[2] / "uadtool"
 SOURCES = [*sorted((PACKAGE / "tensorrt").glob("*.py")), PACKAGE / "runtimes" / "tensorrt.py"]
 CLASSES = {"builder": "Builder", "network": "INetworkDefinition", "parser": "OnnxParser", "config": "IBuilderConfig",
            "profile": "IOptimizationProfile", "layer": "ILayer", "elementwise": "IElementWiseLayer",
-           "error": "ParserError", "_runtime": "Runtime",
-           "_engine": "ICudaEngine", "_execution": "IExecutionContext"}
-"""Class of what the variables and attributes of these names hold, in the sources."""
+           "error": "ParserError", "[runtime]": "Runtime",
+           "[engine]": "ICudaEngine", "[context]": "IExecutionContext"}
+"""Class of what the variables and attributes of these names hold in the sources, and entries (in brackets)."""
 BY_NAME = {"IProfiler.report_layer_time", "ILogger.log", "BuilderFlag.FP16", "BuilderFlag.INT8",
            "NetworkDefinitionCreationFlag.STRONGLY_TYPED", "NetworkDefinitionCreationFlag.EXPLICIT_BATCH",
            *(f"LayerType.{name}" for name in (
@@ -61,6 +61,9 @@ def _of_source(tree: ast.AST) -> Iterator[str]:
         if not isinstance(node, ast.Attribute):
             continue
         owner = node.value.id if isinstance(node.value, ast.Name) else getattr(node.value, "attr", None)
+        if isinstance(node.value, ast.Subscript):
+            index = getattr(node.value.slice, "value", None)
+            owner = f"[{getattr(index, 'value', index)}]"  # before Python 3.9 another node lies between
         if owner == "trt":
             yield node.attr
         elif owner in CLASSES and not node.attr.startswith("__"):
@@ -98,7 +101,7 @@ def of_stubs(paths: List[str]) -> Tuple[Set[str], str, bool]:
     for name, parents in bases.items():
         for parent in parents:
             found |= {f"{name}.{one.partition('.')[2]}" for one in list(found) if one.startswith(f"{parent}.")}
-    (info,) = Path(paths[0]).parents[2].glob("tensorrt_stubs-*.dist-info")
+    (info,) = Path(paths[0]).parents[1].glob("tensorrt_stubs-*.dist-info")
     return found, info.name.split("-")[1][:-len(".dist")], False
 
 

@@ -13,8 +13,8 @@ from uadtool.files import file_digest
 from uadtool.lab.onnx_export.writer import save_onnx
 from uadtool.tensorrt import versions
 from uadtool.tensorrt.builder import BuildOptions, _use_dla, _use_timing_cache, build_engine
+from uadtool.tensorrt.driver import current_gpu
 from uadtool.tensorrt.engine_file import read_engine_metadata
-from uadtool.tensorrt.gpu import current_gpu
 
 trt = pytest.importorskip("tensorrt_rtx")
 

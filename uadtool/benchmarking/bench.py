@@ -151,10 +151,10 @@ def _measure_details(model: _Measured, settings: Settings) -> None:
     """Measure threads, roofline and layers, as far as the settings ask for them."""
     image = _random_images(model.runtime, 1)
     for threads in _thread_counts(model.runtime.threads) if settings.sweep else []:
-        runtime = open_model(model.runtime.path, threads, model.runtime.name)
-        for _ in range(1 + settings.warmup):
-            runtime.run(image)
-        model.sweep[threads] = _run_times(runtime, image, settings.duration / settings.repetitions)
+        with open_model(model.runtime.path, threads, model.runtime.name) as runtime:
+            for _ in range(1 + settings.warmup):
+                runtime.run(image)
+            model.sweep[threads] = _run_times(runtime, image, settings.duration / settings.repetitions)
     if settings.roofline:
         model.roofline = roofline(model.runtime, float(np.median(np.concatenate(model.latencies))))
     if settings.layers:

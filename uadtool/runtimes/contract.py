@@ -43,6 +43,8 @@ class LayerTime(NamedTuple):
 class Runtime:
     """A detector that is ready to run: ``path`` of its file, ``name`` and ``version`` of the runtime.
 
+    ``close`` frees its memory, as does the end of a ``with`` block. A detector that is dropped is closed later.
+
     ``threads`` is the number of cores, ``streams`` the number of parallel runs that share them. ``gpu_bytes`` is the
     GPU memory that it holds, None without a GPU. ``identity`` is the ``file_identity`` that ``open_model`` read.
     ``outputs`` are the names of the graph's outputs, in the order of ``Output``.
@@ -64,6 +66,16 @@ class Runtime:
     def layer_times(self, images: np.ndarray, runs: int) -> List[LayerTime]:
         """The mean time of each layer over ``runs`` runs, in network order. Measuring slows later runs."""
         raise NotImplementedError
+
+    def close(self) -> None:
+        """Free the detector's memory; it cannot run afterwards. A second call does nothing."""
+        raise NotImplementedError
+
+    def __enter__(self) -> "Runtime":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 TensorSpec = Tuple[str, str, Sequence[Any]]

@@ -59,6 +59,9 @@ class OnnxRuntime(Runtime):
         # The first run, which is slower, does not count.
         return [LayerTime(name, kinds[name], sum(durations[1:]) / runs) for name, durations in times.items()]
 
+    def close(self) -> None:
+        self._session = None
+
     def _options(self) -> Any:
         options = self._ort.SessionOptions()
         options.intra_op_num_threads = max(1, self.threads // self.streams)

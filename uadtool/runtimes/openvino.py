@@ -63,6 +63,11 @@ class OpenVino(Runtime):
                     kinds[layer.node_name] = layer.node_type
         return [LayerTime(name, kinds[name], time) for name, time in times.items()]
 
+    def close(self) -> None:
+        self._idle.clear()
+        self._compiled.clear()
+        self._model = self._core = None
+
     def _detector(self, batch_size: int) -> Any:
         """The detector compiled for this batch size, which makes a small one up to a fifth faster."""
         with self._compiling:

@@ -44,6 +44,9 @@ class Torch(Runtime):
             hook.remove()
         return [LayerTime(name, kinds[name], 1000 * total / runs) for name, total in seconds.items()]
 
+    def close(self) -> None:
+        vars(self).pop("_model", None)
+
 
 def _timing(module: Any, name: str, seconds: Dict[str, float]) -> Tuple[Any, Any]:
     """Hooks that add the time of each forward pass of a module to ``seconds[name]``."""

@@ -1,1 +1,1 @@
-"""Building TensorRT engines, and what differs between versions of TensorRT."""
+"""Building and running TensorRT engines, the GPU's driver, and what differs between versions of TensorRT."""

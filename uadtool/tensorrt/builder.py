@@ -8,7 +8,7 @@ from uadtool.errors import UadtoolError
 from uadtool.files import atomic_write
 from uadtool.metadata import Metadata
 from uadtool.tensorrt import versions
-from uadtool.tensorrt.gpu import current_gpu
+from uadtool.tensorrt.driver import current_gpu
 from uadtool.tensorrt.logger import make_logger
 from uadtool.terminal import log
 

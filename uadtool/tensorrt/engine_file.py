@@ -10,7 +10,7 @@ from uadtool.metadata import Metadata
 from uadtool.schemas.json_files import read_json, write_json
 from uadtool.schemas.validation import validate
 from uadtool.tensorrt.builder import Engine
-from uadtool.tensorrt.gpu import current_gpu
+from uadtool.tensorrt.driver import current_gpu
 from uadtool.tensorrt.versions import import_tensorrt
 from uadtool.terminal import log
 
