@@ -16,14 +16,13 @@ from typing import Iterator, List, Set, Tuple
 PACKAGE = Path(__file__).parents[2] / "uadtool"
 SOURCES = [*sorted((PACKAGE / "tensorrt").glob("*.py")), PACKAGE / "runtimes" / "tensorrt.py"]
 CLASSES = {"builder": "Builder", "network": "INetworkDefinition", "parser": "OnnxParser", "config": "IBuilderConfig",
-           "profile": "IOptimizationProfile", "layer": "ILayer", "elementwise": "IElementWiseLayer",
+           "profile": "IOptimizationProfile", "layer": "ILayer",
            "error": "ParserError", "[runtime]": "Runtime",
            "[engine]": "ICudaEngine", "[context]": "IExecutionContext"}
 """Class of what the variables and attributes of these names hold in the sources, and entries (in brackets)."""
-BY_NAME = {"IProfiler.report_layer_time", "ILogger.log", "BuilderFlag.FP16", "BuilderFlag.INT8",
+BY_NAME = {"IProfiler.report_layer_time", "ILogger.log",
+           "PreviewFeature.DISABLE_EXTERNAL_TACTIC_SOURCES_FOR_CORE_0805",
            "NetworkDefinitionCreationFlag.STRONGLY_TYPED", "NetworkDefinitionCreationFlag.EXPLICIT_BATCH",
-           *(f"LayerType.{name}" for name in (
-               "ELEMENTWISE", "UNARY", "REDUCE", "TOPK", "MATRIX_MULTIPLY", "DEQUANTIZE")),
            *(f"DataType.{name}" for name in ("UINT8", "INT32", "FLOAT"))}
 """Used, too, but as strings, or overridden."""
 ONLY_IN = {
@@ -31,6 +30,11 @@ ONLY_IN = {
     "NetworkDefinitionCreationFlag.STRONGLY_TYPED": lambda version, rtx: (10, 0) <= version < (11, 0) and not rtx,
     "BuilderFlag.OBEY_PRECISION_CONSTRAINTS": lambda version, rtx: version < (10, 0) and not rtx,
     "ILayer.precision": lambda version, rtx: version < (10, 0) and not rtx,
+    "ILayer.set_output_type": lambda version, rtx: version < (10, 0) and not rtx,
+    **dict.fromkeys(("IBuilderConfig.set_preview_feature", "IBuilderConfig.set_tactic_sources", "TacticSource.CUBLAS",
+                     "IBuilderConfig.get_tactic_sources", "TacticSource.CUBLAS_LT", "TacticSource.CUDNN",
+                     "PreviewFeature.DISABLE_EXTERNAL_TACTIC_SOURCES_FOR_CORE_0805"),
+                    lambda version, rtx: version < (10, 0) and not rtx),
     "BuilderFlag.FP16": lambda version, rtx: version < (11, 0) and not rtx,
     "BuilderFlag.INT8": lambda version, rtx: version < (11, 0) and not rtx,
     "ParserError.node_name": lambda version, rtx: version >= (10, 0) or rtx,

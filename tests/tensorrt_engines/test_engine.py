@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 from conftest import validate
-from flavours import flavour
+from flavours import MATRIX, flavour
 
 from uadtool.errors import UadtoolError
 from uadtool.files import file_digest
@@ -138,59 +138,95 @@ class Dla:
 
 
 class Layer:
-    """A layer of TensorRT 8.5: its type, output type, and the names of its inputs and output."""
+    """A layer of TensorRT 8.5: its name, type, and the type of its input and output."""
 
-    precision = None
+    precision = output_type = None
+    num_outputs = 1
 
-    def __init__(self, type, dtype="float", inputs=("x",), output="y", op=None):
-        self.type, self.op, self.num_inputs = type, op, len(inputs)
-        self.get_input = [SimpleNamespace(name=name) for name in inputs].__getitem__
-        self.get_output = lambda index: SimpleNamespace(name=output, dtype=dtype)
+    def __init__(self, name, type, dtype="float"):
+        self.name, self.type = name, type
+        self.get_input = self.get_output = lambda index: SimpleNamespace(dtype=dtype)
+
+    def set_output_type(self, index, dtype):
+        self.output_type = dtype
 
 
 class Typed:
     """A network and the configuration of its engine, where every precision is a flag."""
 
-    def __init__(self, version):
-        kinds = ("ELEMENTWISE", "UNARY", "REDUCE", "TOPK", "MATRIX_MULTIPLY", "DEQUANTIZE", "CONVOLUTION")
+    def __init__(self, version, *layers):
         flags = ("FP16", "INT8", "TF32", "OBEY_PRECISION_CONSTRAINTS")
+        sources = {"CUBLAS": 0, "CUBLAS_LT": 1, "CUDNN": 2, "JIT_CONVOLUTIONS": 4}
         self.trt = SimpleNamespace(
             __name__="tensorrt", __version__=version, BuilderFlag=SimpleNamespace(**{name: name for name in flags}),
-            LayerType=SimpleNamespace(**{name: name for name in kinds}), IElementWiseLayer=Layer,
-            DataType=SimpleNamespace(FLOAT="float", HALF="half"), ElementWiseOperation=SimpleNamespace(SUM="sum"))
-        self.flags = {"TF32"}
+            LayerType=SimpleNamespace(QUANTIZE="quantize", CONSTANT="constant", SHAPE="shape"),
+            DataType=SimpleNamespace(FLOAT="float", HALF="half"), TacticSource=SimpleNamespace(**sources))
+        if version.startswith("8"):
+            self.trt.PreviewFeature = SimpleNamespace(DISABLE_EXTERNAL_TACTIC_SOURCES_FOR_CORE_0805="own")
+        self.flags, self.features, self.sources = {"TF32"}, {}, 0b10111
         self.set_flag, self.clear_flag = self.flags.add, self.flags.discard
-        self.layers = [
-            Layer("DEQUANTIZE", output="codes"), Layer("CONVOLUTION", inputs=("codes",)),
-            Layer("MATRIX_MULTIPLY", inputs=("codes", "w")), Layer("ELEMENTWISE", op="sum"), Layer("REDUCE", "half"),
-            Layer("ELEMENTWISE", op="prod"), Layer("UNARY"), Layer("TOPK"), Layer("MATRIX_MULTIPLY")]
-        self.num_layers, self.get_layer = len(self.layers), self.layers.__getitem__
+        self.set_preview_feature = self.features.__setitem__
+        self.get_tactic_sources = lambda: self.sources
+        self.layers = layers
+        self.num_layers, self.get_layer = len(layers), layers.__getitem__
+
+    def set_tactic_sources(self, sources):
+        self.sources = sources
 
 
-@pytest.mark.parametrize(("version", "precision", "flags", "float_layers"), [
-    ("8.5.2.2", "fp32", set(), []),
-    ("8.5.2.2", "int8", {"INT8"}, []),
-    ("8.5.2.2", "mixed", {"INT8", "FP16", "OBEY_PRECISION_CONSTRAINTS"}, [5, 6, 7, 8]),
-    ("8.5.2.2", "fp16", {"FP16", "OBEY_PRECISION_CONSTRAINTS"}, [5, 6, 7, 8]),
-    ("10.3.0", "mixed", set(), []), ("11.0.0", "fp16", set(), []),
+NETWORK = {"quantize": ("quantizer", "quantize", "int8"), "conv": ("node_conv", "convolution"),
+           "half": ("node_cast", "identity", "half"), "constant": ("mean", "constant"),
+           "added constant": ("(Unnamed Layer* 3) [Constant]", "constant"),
+           "added": ("ONNXTRT_Broadcast_7", "shuffle"), "square": ("fp32/node_pow", "elementwise"),
+           "index": ("(Unnamed Layer* 9) [Shuffle]", "shuffle", "int32"), "gather": ("fp32/node_gather", "gather"),
+           "last": ("(Unnamed Layer* 11) [Shuffle]", "shuffle")}
+
+
+@pytest.mark.parametrize(("version", "without", "flags"), [
+    ("8.5.2.2", ("quantize", "half"), set()),  # fp32
+    ("8.5.2.2", ("half",), {"INT8", "FP16", "OBEY_PRECISION_CONSTRAINTS"}),
+    ("8.6.2", (), {"INT8", "FP16", "OBEY_PRECISION_CONSTRAINTS"}),  # int8 with fp16 casts, as that of duet
+    ("8.5.2.2", ("quantize",), {"FP16", "OBEY_PRECISION_CONSTRAINTS"}),
+    ("10.3.0", (), set()), ("11.0.0", (), set()),
 ])
-def test_the_score_head_stays_fp32(version, precision, flags, float_layers):
-    network = Typed(version)
-    versions.use_types_of_graph(network.trt, network, network, precision)
+def test_flags_are_those_of_the_graphs_types_and_fp32_stays_fp32(version, without, flags):
+    layers = {name: Layer(*layer) for name, layer in NETWORK.items() if name not in without}
+    network = Typed(version, *layers.values())
+    versions.use_types_of_graph(network.trt, network, network)
     assert network.flags == flags
-    assert [index for index, layer in enumerate(network.layers) if layer.precision == "float"] == float_layers
+    floats = [name for name, layer in layers.items() if layer.precision == "float"]
+    assert floats == [name for name, layer in layers.items() if layer.output_type == "float"]
+    assert floats == (["added", "square", "gather"] if flags else [])
 
 
-@pytest.mark.parametrize("detector", ["resnet18", pytest.param("duet", marks=pytest.mark.slow)])
-def test_the_score_head_is_found_in_any_precision(detector):
+def test_a_graph_without_names_of_fp32_layers_is_refused():
+    network = Typed("8.5.2.2", Layer("node_quantize", "quantize", "int8"), Layer("node_pow", "elementwise"))
+    with pytest.raises(UadtoolError, match="an earlier version exported it; export it again"):
+        versions.use_types_of_graph(network.trt, network, network)
+
+
+@pytest.mark.parametrize(("version", "features", "sources"), [
+    ("8.5.2.2", {"own": True}, 0b10000), ("10.3.0", {}, 0b10111)])
+def test_tensorrt_8_does_without_cudnn_and_cublas(version, features, sources):
+    network = Typed(version)
+    versions.use_own_kernels(network.trt, network)
+    assert (network.features, network.sources) == (features, sources)
+
+
+@pytest.mark.parametrize(("detector", "precision"), [case for case in MATRIX if case.values[1] != "fp32"])
+def test_the_layers_of_an_importer_have_the_names_of_their_nodes(detector, precision):
     """In networks as a real importer makes them."""
-    log, found = trt.Logger(trt.Logger.ERROR), []
-    for precision in ("fp16", "mixed"):
-        network = trt.Builder(log).create_network(0)
-        assert trt.OnnxParser(network, log).parse(flavour(detector, "tensorrt", precision).proto.SerializeToString())
-        found.append(Counter(layer.type for layer in versions.fp32_layers(trt, network)))
-    assert found[0] == found[1]  # so none of it is of the networks
-    assert set(found[0]) >= {trt.LayerType.ELEMENTWISE, trt.LayerType.UNARY, trt.LayerType.REDUCE, trt.LayerType.TOPK}
+    proto = flavour(detector, "tensorrt", precision).proto
+    log = trt.Logger(trt.Logger.ERROR)
+    network = trt.Builder(log).create_network(0)
+    parser = trt.OnnxParser(network, log)
+    assert parser.parse(proto.SerializeToString())
+    found = versions.fp32_layers(trt, network)
+    kinds = Counter(layer.type for layer in found)
+    marked = {node.name for node in proto.graph.node if node.name.startswith(versions.FLOAT_MARK)}
+    assert {layer.name for layer in found if not layer.name.startswith(versions.ADDED)} == marked
+    assert {trt.LayerType.RESIZE, trt.LayerType.GATHER, trt.LayerType.TOPK, trt.LayerType.REDUCE} <= kinds.keys()
+    assert trt.LayerType.CONSTANT not in kinds
 
 
 @pytest.mark.parametrize(("name", "version", "flags"), [

@@ -70,7 +70,8 @@ def build_engine(onnx: str, metadata: Metadata, options: BuildOptions) -> Engine
         _build_for(trt, config, options.compute_capability)
     if options.workspace:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace * MIB)
-    versions.use_types_of_graph(trt, network, config, metadata.precision)
+    versions.use_types_of_graph(trt, network, config)
+    versions.use_own_kernels(trt, config)
     dla_fallback = [] if options.dla is None else _use_dla(trt, builder, network, config, options, precision)
     profile = builder.create_optimization_profile()
     smallest, largest = 1 if options.dla is None else options.max_batch, options.max_batch

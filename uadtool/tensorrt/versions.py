@@ -4,10 +4,16 @@ import importlib
 import platform
 from typing import Any, List, Optional, Tuple
 
-from uadtool.errors import MissingPackage
+from uadtool.errors import MissingPackage, UadtoolError
 
 PACKAGES = ("tensorrt", "tensorrt_rtx")
 """Packages in order of preference. The second also builds without a GPU."""
+
+FLOAT_MARK = "fp32/"
+"""Beginning of the names of nodes that compute in fp32, in graphs for TensorRT."""
+
+ADDED = ("(Unnamed Layer", "ONNXTRT_")
+"""Beginnings of the names of layers that the importer adds to those of the nodes."""
 
 
 def import_tensorrt(package: Optional[str] = None) -> Any:
@@ -46,49 +52,65 @@ def create_network(trt: Any, builder: Any) -> Any:
     return builder.create_network(1 << int(flags.STRONGLY_TYPED if version(trt) >= (10, 0) else flags.EXPLICIT_BATCH))
 
 
-def use_types_of_graph(trt: Any, network: Any, config: Any, precision: str) -> None:
+def use_types_of_graph(trt: Any, network: Any, config: Any) -> None:
     """Let the builder compute only in the types of the graph.
 
-    Before version 10, networks have no types, and flags allow a type for any layer. With fp16 the builder would also
-    compute the score head in fp16, which cannot hold its squares and small differences. Therefore its layers are set to
-    fp32, and the builder must obey.
+    Before version 10, networks have no types, and flags allow a type for any layer. Where the graph has fp16 or int8,
+    fp16 is allowed: without it, the layers of an int8 graph for which there are no integer kernels would be fp32. But
+    the builder would also compute the score head in fp16, which cannot hold its squares and small differences.
+    Therefore the layers that ``fp32_layers`` finds are set to fp32, and the builder must obey.
 
-    Args:
-        precision: the precision of the graph, as in its metadata: fp32, fp16, int8 or mixed.
+    Raises:
+        UadtoolError: an earlier version exported the graph, without the names of these layers.
     """
     config.clear_flag(trt.BuilderFlag.TF32)  # layers are float for accuracy
     if is_rtx(trt) or version(trt) >= (10, 0):
         return
-    for flag in {"fp32": [], "fp16": ["FP16"], "int8": ["INT8"], "mixed": ["INT8", "FP16"]}[precision]:
-        config.set_flag(getattr(trt.BuilderFlag, flag))
-    if precision not in ("fp16", "mixed"):
+    layers = _layers(network)
+    quantized = any(layer.type == trt.LayerType.QUANTIZE for layer in layers)
+    if not quantized and all(layer.get_output(0).dtype != trt.DataType.HALF for layer in layers):
         return
+    if quantized:
+        config.set_flag(trt.BuilderFlag.INT8)
+    config.set_flag(trt.BuilderFlag.FP16)
     config.set_flag(trt.BuilderFlag.OBEY_PRECISION_CONSTRAINTS)
-    for layer in fp32_layers(trt, network):
+    floats = fp32_layers(trt, network)
+    if not floats:
+        raise UadtoolError("the graph does not name the layers that must compute in fp32, because an earlier version "
+                           "exported it; export it again")
+    for layer in floats:
         layer.precision = trt.DataType.FLOAT
+        for index in range(layer.num_outputs):
+            if layer.get_output(index).dtype == trt.DataType.FLOAT:
+                layer.set_output_type(index, trt.DataType.FLOAT)
 
 
 def fp32_layers(trt: Any, network: Any) -> List[Any]:
-    """The layers that are fp32 in the graph and of a kind that matters in the score head.
+    """The layers of the nodes that ``FLOAT_MARK`` names, and the layers that the importer adds before them."""
+    found, marked = [], False
+    for layer in reversed(_layers(network)):
+        if not layer.name.startswith(ADDED):
+            marked = layer.name.startswith(FLOAT_MARK)
+        if marked and layer.type not in (trt.LayerType.CONSTANT, trt.LayerType.SHAPE) and trt.DataType.FLOAT in (
+                tensor.dtype for tensor in (layer.get_input(0), layer.get_output(0)) if tensor is not None):
+            found.append(layer)
+    return found[::-1]
 
-    Layers that integer kernels compute are left out: those that read quantized values, and additions, which may be
-    fused with a convolution before them.
+
+def use_own_kernels(trt: Any, config: Any) -> None:
+    """Let TensorRT 8.5 do without cuDNN and cuBLAS, as later versions do: they take 600 MB of memory on a Xavier NX.
+
+    https://github.com/NVIDIA/TensorRT/issues/3376
     """
-    kinds = trt.LayerType
-    layers = [network.get_layer(index) for index in range(network.num_layers)]
-    dequantized = {layer.get_output(0).name for layer in layers if layer.type == kinds.DEQUANTIZE}
-    return [layer for layer in layers
-            if layer.type in (kinds.ELEMENTWISE, kinds.UNARY, kinds.REDUCE, kinds.TOPK, kinds.MATRIX_MULTIPLY)
-            and layer.get_output(0).dtype == trt.DataType.FLOAT and not _is_addition(trt, layer)
-            and dequantized.isdisjoint(tensor.name for tensor in map(layer.get_input, range(layer.num_inputs)))]
+    feature = getattr(getattr(trt, "PreviewFeature", None), "DISABLE_EXTERNAL_TACTIC_SOURCES_FOR_CORE_0805", None)
+    if feature is not None:
+        config.set_preview_feature(feature, True)
+        external = (trt.TacticSource.CUBLAS, trt.TacticSource.CUBLAS_LT, trt.TacticSource.CUDNN)
+        config.set_tactic_sources(config.get_tactic_sources() & ~sum(1 << int(source) for source in external))
 
 
-def _is_addition(trt: Any, layer: Any) -> bool:
-    if layer.type != trt.LayerType.ELEMENTWISE:
-        return False
-    elementwise = layer
-    elementwise.__class__ = trt.IElementWiseLayer  # networks return every layer as its base type
-    return bool(elementwise.op == trt.ElementWiseOperation.SUM)
+def _layers(network: Any) -> List[Any]:
+    return [network.get_layer(index) for index in range(network.num_layers)]
 
 
 def describe_error(error: Any) -> str:

@@ -19,6 +19,7 @@ from torch import nn
 from uadtool.errors import UadtoolError
 from uadtool.files import atomic_write
 from uadtool.lab.detectors.contract import OutputTensors
+from uadtool.lab.onnx_export.float_nodes import mark_float_nodes
 from uadtool.lab.quantization.targets import TARGETS
 from uadtool.metadata import KEY, Metadata
 
@@ -70,6 +71,8 @@ def to_onnx(model: nn.Module, metadata: Metadata) -> onnx.ModelProto:
     exported.producer_name, exported.producer_version = "uadtool", metadata.tool_version
     exported.metadata_props[KEY] = metadata.to_json()
     proto = onnx_ir.to_proto(exported)
+    if metadata.target is not None and TARGETS[metadata.target].half:
+        mark_float_nodes(proto)
     del proto.graph.value_info[:]
     return proto
 
