@@ -51,6 +51,19 @@ ORIN_JETPACK_6 = {
     "sys/class/devfreq/17000000.bus/cur_freq": 918000000,
     "sys/class/devfreq/17000000.bus/device/of_node/name": "gpu\0",
 }
+THOR_JETPACK_7 = {
+    "sys/class/hwmon/hwmon4/name": "ina3221",
+    "sys/class/hwmon/hwmon4/in1_label": "VDD_GPU",
+    "sys/class/hwmon/hwmon4/in1_input": 20000,
+    "sys/class/hwmon/hwmon4/curr1_input": 500,
+    "sys/class/hwmon/hwmon5/name": "ina238",
+    "sys/class/hwmon/hwmon5/in0_input": 1,
+    "sys/class/hwmon/hwmon5/in1_input": 20000,
+    "sys/class/hwmon/hwmon5/curr1_input": 1500,
+    "sys/class/hwmon/hwmon5/power1_input": 30000000,
+    "sys/class/devfreq/gpu-gpc-0/cur_freq": 1575000000,
+    "sys/class/devfreq/gpu-nvd-0/cur_freq": 315000000,
+}
 NANO_JETPACK_4 = {
     "sys/bus/i2c/drivers/ina3221x/6-0040/iio:device0/rail_name_0": "POM_5V_IN",
     "sys/bus/i2c/drivers/ina3221x/6-0040/iio:device0/in_power0_input": 2400,
@@ -84,6 +97,7 @@ def machine(tmp_path):
 @pytest.mark.parametrize(("files", "rails", "watts"), [
     (XAVIER_JETPACK_5, {"VDD_IN": 8.0, "VDD_CPU_GPU_CV": 2.5}, 8.0),
     (ORIN_JETPACK_6, {"VDD_GPU_SOC": 3.8, "VDD_CPU_CV": 1.9, "VDDQ_VDD2_1V8AO": 1.0}, 5.7),
+    (THOR_JETPACK_7, {"VDD_GPU": 10.0, "VIN": 30.0}, 30.0),
     (NANO_JETPACK_4, {"POM_5V_IN": 2.4, "POM_5V_GPU": 0.3}, 2.4),
     (WORKSTATION, {}, None),
 ])
@@ -97,6 +111,7 @@ def test_rails_and_the_power_of_the_whole_board(machine, files, rails, watts):
     (XAVIER_JETPACK_5, {"power_mode": "20W_6CORE", "clocks_mhz": {"cpu0": 1420.8, "gpu": 1109.25},
                         "temperatures_c": {"CPU-therm": 41.5}, "throttling": 3}),
     (ORIN_JETPACK_6, {"clocks_mhz": {"gpu": 918.0}}),
+    (THOR_JETPACK_7, {"clocks_mhz": {"gpu": 1575.0}}),
     (NANO_JETPACK_4, {"clocks_mhz": {"gpu": 921.6}}),
     (WORKSTATION, {"throttling": 7}),
     ({"var/lib/nvpmodel/status": "pmode:0003"}, {"power_mode": "3"}),

@@ -10,7 +10,7 @@ from typing import Any, Dict, Iterator, List, Optional, Tuple
 INTERVAL = 0.05
 """Seconds between two readings of the rails. An INA3221 updates its three channels about every 10 ms."""
 
-TOTAL_RAILS = ("VDD_IN", "POM_5V_IN")
+TOTAL_RAILS = ("VIN", "VDD_IN", "POM_5V_IN")
 """Names of the rail that feeds the whole module. On Jetsons without it, the rails add up to the total
 (https://forums.developer.nvidia.com/t/xavier-jetson-total-power-consumption/81016)."""
 
@@ -59,7 +59,7 @@ class Sensors:
         clocks = {path.parent.parent.name: _number(path, 1000)
                   for path in self._glob("sys/devices/system/cpu/cpu[0-9]*/cpufreq/scaling_cur_freq")}
         for path in self._glob("sys/class/devfreq/*/cur_freq"):
-            if re.search(r"gpu|g[pva]\d+b", f"{path.parent.name} {_text(path.parent / 'device/of_node/name')}"):
+            if re.search(r"gpu(?!-nvd)|g[pva]\d+b", f"{path.parent.name} {_text(path.parent / 'device/of_node/name')}"):
                 clocks["gpu"] = _number(path, 1e6)
         zones = {_text(path.parent / "type") or path.parent.name: _number(path, 1000)
                  for path in self._glob("sys/class/thermal/thermal_zone*/temp")}
@@ -69,8 +69,14 @@ class Sensors:
             "throttling": int(sum(count for count in counts if count is not None)) if counts else None})
 
     def _find_rails(self) -> Iterator[Tuple[str, List[Path]]]:
-        """The name of each rail of the INA3221 monitors, and the files whose product is its power: mV and mA, or mW."""
+        """The name of each rail of the power monitors, and the files whose product is its power: mV and mA, or mW.
+
+        An INA3221 has three rails. The INA238 of a Thor has one, the input of the whole board
+        (https://docs.kernel.org/hwmon/ina238.html).
+        """
         for name in self._glob("sys/class/hwmon/hwmon*/name"):  # JetPack 5 and later
+            if _text(name) == "ina238":
+                yield "VIN", [name.parent / "in1_input", name.parent / "curr1_input"]
             if _text(name) != "ina3221":
                 continue
             for label in sorted(name.parent.glob("in[1-3]_label")):
