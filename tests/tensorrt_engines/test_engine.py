@@ -11,9 +11,9 @@ from flavours import MATRIX, flavour
 from uadtool.errors import UadtoolError
 from uadtool.files import file_digest
 from uadtool.lab.onnx_export.writer import save_onnx
-from uadtool.tensorrt import versions
+from uadtool.tensorrt import builder, versions
 from uadtool.tensorrt.builder import BuildOptions, _use_dla, _use_timing_cache, build_engine
-from uadtool.tensorrt.driver import current_gpu
+from uadtool.tensorrt.driver import Gpu, current_gpu
 from uadtool.tensorrt.engine_file import read_engine_metadata
 
 trt = pytest.importorskip("tensorrt_rtx")
@@ -34,7 +34,7 @@ def onnx(tmp_path_factory):
 def engine(onnx, uadtool, tmp_path_factory):
     folder = tmp_path_factory.mktemp("engine")
     done = uadtool("export", onnx["tensorrt", "int8"], "-o", folder / "int8.engine", "--compute-capability", "8.6",
-                   "--workspace", 512, "--max-batch", 4, "--timing-cache", folder / "cache")
+                   "--workspace", 512, "--max-batch", 4, "--optimal-batch", 2, "--timing-cache", folder / "cache")
     assert done.returncode == 0, done.stderr
     return folder / "int8.engine", json.loads(done.stdout)
 
@@ -46,9 +46,9 @@ def test_an_engine_has_its_metadata_beside_it(engine, onnx):
     assert record["digest"] == file_digest(path)
     assert record["onnx_digest"] == file_digest(onnx["tensorrt", "int8"])
     assert {name: record["build"][name] for name in ("package", "compute_capability", "precision", "workspace",
-                                                     "max_batch", "dla", "gpu_fallback")} == {
+                                                     "max_batch", "optimal_batch", "dla", "gpu_fallback")} == {
         "package": "tensorrt_rtx", "compute_capability": "8.6", "precision": "int8", "workspace": 512, "max_batch": 4,
-        "dla": None, "gpu_fallback": False}
+        "optimal_batch": 2, "dla": None, "gpu_fallback": False}
     assert (path.parent / "cache").stat().st_size > 0
     metadata, build = read_engine_metadata(str(path))
     assert metadata == flavour("resnet18", "tensorrt", "int8").metadata
@@ -96,13 +96,15 @@ def test_an_engine_without_its_metadata_is_refused(engine, tmp_path):
 def test_without_a_gpu_the_compute_capability_is_required(onnx, uadtool, tmp_path):
     done = uadtool("export", onnx["tensorrt", "fp32"], "-o", tmp_path / "x.engine")
     assert done.returncode == 1
-    assert "no GPU to build an engine for was found; run this on the device, or name its" in done.stderr
+    assert ("no GPU to build an engine for was found; run this on the device, or name its compute capability, one of "
+            "7.5, 8.0, 8.6, ") in done.stderr
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(("model", "options", "message"), [
     (("onnxruntime", "int8"), {}, "was quantized for onnxruntime, which TensorRT does not support"),
-    (("tensorrt", "fp32"), {"compute_capability": "9.9"}, "cannot build for 9.9; it supports 12.0, .*8.6"),
+    (("tensorrt", "fp32"), {"compute_capability": "9.9"}, "cannot build for 9.9; it supports 7.5, .*8.6.* 12.0"),
+    (("tensorrt", "fp32"), {"compute_capability": "8"}, "cannot build for 8; it supports"),
     (("tensorrt", "fp32"), {"dla": 0}, "DLA core 0 does not exist; this device has 0"),
 ])
 def test_what_cannot_be_built_is_refused(onnx, model, options, message):
@@ -118,6 +120,66 @@ def test_a_graph_that_tensorrt_does_not_take_is_refused_with_the_node(onnx, tmp_
     with pytest.raises(UadtoolError, match=r"does not support .*damaged\.onnx: MinPool "):
         build_engine(str(damaged), flavour("resnet18", "tensorrt", "fp32").metadata,
                      BuildOptions(compute_capability="8.6"))
+
+
+@pytest.mark.parametrize(("gpu", "message"), [
+    (Gpu("NVIDIA H200", "9.0", 132), r"RTX \S+ cannot build for this NVIDIA H200, which has 9\.0; it supports 7\.5, "),
+    (None, "no GPU to build an engine for was found; run this on the device, or name its compute capability"),
+])
+def test_a_gpu_that_tensorrt_rtx_does_not_support_is_refused_before_the_build(onnx, monkeypatch, gpu, message):
+    monkeypatch.setattr(builder, "current_gpu", lambda: gpu)
+    monkeypatch.setattr(trt, "Builder", None)
+    model = "tensorrt", "fp32"
+    with pytest.raises(UadtoolError, match=message):
+        build_engine(str(onnx[model]), flavour("resnet18", *model).metadata, BuildOptions())
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """What builders are given: the batches of the profile, and of the network."""
+    seen = {}
+    build, set_shape = trt.Builder.build_serialized_network, trt.IOptimizationProfile.set_shape
+
+    def noted_shape(profile, name, *shapes):
+        seen["profile"] = [shape[0] for shape in shapes]
+        return set_shape(profile, name, *shapes)
+
+    def noted_network(builder, network, config):
+        tensors = [network.get_input(0), *(network.get_layer(index).get_output(0)
+                                           for index in range(network.num_layers))]
+        seen["batch"], seen["variable"] = tensors[0].shape[0], sum(-1 in tuple(tensor.shape) for tensor in tensors)
+        return build(builder, network, config)
+
+    monkeypatch.setattr(trt.IOptimizationProfile, "set_shape", noted_shape)
+    monkeypatch.setattr(trt.Builder, "build_serialized_network", noted_network)
+    return seen
+
+
+@pytest.mark.parametrize(("options", "batches"), [
+    ({}, [1, 1, 8]), ({"optimal_batch": 16, "max_batch": 64}, [1, 16, 64]),
+    ({"optimal_batch": 4, "max_batch": 2}, [1, 2, 2]),
+])
+def test_an_engine_is_fastest_for_single_images_unless_told_otherwise(onnx, seen, options, batches):
+    model = "tensorrt", "fp32"
+    build_engine(str(onnx[model]), flavour("resnet18", *model).metadata,
+                 BuildOptions(compute_capability="8.6", **options))
+    assert seen["profile"] == batches
+    assert seen["batch"] == -1
+    assert seen["variable"]
+
+
+def test_a_dla_is_asked_about_layers_of_fixed_shape(onnx, seen, monkeypatch):
+    """The importer is real; the core runs everything whose shape is fixed."""
+    def use(trt, tensorrt_builder, network, config, options, precision):
+        layers = [network.get_layer(index) for index in range(network.num_layers)]
+        return [layer.name for layer in layers if -1 in tuple(layer.get_output(0).shape)]
+
+    monkeypatch.setattr(builder, "_use_dla", use)
+    model = "tensorrt", "fp32"
+    engine = build_engine(str(onnx[model]), flavour("resnet18", *model).metadata,
+                          BuildOptions(compute_capability="8.6", dla=0, max_batch=2))
+    assert engine.build["dla_fallback"] == []
+    assert seen == {"batch": 2, "variable": 0}  # and no profile
 
 
 class Dla:
@@ -262,12 +324,23 @@ def test_graphs_that_a_dla_does_not_support(jetson, options, precision, message)
         _use_dla(jetson, Dla(), Dla(), Dla(), BuildOptions(**options), precision)
 
 
+@pytest.mark.parametrize(("version", "hint"), [
+    ("10.7.0", ""), ("11.3.0", "; after TensorRT 10.7 only 11.4.1 and later")])
+def test_versions_that_have_no_dla_are_named(jetson, version, hint):
+    jetson.__version__ = version
+    with pytest.raises(UadtoolError, match=f"DLA core 3 does not exist; this device has 2{hint}") as raised:
+        _use_dla(jetson, Dla(), Dla(), Dla(), BuildOptions(dla=3), "fp16")
+    assert str(raised.value).endswith("2") == (not hint)
+
+
 @pytest.mark.parametrize(("arguments", "message"), [
     (["model.onnx", "-o", "other.onnx"], "an .onnx file into an .engine file"),
     (["model.safetensors", "-o", "x.engine"], "an .onnx file into an .engine file"),
     (["model.safetensors", "-o", "x.onnx", "--dla", "0"], "--dla requires an .engine output"),
     (["model.onnx", "-o", "x.engine", "--images", "."], "check an engine with score"),
     (["model.onnx", "-o", "x.engine", "--gpu-fallback"], "--gpu-fallback requires --dla"),
+    (["model.onnx", "-o", "x.engine", "--optimal-batch", "9"], "--optimal-batch exceeds --max-batch"),
+    (["model.onnx", "-o", "x.engine", "--optimal-batch", "2", "--dla", "0"], "leave out --optimal-batch"),
 ])
 def test_options_that_do_not_go_together(uadtool, tmp_path, arguments, message):
     for name in ("model.onnx", "model.safetensors"):

@@ -24,6 +24,8 @@ from uadtool.errors import require_lab
 @click.option("--workspace", type=click.IntRange(1), metavar="MIB",
               help="Memory for building an engine  [default: all]")
 @click.option("--max-batch", type=click.IntRange(1), metavar="N", help="Largest batch of an engine  [default: 8]")
+@click.option("--optimal-batch", type=click.IntRange(1), metavar="N",
+              help="Batch size at which an engine is to be fastest  [default: 1]")
 @click.option("--timing-cache", type=click.Path(dir_okay=False), metavar="FILE",
               help="Read and write the kernel timings of a build, which speed up the next build.")
 @click.option("--dla", type=click.IntRange(0), metavar="CORE",
@@ -72,6 +74,8 @@ def export(models: Tuple[str, ...], output: str, classes: Optional[List[str]], d
         (build and not to_engine, f"--{next(iter(build), '').replace('_', '-')} requires an .engine output."),
         (images and to_engine, "--images requires an .onnx output; check an engine with score."),
         ("gpu_fallback" in build and "dla" not in build, "--gpu-fallback requires --dla."),
+        ("optimal_batch" in build and "dla" in build, "a DLA runs batches of --max-batch; leave out --optimal-batch."),
+        (build.get("optimal_batch", 1) > build.get("max_batch", 8), "--optimal-batch exceeds --max-batch."),
         (false_positive_rate is not None and not threshold_from, "--false-positive-rate requires --threshold-from."),
     )
     for path in filter(None, (output, to_engine and f"{output}.json", build.get("timing_cache"))):

@@ -8,7 +8,7 @@ from uadtool.errors import UadtoolError
 from uadtool.files import atomic_write
 from uadtool.metadata import Metadata
 from uadtool.tensorrt import versions
-from uadtool.tensorrt.driver import current_gpu
+from uadtool.tensorrt.driver import Gpu, current_gpu
 from uadtool.tensorrt.logger import make_logger
 from uadtool.terminal import log
 
@@ -19,14 +19,16 @@ MIB = 1 << 20
 class BuildOptions:
     """How to build an engine.
 
-    ``workspace`` is in MiB, None for no limit. Batches have 1 to ``max_batch`` images. ``timing_cache`` is a file that
-    speeds up the next build; it is read if it exists, and written. ``dla`` is the number of a DLA core, which runs only
-    batches of ``max_batch``; ``gpu_fallback`` lets the GPU run layers that the core cannot. ``compute_capability`` is
-    that of the target GPU, None for the GPU of this machine; only TensorRT-RTX builds for other GPUs.
+    ``workspace`` is in MiB, None for no limit. Batches have 1 to ``max_batch`` images, and the kernels are those that
+    are fastest for ``optimal_batch``. ``timing_cache`` is a file that speeds up the next build; it is read if it
+    exists, and written. ``dla`` is the number of a DLA core, which runs only batches of ``max_batch``;
+    ``gpu_fallback`` lets the GPU run layers that the core cannot. ``compute_capability`` is that of the target GPU,
+    None for the GPU of this machine; only TensorRT-RTX builds for other GPUs.
     """
 
     workspace: Optional[int] = None
     max_batch: int = 8
+    optimal_batch: int = 1
     timing_cache: Optional[str] = None
     dla: Optional[int] = None
     gpu_fallback: bool = False
@@ -54,10 +56,7 @@ def build_engine(onnx: str, metadata: Metadata, options: BuildOptions) -> Engine
         raise UadtoolError(f"{onnx} was quantized for {metadata.target}, which TensorRT does not support; quantize "
                            "the float model with --target tensorrt")
     gpu = current_gpu()
-    capability = options.compute_capability or (gpu.compute_capability if gpu else None)
-    if capability is None:
-        raise UadtoolError("no GPU to build an engine for was found; run this on the device" + (
-            ", or name its compute capability: --compute-capability 8.6" if versions.is_rtx(trt) else ""))
+    capability = _target(trt, gpu, options.compute_capability)
     logger = make_logger(trt)
     builder = trt.Builder(logger)
     network = versions.create_network(trt, builder)
@@ -67,16 +66,22 @@ def build_engine(onnx: str, metadata: Metadata, options: BuildOptions) -> Engine
         raise UadtoolError(f"TensorRT {trt.__version__} does not support {onnx}: {reason}")
     config = builder.create_builder_config()
     if options.compute_capability:
-        _build_for(trt, config, options.compute_capability)
+        config.num_compute_capabilities = 1
+        config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{capability.replace('.', '')}"), 0)
     if options.workspace:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace * MIB)
     versions.use_types_of_graph(trt, network, config)
     versions.use_own_kernels(trt, config)
-    dla_fallback = [] if options.dla is None else _use_dla(trt, builder, network, config, options, precision)
-    profile = builder.create_optimization_profile()
-    smallest, largest = 1 if options.dla is None else options.max_batch, options.max_batch
-    profile.set_shape("image", *((count, *metadata.image_size, 3) for count in (smallest, largest, largest)))
-    config.add_optimization_profile(profile)
+    dla_fallback = []
+    if options.dla is not None:
+        # First, because no layer of variable shape can run there.
+        network.get_input(0).shape = (options.max_batch, *metadata.image_size, 3)
+        dla_fallback = _use_dla(trt, builder, network, config, options, precision)
+    else:
+        profile = builder.create_optimization_profile()
+        batches = 1, min(options.optimal_batch, options.max_batch), options.max_batch
+        profile.set_shape("image", *((count, *metadata.image_size, 3) for count in batches))
+        config.add_optimization_profile(profile)
     timing = _use_timing_cache(config, Path(options.timing_cache)) if options.timing_cache else None
     plan = builder.build_serialized_network(network, config)
     if plan is None:
@@ -86,7 +91,8 @@ def build_engine(onnx: str, metadata: Metadata, options: BuildOptions) -> Engine
             temporary.write_bytes(bytes(timing.serialize()))
     return Engine(bytes(plan), {
         "package": trt.__name__, "version": trt.__version__, "gpu": gpu.name if gpu else None,
-        "precision": precision, **asdict(options), "compute_capability": capability, "dla_fallback": dla_fallback})
+        "multiprocessors": gpu.multiprocessors if gpu else None, "precision": precision, **asdict(options),
+        "compute_capability": capability, "dla_fallback": dla_fallback})
 
 
 def _use_timing_cache(config: Any, path: Path) -> Any:
@@ -99,22 +105,35 @@ def _use_timing_cache(config: Any, path: Path) -> Any:
     return timing
 
 
-def _build_for(trt: Any, config: Any, capability: str) -> None:
-    name = f"SM{capability.replace('.', '')}"
+def _target(trt: Any, gpu: Optional[Gpu], chosen: Optional[str]) -> str:
+    """The compute capability to build for: the chosen one, or that of this machine's GPU."""
     if not versions.is_rtx(trt):
-        raise UadtoolError("only TensorRT-RTX builds for other GPUs than this machine's; leave out "
-                           "--compute-capability")
-    if not re.fullmatch(r"\d+\.\d", capability) or not hasattr(trt.ComputeCapability, name):
-        known = ", ".join(f"{key[2:-1]}.{key[-1]}" for key in dir(trt.ComputeCapability) if key.startswith("SM"))
-        raise UadtoolError(f"TensorRT-RTX {trt.__version__} cannot build for {capability}; it supports {known}")
-    config.num_compute_capabilities = 1
-    config.set_compute_capability(getattr(trt.ComputeCapability, name), 0)
+        if chosen:
+            raise UadtoolError("only TensorRT-RTX builds for other GPUs than this machine's; leave out "
+                               "--compute-capability")
+        if not gpu:
+            raise UadtoolError("no GPU to build an engine for was found; run this on the device")
+        return gpu.compute_capability
+    known = sorted((int(name[2:-1]), int(name[-1])) for name in dir(trt.ComputeCapability) if re.match(r"SM\d", name))
+    supported = ", ".join(f"{major}.{minor}" for major, minor in known)
+    if not (chosen or gpu):
+        raise UadtoolError("no GPU to build an engine for was found; run this on the device, or name its compute "
+                           f"capability, one of {supported}: --compute-capability 8.6")
+    capability = chosen or gpu.compute_capability  # type: ignore[union-attr]
+    if capability not in supported.split(", "):
+        whose = capability if chosen else f"this {gpu.name}, which has {capability}"  # type: ignore[union-attr]
+        raise UadtoolError(f"TensorRT-RTX {trt.__version__} cannot build for {whose}; it supports {supported}")
+    return capability
 
 
 def _use_dla(trt: Any, builder: Any, network: Any, config: Any, options: BuildOptions, precision: str) -> List[str]:
     """Let the DLA core run the network, and return the names of the layers that it cannot run."""
     if options.dla is None or options.dla >= builder.num_DLA_cores:
-        raise UadtoolError(f"DLA core {options.dla} does not exist; this device has {builder.num_DLA_cores}")
+        # https://docs.nvidia.com/deeplearning/tensorrt/11.4.1/inference-library/work-with-dla.html
+        hint = ""
+        if versions.version(trt) > (10, 7):
+            hint = "; after TensorRT 10.7 only 11.4.1 and later support one, that of an AGX Orin"
+        raise UadtoolError(f"DLA core {options.dla} does not exist; this device has {builder.num_DLA_cores}{hint}")
     if precision == "int8" and versions.version(trt) < (11, 0):
         # https://developer.nvidia.com/blog/tensorrt-deep-learning-accelerator-cn
         raise UadtoolError("a DLA does not support graphs with ranges in them (explicit quantization); give it the "

@@ -70,5 +70,7 @@ def require_fit(path: str, build: Dict[str, Any]) -> None:
     if gpu.compute_capability != build["compute_capability"]:
         raise UadtoolError(f"{path} was built for compute capability {build['compute_capability']}, but this "
                            f"{gpu.name} has {gpu.compute_capability}; {again}")
-    if build["gpu"] not in (None, gpu.name):
-        log.warning("%s was built on %s; a build for this %s may be faster", path, build["gpu"], gpu.name)
+    size = build.get("multiprocessors")  # missing before 2026-12, and None if the engine was built without a GPU
+    if build["gpu"] and (build["gpu"], size or gpu.multiprocessors) != (gpu.name, gpu.multiprocessors):
+        log.warning("%s was built on %s%s; a build for this %s with %d may be faster", path, build["gpu"],
+                    f" with {size} multiprocessors" if size else "", gpu.name, gpu.multiprocessors)
