@@ -1,20 +1,14 @@
-"""Checks on an ONNX file before a runtime opens it: it has metadata, and no tensors in other files.
-
-It is parsed here because the edge half does not require the onnx package.
-"""
+"""Checks on an ONNX file before a runtime opens it: it has metadata, and no tensors in other files."""
 
 from pathlib import Path
-from typing import Dict, Iterator, Tuple
+from typing import Dict
 
 from uadtool.errors import UadtoolError, reading
 from uadtool.metadata import KEY, Metadata
+from uadtool.schemas.protobuf import read_messages
 
 MOST_BYTES = (1 << 31) - 1
 """Limit of a protobuf file; larger networks need external data."""
-
-VARINT, LENGTH_DELIMITED = 0, 2
-FIXED_SIZES = {1: 8, 5: 4}
-"""Wire types of protobuf (https://protobuf.dev/programming-guides/encoding), and bytes of those of fixed size."""
 
 METADATA_PROPS = 14
 ENTRY_KEY, ENTRY_VALUE = 1, 2
@@ -67,9 +61,9 @@ def read_properties(model: bytes) -> Dict[str, str]:
         ValueError: ``model`` is not a ModelProto.
     """
     properties = {}
-    for number, content in _messages(memoryview(model)):
+    for number, content in read_messages(memoryview(model)):
         if number == METADATA_PROPS:
-            entry = dict(_messages(content))
+            entry = dict(read_messages(content))
             key, value = (bytes(entry.get(part, b"")).decode() for part in (ENTRY_KEY, ENTRY_VALUE))
             properties[key] = value
     return properties
@@ -86,43 +80,9 @@ def has_external_data(model: bytes) -> bool:
         kind, message, depth = pending.pop()
         if depth > DEEPEST:
             raise ValueError("it is nested too deeply")
-        for number, content in _messages(message):
+        for number, content in read_messages(message):
             if (kind, number) == EXTERNAL_DATA:
                 return True
             if number in INSIDE[kind]:
                 pending.append((INSIDE[kind][number], content, depth + 1))
     return False
-
-
-def _messages(message: memoryview) -> Iterator[Tuple[int, memoryview]]:
-    """Number and content of each length-delimited field of a message."""
-    at = 0
-    while at < len(message):
-        tag, at = _varint(message, at)
-        number, wire_type = tag >> 3, tag & 7
-        if not 0 < number < 1 << 29:
-            raise ValueError(f"field {number} does not exist")
-        if wire_type == VARINT:
-            _, at = _varint(message, at)
-            continue
-        if wire_type == LENGTH_DELIMITED:
-            size, at = _varint(message, at)
-        elif wire_type in FIXED_SIZES:
-            size = FIXED_SIZES[wire_type]
-        else:
-            raise ValueError(f"wire type {wire_type} does not exist")
-        if size > len(message) - at:
-            raise ValueError("it ends too early")
-        if wire_type == LENGTH_DELIMITED:
-            yield number, message[at:at + size]
-        at += size
-
-
-def _varint(message: memoryview, at: int) -> Tuple[int, int]:
-    """The variable-length number at ``at``, and where it ends."""
-    value = 0
-    for place, byte in enumerate(message[at:at + 10]):
-        value |= (byte & 0x7F) << (7 * place)
-        if byte < 0x80:
-            return value, at + place + 1
-    raise ValueError("a number does not end")

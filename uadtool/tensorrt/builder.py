@@ -10,6 +10,7 @@ from uadtool.metadata import Metadata
 from uadtool.tensorrt import versions
 from uadtool.tensorrt.driver import Gpu, current_gpu
 from uadtool.tensorrt.logger import make_logger
+from uadtool.tensorrt.weights import with_float_weights
 from uadtool.terminal import log
 
 MIB = 1 << 20
@@ -61,7 +62,8 @@ def build_engine(onnx: str, metadata: Metadata, options: BuildOptions) -> Engine
     builder = trt.Builder(logger)
     network = versions.create_network(trt, builder)
     parser = trt.OnnxParser(network, logger)
-    if not parser.parse(Path(onnx).read_bytes()):
+    model = Path(onnx).read_bytes()
+    if not parser.parse(model if versions.takes_int8_constants(trt) else with_float_weights(model)):
         reason = versions.describe_error(parser.get_error(0)) if parser.num_errors else "no reason given"
         raise UadtoolError(f"TensorRT {trt.__version__} does not support {onnx}: {reason}")
     config = builder.create_builder_config()

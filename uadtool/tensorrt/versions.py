@@ -44,6 +44,11 @@ def is_rtx(trt: Any) -> bool:
     return bool(trt.__name__ == "tensorrt_rtx")
 
 
+def takes_int8_constants(trt: Any) -> bool:
+    """Whether weights may be stored as s8; otherwise the importer requires ``with_float_weights``."""
+    return is_rtx(trt) or version(trt) >= (10, 0)
+
+
 def create_network(trt: Any, builder: Any) -> Any:
     """An empty network with a batch dimension. Its tensors have the types of the graph if TensorRT supports that."""
     flags = trt.NetworkDefinitionCreationFlag

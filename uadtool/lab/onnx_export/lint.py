@@ -87,9 +87,7 @@ def _check_node(node: NodeProto, graph: _Graph) -> Iterator[str]:
         values = graph.constants.get(node.input[0])
         if values is not None and values.dtype == np.int32:
             yield "a bias is quantized; TensorRT adds biases in float and dequantizes 8-bit types only"
-        elif values is not None:
-            yield "weights are stored as integers; TensorRT 8 requires float weights through QuantizeLinear"
-        else:
+        elif values is None:
             yield "input does not come from QuantizeLinear; TensorRT requires the two in pairs"
     if node.op_type in ("Relu", "Clip"):
         source = graph.before_quantizers(node.input[0])

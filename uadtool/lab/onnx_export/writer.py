@@ -63,8 +63,6 @@ def to_onnx(model: nn.Module, metadata: Metadata) -> onnx.ModelProto:
         add_zero_points(graph)
         if target.integer_bias:
             quantize_biases(graph)
-        if target.weight_quantizers:
-            add_weight_quantizers(graph)
     RemoveUnusedNodesPass()(exported)
     _strip(exported)
     exported.ir_version = IR_VERSION
@@ -204,24 +202,6 @@ def quantize_biases(graph: onnx_ir.Graph) -> None:
                                   outputs=[onnx_ir.Value(name=f"{stem}_dequantized")])
         graph.insert_before(node, dequantize)
         node.replace_input_with(2, dequantize.outputs[0])
-
-
-def add_weight_quantizers(graph: onnx_ir.Graph) -> None:
-    """Store s8 weights as the floats that they stand for, before a QuantizeLinear that gives exactly these codes.
-
-    TensorRT 8 does not take s8 constants. Its engine still holds s8 weights.
-    """
-    for node in graph:
-        weight = node.inputs[0] if node.op_type == "DequantizeLinear" else None
-        if weight is None or weight.const_value is None:
-            continue
-        codes, scale = _constant(node, 0), _constant(node, 1)
-        values = codes.astype(np.float32) * scale.reshape(-1, *[1] * (codes.ndim - 1))
-        quantize = onnx_ir.node(
-            "QuantizeLinear", [_add_constant(graph, f"{weight.name}_float", values), *node.inputs[1:]], {"axis": 0},
-            outputs=[onnx_ir.Value(name=f"{weight.name}_quantized")], name=f"{weight.name}_quantize")
-        graph.insert_before(node, quantize)
-        node.replace_input_with(0, quantize.outputs[0])
 
 
 def add_zero_points(graph: onnx_ir.Graph) -> None:

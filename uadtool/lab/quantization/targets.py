@@ -11,7 +11,6 @@ class Target:
         signed: activations are s8 with zero point 0; otherwise u8 with a zero point.
         quantized_outputs: outputs of integer kernels are quantized even where only float operations read them.
         integer_bias: biases are s32, in units of input scale x weight scale; otherwise float.
-        weight_quantizers: weights are stored in float before a quantizer of their own; otherwise as s8.
         half: operations of the networks that stay float compute in fp16.
         signed_queries: what is looked up in memories is s8; otherwise u8 around 128.
     """
@@ -20,7 +19,6 @@ class Target:
     signed: bool
     quantized_outputs: bool
     integer_bias: bool
-    weight_quantizers: bool
     half: bool
     signed_queries: bool = False
 
@@ -28,13 +26,10 @@ class Target:
 TARGETS = {target.name: target for target in (
     # Fuses Q/DQ with a convolution to QLinearConv only when the output is also quantized, and absorbs a ReLU only when
     # the zero point is the lowest code (u8 after ReLU): onnxruntime pull request 11696.
-    Target("onnxruntime", signed=False, quantized_outputs=True, integer_bias=True, weight_quantizers=False,
-           half=False),
+    Target("onnxruntime", signed=False, quantized_outputs=True, integer_bias=True, half=False),
     # Supports both other flavours; this one rounds least.
-    Target("openvino", signed=False, quantized_outputs=False, integer_bias=False, weight_quantizers=False,
-           half=False, signed_queries=True),
-    # Developer guide, "Working with quantized types" (explicit quantization); TensorRT 8 requires Q before the DQ of
-    # weights, 11 takes fp16 only from the graph.
-    Target("tensorrt", signed=True, quantized_outputs=False, integer_bias=False, weight_quantizers=True,
-           half=True),
+    Target("openvino", signed=False, quantized_outputs=False, integer_bias=False, half=False, signed_queries=True),
+    # Developer guide, "Working with quantized types" (explicit quantization). TensorRT 11 takes fp16 only from the
+    # graph. TensorRT 8 takes no s8 constants; the builder of engines gives it floats (``with_float_weights``).
+    Target("tensorrt", signed=True, quantized_outputs=False, integer_bias=False, half=True),
 )}
