@@ -64,7 +64,8 @@ def test_only_tensorrt_8_is_given_floats(monkeypatch, tmp_path, name, version, t
 
     module = SimpleNamespace(
         __name__=name, __version__=version, OnnxParser=Parser, ILogger=object,
-        ComputeCapability=SimpleNamespace(SM86=0), Builder=lambda logger: SimpleNamespace(create_network=lambda flags: None),
+        ComputeCapability=SimpleNamespace(SM86=0),
+        Builder=lambda logger: SimpleNamespace(create_network=lambda flags: None),
         NetworkDefinitionCreationFlag=SimpleNamespace(EXPLICIT_BATCH=0, STRONGLY_TYPED=1))
     monkeypatch.setattr(builder.versions, "import_tensorrt", lambda: module)
     monkeypatch.setattr(builder, "current_gpu", lambda: Gpu("Orin", "8.6", 16))
