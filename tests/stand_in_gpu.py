@@ -5,12 +5,14 @@ show, `make test-gpu` does on a machine that has a GPU.
 """
 
 import ctypes
+import json
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any, Dict, List
+from unittest.mock import MagicMock
 
 import numpy as np
 import onnxruntime
@@ -144,6 +146,12 @@ class Gpu:
                 shape = tuple(self.get_tensor_shape(name)[1:])
                 return [(gpu.min_batch, *shape), (MAX_BATCH, *shape), (MAX_BATCH, *shape)]
 
+            def create_engine_inspector(self) -> Any:
+                layers = [{"Name": "conv", "Outputs": [{"Format/Datatype": "Channel major INT8 format (kCHW32)"}]},
+                          {"Name": "head", "Outputs": [{"Datatype": "Float", "Format": "Row major linear format"}]},
+                          {"Name": "wait", "Outputs": []}, "a name alone"]
+                return SimpleNamespace(get_engine_information=lambda kind: json.dumps({"Layers": layers}))
+
             def create_execution_context(self) -> Any:
                 return Execution(self.session) if gpu.has_context else None
 
@@ -158,6 +166,36 @@ class Gpu:
                     return None
                 return Engine(plan)
 
+        class OnnxParser:
+            num_errors = 0
+
+            def __init__(self, network: Any, logger: Any) -> None:
+                self.network = network
+
+            def parse(self, model: bytes) -> bool:
+                self.network.model = model
+                return True
+
+        class Builder:
+            def __init__(self, logger: Any) -> None:
+                pass
+
+            def create_network(self, flags: int) -> Any:
+                return SimpleNamespace(num_layers=0)
+
+            def create_builder_config(self) -> Any:
+                return MagicMock()
+
+            def create_optimization_profile(self) -> Any:
+                return MagicMock()
+
+            def build_serialized_network(self, network: Any, config: Any) -> bytes:
+                return bytes(network.model)
+
         trt = ModuleType("tensorrt")
-        vars(trt).update(__version__=VERSION, ILogger=ILogger, IProfiler=IProfiler, Runtime=Runtime)
+        vars(trt).update(
+            __version__=VERSION, ILogger=ILogger, IProfiler=IProfiler, Runtime=Runtime, OnnxParser=OnnxParser,
+            Builder=Builder, BuilderFlag=SimpleNamespace(TF32=0), LayerInformationFormat=SimpleNamespace(JSON=1),
+            NetworkDefinitionCreationFlag=SimpleNamespace(EXPLICIT_BATCH=0),
+            ProfilingVerbosity=SimpleNamespace(DETAILED=2))
         return trt

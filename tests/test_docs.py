@@ -44,6 +44,7 @@ REPLACEMENTS: List[Tuple[str, str]] = [
     (r"(startup.py .*)", r"\1 1"),
     (r"s3://line-3/", ""),
     (r"--ray HEAD:6379", "--ray local"),
+    (r"^bash (examples/jetson/soak.sh) .* >", r"bash -n \1 >"),
 ]
 """Patterns in command lines, and what stands there in the test."""
 

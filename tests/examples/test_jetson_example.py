@@ -184,17 +184,72 @@ def test_a_device_without_internet_installs_from_the_wheelhouse(make, device, tm
     assert next(device[0].glob("offline/.venv/lib/python3.8/site-packages/onnxruntime")).is_dir()
 
 
+@pytest.mark.parametrize(("python", "glibc"), [("3.8", 31), ("3.10", 35), ("3.12", 39)])
 @pytest.mark.slow
-def test_the_wheelhouse_of_a_jetson_is_complete(make, tmp_path):
-    done = make("wheelhouse", OUT=tmp_path)
+def test_the_wheelhouse_of_a_jetson_is_complete(make, tmp_path, python, glibc):
+    done = make("wheelhouse", OUT=tmp_path, JETPACK_PYTHON=python)
     assert done.returncode == 0, done.stderr
     wheel, = (tmp_path / "wheelhouse").glob("uadtool-*.whl")
     command = [sys.executable, "-m", "pip", "install", "--dry-run", "--no-index", "--find-links", wheel.parent,
-               "--only-binary=:all:", "--target", tmp_path / "target", "--python-version", "3.8",
-               *(f"--platform=manylinux{glibc}_aarch64" for glibc in ("2014", "_2_17", "_2_27", "_2_28")),
+               "--ignore-requires-python",  # it compares with the Python that runs pip
+               "--only-binary=:all:", "--target", tmp_path / "target", "--python-version", python,
+               "--platform=manylinux2014_aarch64", *(f"--platform=manylinux_2_{minor}_aarch64"
+                                                     for minor in range(17, glibc + 1)),
                f"{wheel}[onnxruntime]"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("version", ["3.10", "3.12"])
+@pytest.mark.slow
+def test_the_pythons_of_newer_jetpacks(make, device, tmp_path, version):
+    """Of JetPack 6 and 7; without their TensorRT."""
+    found = sorted(Path.home().glob(f".pyenv/versions/{version}.*/bin/python3"))
+    python = str(found[-1]) if found else shutil.which(f"python{version}")
+    if not python:
+        pytest.skip(f"no Python {version} on this machine")
+    done = make(f"{tmp_path}/installed.stamp", OUT=tmp_path, REMOTE=f"jetpack-{version}", REMOTE_PYTHON=python)
+    assert done.returncode == 0, done.stderr
+    there = subprocess.run([*device[1].split(), "127.0.0.1", f"jetpack-{version}/.venv/bin/uadtool score --help"],
+                           capture_output=True, text=True)
+    assert "Score images with an exported MODEL" in there.stdout, there.stderr
+
+
+@pytest.mark.parametrize(("variables", "message"), [
+    ({"UADTOOL": "false"}, "score failed on this workstation; uadtool and ONNX Runtime must be installed"),
+    ({"REMOTE_PYTHON": "python3.99", "REMOTE": "none"},
+     "making an environment failed on 127.0.0.1; sudo apt-get install python3-venv"),
+    ({"BENCH_OPTIONS": "--none"}, "bench failed on this workstation; check BENCH_OPTIONS"),
+])
+@pytest.mark.slow
+def test_a_step_that_fails_is_named_with_its_side(deployed, make, tmp_path, variables, message):
+    target = f"{tmp_path}/installed.stamp" if "REMOTE" in variables else "deploy"
+    done = make(target, OUT=tmp_path, **variables)
+    assert done.returncode == 2
+    assert message in done.stderr
+
+
+@pytest.mark.slow
+def test_a_device_without_tensorrt_is_told_what_to_install(deployed, make, fp32, tmp_path):
+    done = make(f"{tmp_path}/model.stamp", OUT=tmp_path, MODEL=fp32.path, RUNTIME="tensorrt", REMOTE="uadtool")
+    assert done.returncode == 2
+    assert "error: TensorRT is not installed" in done.stderr
+    assert "building the engine failed on 127.0.0.1; TensorRT comes with JetPack: sudo apt-get install " in done.stderr
+
+
+@pytest.mark.slow
+def test_a_soak_over_ssh(deployed, device):
+    def soak(hours):
+        return subprocess.run(["bash", EXAMPLE / "soak.sh", "127.0.0.1", "int8.onnx", "data", str(hours)], text=True,
+                              capture_output=True, env={**os.environ, "SSH": device[1], "SOAK_OPTIONS": "--every 0.5"})
+
+    done = soak(4 / 3600)
+    records = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [record["type"] for record in records] == ["start", *["minute"] * (len(records) - 2), "verdict"]
+    assert records[0]["host"]["python"].startswith("3.8.")
+    assert done.returncode == (not records[-1]["ok"])
+    assert soak(1).stdout == done.stdout  # one that has ended is not started again
+    assert subprocess.run(["bash", EXAMPLE / "soak.sh", "127.0.0.1"], capture_output=True).returncode == 2
 
 
 def test_a_model_that_cannot_run_there_is_refused_at_once(make, int8, tmp_path):

@@ -18,7 +18,7 @@ SOURCES = [*sorted((PACKAGE / "tensorrt").glob("*.py")), PACKAGE / "runtimes" / 
 CLASSES = {"builder": "Builder", "network": "INetworkDefinition", "parser": "OnnxParser", "config": "IBuilderConfig",
            "profile": "IOptimizationProfile", "layer": "ILayer",
            "error": "ParserError", "[runtime]": "Runtime",
-           "[engine]": "ICudaEngine", "[context]": "IExecutionContext"}
+           "[engine]": "ICudaEngine", "[context]": "IExecutionContext", "[inspector]": "EngineInspector"}
 """Class of what the variables and attributes of these names hold in the sources, and entries (in brackets)."""
 BY_NAME = {"IProfiler.report_layer_time", "ILogger.log",
            "PreviewFeature.DISABLE_EXTERNAL_TACTIC_SOURCES_FOR_CORE_0805",

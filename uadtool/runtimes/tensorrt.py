@@ -21,30 +21,32 @@ class TensorRt(Runtime):
     """
 
     name = "tensorrt"
+    execution: Execution
+    """The engine on the GPU."""
 
     def __init__(self, path: str, metadata: Metadata, threads: int, streams: int = 1) -> None:
         # One stream keeps the GPU busy while other threads decode.
         super().__init__(path, metadata, threads, streams=1)
         trt = import_tensorrt(engine_package(path))
         self.version = trt.__version__
-        self._execution = Execution(trt, path)
-        self._close = weakref.finalize(self, self._execution.close)
+        self.execution = Execution(trt, path)
+        self._close = weakref.finalize(self, self.execution.close)
         try:
-            tensors = self._execution.tensors
+            tensors = self.execution.tensors
             self.outputs = check_signature(self, [tensor for tensor in tensors if tensor[0] == "image"],
                                            [tensor for tensor in tensors if tensor[0] != "image"])
-            self.gpu_bytes = self._execution.allocate(self.outputs)
+            self.gpu_bytes = self.execution.allocate(self.outputs)
         except BaseException:
             self.close()
             raise
 
     def run(self, images: np.ndarray) -> Output:
-        size = self._execution.max_batch
-        parts = [Output.of(self._execution.run(images[start:start + size])) for start in range(0, len(images), size)]
+        size = self.execution.max_batch
+        parts = [Output.of(self.execution.run(images[start:start + size])) for start in range(0, len(images), size)]
         return parts[0] if len(parts) == 1 else Output(*map(np.concatenate, zip(*parts)))
 
     def layer_times(self, images: np.ndarray, runs: int) -> List[LayerTime]:
-        return [LayerTime(name, "", time) for name, time in self._execution.layer_times(images, runs).items()]
+        return [LayerTime(name, "", time) for name, time in self.execution.layer_times(images, runs).items()]
 
     def close(self) -> None:
         self._close()

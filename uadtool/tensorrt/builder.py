@@ -70,6 +70,7 @@ def build_engine(onnx: str, metadata: Metadata, options: BuildOptions) -> Engine
     if options.compute_capability:
         config.num_compute_capabilities = 1
         config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{capability.replace('.', '')}"), 0)
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # engines tell the types of their layers
     if options.workspace:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace * MIB)
     versions.use_types_of_graph(trt, network, config)

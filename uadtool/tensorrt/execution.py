@@ -1,5 +1,6 @@
 """Runs an engine on the GPU."""
 
+import json
 import threading
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,8 +25,8 @@ class Execution:
     """An engine on the GPU: ``tensors`` are the names, types and shapes of its inputs and outputs.
 
     ``allocate`` takes all memory, for the largest batch, and ``close`` frees it. Any thread may call ``run`` and
-    ``close``. From the second run in a row with the same number of images, everything that a run queues is one CUDA
-    graph: one launch instead of one for each kernel and copy.
+    ``close``. If ``graphs``, everything that a run queues is one CUDA graph from the second run in a row with the same
+    number of images: one launch instead of one for each kernel and copy.
 
     Raises:
         UadtoolError: TensorRT cannot load the engine, or no GPU exists.
@@ -76,7 +77,7 @@ class Execution:
                 raise self._too_large() if error.code == OUT_OF_MEMORY else error from error
             self._objects["context"].set_tensor_address("image", self._image)
             self._batch, self._graph, self._repeated = 0, 0, False
-            self._graphs = not is_rtx(self._trt)  # which replaces kernels by faster ones while it runs
+            self.graphs = not is_rtx(self._trt)  # which replaces kernels by faster ones while it runs
             self._device.on_close(self._drop_graph)
             return self._free_before - self._device.free_memory()
 
@@ -105,14 +106,20 @@ class Execution:
     def layer_times(self, images: np.ndarray, runs: int) -> Dict[str, float]:
         """Mean milliseconds of each layer. Later runs are slower, because TensorRT goes on measuring."""
         with self._running, self._device.current():
-            self._drop_graph()
-            self._graphs = False  # it is not told of the layers in a graph
+            self.graphs = False  # it is not told of the layers in a graph
             profiler = self._objects["context"].profiler = self._objects["profiler"] = _profiler(self._trt)
         self.run(images)
         profiler.milliseconds.clear()  # the first run is slower
         for _ in range(runs):
             self.run(images)
         return {name: sum(times) / runs for name, times in profiler.milliseconds.items()}
+
+    def layers(self) -> List[Dict[str, Any]]:
+        """What TensorRT's inspector says of each layer: Name, LayerType, Inputs, Outputs and more, by version."""
+        with self._running, self._device.current():
+            self._objects["inspector"] = self._objects["engine"].create_engine_inspector()
+            information = self._objects["inspector"].get_engine_information(self._trt.LayerInformationFormat.JSON)
+        return [layer if isinstance(layer, dict) else {"Name": layer} for layer in json.loads(information)["Layers"]]
 
     def close(self) -> None:
         """Free all memory. A second call does nothing."""
@@ -121,11 +128,13 @@ class Execution:
 
     def _launch(self, pixels: np.ndarray) -> None:
         """Queue a run, as a graph if the run before had the same batch."""
-        if self._repeated and self._graphs and not self._graph:
+        if not self.graphs:
+            self._drop_graph()
+        elif self._repeated and not self._graph:
             try:
                 self._graph = self._device.record(lambda: self._queue(pixels))
             except UadtoolError as error:
-                self._graphs = False
+                self.graphs = False
                 log.debug("%s runs without CUDA graphs: %s", self._path, error)
         if self._graph:
             self._device.launch(self._graph)
