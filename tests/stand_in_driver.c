@@ -141,6 +141,7 @@ CUresult cuMemcpyDtoHAsync_v2(void *to, CUdeviceptr from, size_t size, CUstream 
 
 CUresult cuStreamCreate(CUstream *stream, unsigned int flags) {
     if (!depth) return NO_CONTEXT;
+    if (flags != 1) return INVALID_VALUE; /* blocked by whoever uses the default stream */
     held[STREAMS]++;
     *stream = calloc(1, sizeof **stream);
     return OK;

@@ -157,7 +157,7 @@ def test_launches_and_bytes_are_counted_without_a_gpu(tmp_path):
     for precision in ("fp16", "int8"):
         save_onnx(flavour("resnet18", "tensorrt", precision).proto, tmp_path / f"{precision}.onnx")
     done = subprocess.run([sys.executable, EXAMPLE / "launches.py", tmp_path / "fp16.onnx", tmp_path / "int8.onnx"],
-                          capture_output=True, text=True)
+                          capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(EXAMPLE.parents[1])})
     assert done.returncode == 0, done.stderr
     header, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in done.stdout.splitlines()]
     assert header[:3] == ["model", "kernels", "MB"]

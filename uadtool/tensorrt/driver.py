@@ -20,6 +20,8 @@ OUT_OF_MEMORY = 2
 """CUDA_ERROR_OUT_OF_MEMORY of cuda.h."""
 MULTIPROCESSORS, MAJOR, MINOR = 16, 75, 76
 """CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT, _COMPUTE_CAPABILITY_MAJOR and _MINOR."""
+NON_BLOCKING = 1
+"""CU_STREAM_NON_BLOCKING: others in the process, such as torch, may use the default stream while a graph is recorded."""
 THREAD_LOCAL = 1
 """CU_STREAM_CAPTURE_MODE_THREAD_LOCAL: other threads may go on allocating memory."""
 
@@ -102,7 +104,7 @@ class Device:
         self._retained.callback(_call, "cuDevicePrimaryCtxRelease_v2", device)
         try:
             with self.current():
-                self.stream: int = _number("cuStreamCreate", c_void_p, 0)
+                self.stream: int = _number("cuStreamCreate", c_void_p, NON_BLOCKING)
         except UadtoolError:
             self._retained.close()
             raise
