@@ -33,9 +33,11 @@ static struct CUctx_st primary;
 static __thread int depth;
 static long held[KINDS];
 static size_t limit = TOTAL;
+static int failed;
 
 long stand_in_held(int kind) { return kind == CURRENT ? depth : held[kind]; }
 void stand_in_limit(size_t bytes) { limit = bytes ? bytes : TOTAL; }
+void stand_in_fail(int code) { failed = code; }
 int stand_in_recording(CUstream stream) { return stream->recording; }
 void stand_in_break(CUstream stream) { stream->broken = 1; }
 
@@ -112,7 +114,7 @@ CUresult cuMemFree_v2(CUdeviceptr address) {
     held[DEVICE_BLOCKS]--;
     held[DEVICE_BYTES] -= block[0];
     free(block);
-    return OK;
+    return (CUresult)failed;
 }
 
 CUresult cuMemHostAlloc(void **address, size_t size, unsigned int flags) {
@@ -126,7 +128,7 @@ CUresult cuMemFreeHost(void *address) {
     if (!depth) return NO_CONTEXT;
     held[HOST_BLOCKS]--;
     free(address);
-    return OK;
+    return (CUresult)failed;
 }
 
 CUresult cuMemcpyHtoDAsync_v2(CUdeviceptr to, const void *from, size_t size, CUstream stream) {
@@ -151,7 +153,7 @@ CUresult cuStreamDestroy_v2(CUstream stream) {
     if (!depth) return NO_CONTEXT;
     held[STREAMS]--;
     free(stream);
-    return OK;
+    return (CUresult)failed;
 }
 
 CUresult cuStreamSynchronize(CUstream stream) {
@@ -163,7 +165,7 @@ CUresult cuStreamSynchronize(CUstream stream) {
         else memcpy(operation.to, operation.from, operation.size);
     }
     stream->queue.count = 0;
-    return OK;
+    return (CUresult)failed;
 }
 
 CUresult cuStreamBeginCapture_v2(CUstream stream, CUstreamCaptureMode mode) {
@@ -200,4 +202,4 @@ CUresult cuGraphLaunch(CUgraphExec executable, CUstream stream) {
 
 CUresult cuGraphDestroy(CUgraph graph) { held[GRAPHS]--; free(graph); return OK; }
 
-CUresult cuGraphExecDestroy(CUgraphExec executable) { held[GRAPHS]--; free(executable); return OK; }
+CUresult cuGraphExecDestroy(CUgraphExec executable) { held[GRAPHS]--; free(executable); return (CUresult)failed; }

@@ -154,6 +154,19 @@ model = open_model({engine()!r})
     assert (done.stdout, done.stderr) == (f"{NOTHING}\n", "")
 
 
+def test_after_an_error_on_the_gpu_the_message_is_that_of_the_error(gpu, engine):
+    def fail():
+        with open_model(engine()) as model:
+            model.run(images(1))
+            gpu.driver.stand_in_fail(700)  # CUDA_ERROR_ILLEGAL_ADDRESS, after which nothing works
+            model.run(images(1))
+
+    with pytest.raises(UadtoolError, match=r"^the GPU's driver refused cuStreamSynchronize: an error \(700\)$"):
+        fail()
+    gpu.driver.stand_in_fail(0)
+    assert gpu.held()["device_blocks"] == 0
+
+
 def test_other_threads_may_run_it(gpu, engine):
     model, found = open_model(engine()), []
     thread = threading.Thread(target=lambda: found.append(model.run(images(2)).score))

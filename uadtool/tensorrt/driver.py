@@ -8,6 +8,7 @@ may use pycuda or torch as well: all share the GPU's primary context.
 import ctypes
 from contextlib import ExitStack, contextmanager
 from ctypes import POINTER, c_char_p, c_int, c_size_t, c_uint, c_uint64, c_ulonglong, c_void_p
+from functools import lru_cache
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional
 
 import numpy as np
@@ -21,7 +22,7 @@ OUT_OF_MEMORY = 2
 MULTIPROCESSORS, MAJOR, MINOR = 16, 75, 76
 """CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT, _COMPUTE_CAPABILITY_MAJOR and _MINOR."""
 NON_BLOCKING = 1
-"""CU_STREAM_NON_BLOCKING: others in the process, such as torch, may use the default stream while a graph is recorded."""
+"""CU_STREAM_NON_BLOCKING: others, such as torch, may use the default stream while a graph is recorded."""
 THREAD_LOCAL = 1
 """CU_STREAM_CAPTURE_MODE_THREAD_LOCAL: other threads may go on allocating memory."""
 
@@ -88,9 +89,9 @@ def current_gpu() -> Optional[Gpu]:
 
 
 class Device:
-    """The first GPU, with a stream. Its memory, ``stream`` and graphs stay until ``close``.
+    """The first GPU, with a stream. Its memory and ``stream`` stay until ``close``; then it is ``closed``.
 
-    All methods except ``current`` and ``close`` require that the context is current.
+    All methods except ``current``, ``on_close`` and ``close`` require that the context is current.
 
     Raises:
         UadtoolError: there is no driver or no GPU.
@@ -101,14 +102,14 @@ class Device:
         self._context = _number("cuDevicePrimaryCtxRetain", c_void_p, device)
         self.closed = False
         self._contents, self._retained = ExitStack(), ExitStack()
-        self._retained.callback(_call, "cuDevicePrimaryCtxRelease_v2", device)
+        self._retained.callback(_release, "cuDevicePrimaryCtxRelease_v2", device)
         try:
             with self.current():
                 self.stream: int = _number("cuStreamCreate", c_void_p, NON_BLOCKING)
         except UadtoolError:
             self._retained.close()
             raise
-        self._contents.callback(_call, "cuStreamDestroy_v2", self.stream)
+        self._contents.callback(_release, "cuStreamDestroy_v2", self.stream)
 
     def close(self) -> None:
         """Free everything, in any thread, and call what ``on_close`` named. A second call does nothing."""
@@ -138,13 +139,13 @@ class Device:
     def allocate(self, size: int) -> int:
         """The address of new memory on the GPU."""
         address = _number("cuMemAlloc_v2", c_uint64, size)
-        self._contents.callback(_call, "cuMemFree_v2", address)
+        self._contents.callback(_release, "cuMemFree_v2", address)
         return address
 
     def allocate_on_host(self, size: int) -> np.ndarray:
         """New page-locked memory, uint8 [size], which the driver copies from and to directly."""
         address = _number("cuMemHostAlloc", c_void_p, size, 0)
-        self._contents.callback(_call, "cuMemFreeHost", address)
+        self._contents.callback(_release, "cuMemFreeHost", address)
         memory: Any = (ctypes.c_uint8 * size).from_address(address)
         return np.frombuffer(memory, np.uint8)
 
@@ -174,7 +175,7 @@ class Device:
             finally:  # also after an error the stream must leave this state
                 code = _library().cuStreamEndCapture(self.stream, ctypes.byref(recorded))
                 if recorded:
-                    stack.callback(_call, "cuGraphDestroy", recorded)
+                    stack.callback(_release, "cuGraphDestroy", recorded)
             _check("cuStreamEndCapture", code)
             return _number("cuGraphInstantiateWithFlags", c_void_p, recorded, 0)
 
@@ -184,7 +185,7 @@ class Device:
 
     def drop(self, graph: int) -> None:
         """Free a graph, which must not be running."""
-        _call("cuGraphExecDestroy", graph)
+        _release("cuGraphExecDestroy", graph)
 
 
 def _first_device() -> int:
@@ -203,6 +204,11 @@ def _call(function: str, *arguments: Any) -> None:
     _check(function, getattr(_library(), function)(*arguments))
 
 
+def _release(function: str, *arguments: Any) -> None:
+    """Give something back. After an error on the GPU the driver refuses that, and frees everything with the process."""
+    getattr(_library(), function)(*arguments)
+
+
 def _check(function: str, code: int) -> None:
     if code:
         reason = c_char_p()
@@ -211,15 +217,15 @@ def _check(function: str, code: int) -> None:
 
 
 def _library() -> Any:
-    if LIBRARY not in _libraries:
-        try:
-            library = ctypes.CDLL(LIBRARY)
-            for name, types in SIGNATURES.items():
-                getattr(library, name).argtypes = types
-        except (OSError, AttributeError) as error:
-            raise UadtoolError(f"no GPU can be used, because its driver is missing or too old: {error}") from error
-        _libraries[LIBRARY] = library
-    return _libraries[LIBRARY]
+    return _load(LIBRARY)
 
 
-_libraries: Dict[str, Any] = {}
+@lru_cache(maxsize=None)
+def _load(name: str) -> Any:
+    try:
+        library = ctypes.CDLL(name)
+        for function, types in SIGNATURES.items():
+            getattr(library, function).argtypes = types
+    except (OSError, AttributeError) as error:
+        raise UadtoolError(f"no GPU can be used, because its driver is missing or too old: {error}") from error
+    return library

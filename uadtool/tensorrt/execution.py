@@ -74,7 +74,9 @@ class Execution:
                 self._host_image = self._device.allocate_on_host(image)
                 self._host_results = self._device.allocate_on_host(size)
             except DriverError as error:
-                raise self._too_large() if error.code == OUT_OF_MEMORY else error from error
+                if error.code == OUT_OF_MEMORY:
+                    raise self._too_large() from error
+                raise
             self._objects["context"].set_tensor_address("image", self._image)
             self._batch, self._graph, self._repeated = 0, 0, False
             self.graphs = not is_rtx(self._trt)  # which replaces kernels by faster ones while it runs
