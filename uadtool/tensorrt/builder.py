@@ -75,15 +75,16 @@ def build_engine(onnx: str, metadata: Metadata, options: BuildOptions) -> Engine
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace * MIB)
     versions.use_types_of_graph(trt, network, config)
     versions.use_own_kernels(trt, config)
-    dla_fallback = []
+    dla_fallback, optimal_batch = [], min(options.optimal_batch, options.max_batch)
     if options.dla is not None:
         # First, because no layer of variable shape can run there.
-        network.get_input(0).shape = (options.max_batch, *metadata.image_size, 3)
+        optimal_batch = options.max_batch
+        network.get_input(0).shape = (optimal_batch, *metadata.image_size, 3)
         dla_fallback = _use_dla(trt, builder, network, config, options, precision)
     else:
         profile = builder.create_optimization_profile()
-        batches = 1, min(options.optimal_batch, options.max_batch), options.max_batch
-        profile.set_shape("image", *((count, *metadata.image_size, 3) for count in batches))
+        profile.set_shape("image", *((count, *metadata.image_size, 3) for count in (
+            1, optimal_batch, options.max_batch)))
         config.add_optimization_profile(profile)
     timing = _use_timing_cache(config, Path(options.timing_cache)) if options.timing_cache else None
     plan = builder.build_serialized_network(network, config)
@@ -95,7 +96,7 @@ def build_engine(onnx: str, metadata: Metadata, options: BuildOptions) -> Engine
     return Engine(bytes(plan), {
         "package": trt.__name__, "version": trt.__version__, "gpu": gpu.name if gpu else None,
         "multiprocessors": gpu.multiprocessors if gpu else None, "precision": precision, **asdict(options),
-        "compute_capability": capability, "dla_fallback": dla_fallback})
+        "optimal_batch": optimal_batch, "compute_capability": capability, "dla_fallback": dla_fallback})
 
 
 def _use_timing_cache(config: Any, path: Path) -> Any:
@@ -119,13 +120,15 @@ def _target(trt: Any, gpu: Optional[Gpu], chosen: Optional[str]) -> str:
         return gpu.compute_capability
     known = sorted((int(name[2:-1]), int(name[-1])) for name in dir(trt.ComputeCapability) if re.match(r"SM\d", name))
     supported = ", ".join(f"{major}.{minor}" for major, minor in known)
-    if not (chosen or gpu):
+    if chosen:
+        capability, target = chosen, chosen
+    elif gpu:
+        capability, target = gpu.compute_capability, f"this {gpu.name}, which has {gpu.compute_capability}"
+    else:
         raise UadtoolError("no GPU to build an engine for was found; run this on the device, or name its compute "
                            f"capability, one of {supported}: --compute-capability 8.6")
-    capability = chosen or gpu.compute_capability  # type: ignore[union-attr]
     if capability not in supported.split(", "):
-        whose = capability if chosen else f"this {gpu.name}, which has {capability}"  # type: ignore[union-attr]
-        raise UadtoolError(f"TensorRT-RTX {trt.__version__} cannot build for {whose}; it supports {supported}")
+        raise UadtoolError(f"TensorRT-RTX {trt.__version__} cannot build for {target}; it supports {supported}")
     return capability
 
 
