@@ -195,6 +195,13 @@ def test_an_engine_that_tensorrt_does_not_load(gpu, engine):
     assert gpu.held() == NOTHING
 
 
+def test_a_driver_that_does_not_suit_tensorrt(gpu, engine, monkeypatch):
+    monkeypatch.setattr(sys.modules["tensorrt"], "Runtime", lambda: None)  # TensorRT 8.5 raises a TypeError, too
+    with pytest.raises(UadtoolError, match=r"^TensorRT 8\.5\.2\.2 cannot use the GPU; check that its driver is new "):
+        open_model(engine())
+    assert gpu.held() == NOTHING
+
+
 def test_an_engine_that_is_not_a_detector(gpu, engine):
     other = Metadata.from_json(METADATA.replace(map_size=(4, 4)).to_json(), "")
     with pytest.raises(UadtoolError, match="is not a complete detector"):

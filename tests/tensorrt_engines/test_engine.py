@@ -134,6 +134,17 @@ def test_a_gpu_that_tensorrt_rtx_does_not_support_is_refused_before_the_build(on
         build_engine(str(onnx[model]), flavour("resnet18", *model).metadata, BuildOptions())
 
 
+def test_a_driver_that_does_not_suit_tensorrt(onnx, monkeypatch):
+    """TensorRT 8.5 without a driver raises this."""
+    def builder(logger):
+        raise TypeError("pybind11::init(): factory function returned nullptr")
+
+    monkeypatch.setattr(trt, "Builder", builder)
+    model = "tensorrt", "fp32"
+    with pytest.raises(UadtoolError, match=r"cannot use the GPU; check that its driver is new enough for this version"):
+        build_engine(str(onnx[model]), flavour("resnet18", *model).metadata, BuildOptions(compute_capability="8.6"))
+
+
 @pytest.fixture
 def seen(monkeypatch):
     """What builders are given: the batches of the profile, and of the network."""

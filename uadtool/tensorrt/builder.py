@@ -59,7 +59,7 @@ def build_engine(onnx: str, metadata: Metadata, options: BuildOptions) -> Engine
     gpu = current_gpu()
     capability = _target(trt, gpu, options.compute_capability)
     logger = make_logger(trt)
-    builder = trt.Builder(logger)
+    builder = versions.start(trt, trt.Builder, logger)
     network = versions.create_network(trt, builder)
     parser = trt.OnnxParser(network, logger)
     model = Path(onnx).read_bytes()

@@ -11,7 +11,7 @@ import numpy as np
 from uadtool.errors import UadtoolError
 from uadtool.tensorrt.driver import OUT_OF_MEMORY, Device, DriverError
 from uadtool.tensorrt.logger import make_logger
-from uadtool.tensorrt.versions import is_rtx
+from uadtool.tensorrt.versions import is_rtx, start
 from uadtool.terminal import log
 
 TYPES = {"UINT8": "uint8", "INT32": "int32", "FLOAT": "float32"}
@@ -43,7 +43,7 @@ class Execution:
             self._objects: Dict[str, Any] = {}
             self._device.on_close(self._objects.clear)
             self._logger = make_logger(trt)
-            self._objects["runtime"] = trt.Runtime(self._logger)
+            self._objects["runtime"] = start(trt, trt.Runtime, self._logger)
             self._objects["engine"] = self._objects["runtime"].deserialize_cuda_engine(Path(path).read_bytes())
             if self._objects["engine"] is None:
                 raise UadtoolError(f"TensorRT {trt.__version__} cannot load {path}: {self._logger.reason}")
@@ -101,9 +101,9 @@ class Execution:
                 pixels[:images.size] = images.reshape(-1)
                 self._launch(pixels)
                 self._device.synchronize()
-            return [self._host_results[start:start + batch * kind.itemsize * int(np.prod(shape))]
+            return [self._host_results[place:place + batch * kind.itemsize * int(np.prod(shape))]
                     .view(kind).reshape(batch, *shape)[:count].copy()
-                    for start, (_, kind, shape) in zip(self._starts, self._outputs)]
+                    for place, (_, kind, shape) in zip(self._offsets, self._outputs)]
 
     def layer_times(self, images: np.ndarray, runs: int) -> Dict[str, float]:
         """Mean milliseconds of each layer. Later runs are slower, because TensorRT goes on measuring."""
@@ -155,17 +155,17 @@ class Execution:
         self._drop_graph()
         self._batch, self._repeated = shape[0], False
         self._objects["context"].set_input_shape("image", shape)
-        self._starts, self._size = self._places(self._batch)
-        for start, (name, _, _) in zip(self._starts, self._outputs):
-            self._objects["context"].set_tensor_address(name, self._results + start)
+        self._offsets, self._size = self._places(self._batch)
+        for place, (name, _, _) in zip(self._offsets, self._outputs):
+            self._objects["context"].set_tensor_address(name, self._results + place)
 
     def _places(self, batch: int) -> Tuple[List[int], int]:
         """Where each output begins in the memory of all, and the size of that memory, in bytes."""
-        starts, end = [], 0
+        places, end = [], 0
         for _, kind, shape in self._outputs:
-            starts.append(-(-end // ALIGNMENT) * ALIGNMENT)
-            end = starts[-1] + batch * kind.itemsize * int(np.prod(shape))
-        return starts, end
+            places.append(-(-end // ALIGNMENT) * ALIGNMENT)
+            end = places[-1] + batch * kind.itemsize * int(np.prod(shape))
+        return places, end
 
     def _drop_graph(self) -> None:
         if self._graph:

@@ -44,6 +44,19 @@ def is_rtx(trt: Any) -> bool:
     return bool(trt.__name__ == "tensorrt_rtx")
 
 
+def start(trt: Any, kind: Any, logger: Any) -> Any:
+    """A Builder or Runtime.
+
+    Raises:
+        UadtoolError: TensorRT cannot use the GPU.
+    """
+    try:
+        return kind(logger)
+    except TypeError as error:  # of pybind11, for TensorRT returned nothing
+        raise UadtoolError(f"TensorRT {trt.__version__} cannot use the GPU; check that its driver is new enough for "
+                           "this version (-v shows TensorRT's messages)") from error
+
+
 def takes_int8_constants(trt: Any) -> bool:
     """Whether weights may be stored as s8; otherwise the importer requires ``with_float_weights``."""
     return is_rtx(trt) or version(trt) >= (10, 0)
