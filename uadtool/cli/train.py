@@ -1,6 +1,6 @@
 import logging
 from pathlib import Path
-from typing import Dict, List, Optional, Tuple
+from typing import Dict, List, NamedTuple, Optional, Tuple, Union
 
 import click
 
@@ -13,15 +13,25 @@ OF_THE_BASE = ("method", "method_options", "sizes", "teacher", "teacher_weights"
 """Options that have no meaning where classes are added to a model."""
 
 
-def _size(ctx: click.Context, param: click.Parameter, value: str) -> Tuple[int, int]:
-    """``256`` or ``HEIGHTxWIDTH``."""
+class Auto(NamedTuple):
+    """An ``--image-size`` of the shape of the images, with ``side`` x ``side`` pixels."""
+
+    side: int
+
+
+def _size(ctx: click.Context, param: click.Parameter, value: str) -> Union[Auto, Tuple[int, int]]:
+    """``256``, ``HEIGHTxWIDTH``, ``auto`` or ``auto:N``."""
+    auto, _, text = value.lower().partition(":") if value.lower().startswith("auto") else ("", "", value.lower())
     try:
-        numbers = [int(part) for part in value.lower().split("x")]
+        numbers = [int(part) for part in (text or "256").split("x")]
     except ValueError:
         numbers = []
-    if len(numbers) not in (1, 2) or not all(32 <= n <= 4096 and n % 16 == 0 for n in numbers):
-        raise click.BadParameter(f"{value!r} is not a size such as 256 or 256x320 (multiples of 16, 32 to 4096)")
-    return numbers[0], numbers[-1]
+    most = 1 if auto else 2
+    if auto not in ("", "auto") or not 1 <= len(numbers) <= most or not all(
+            32 <= n <= 4096 and n % 16 == 0 for n in numbers):
+        raise click.BadParameter(f"{value!r} is not a size such as 256, 256x320, auto or auto:384 (multiples of 16, 32 "
+                                 "to 4096)")
+    return Auto(numbers[0]) if auto else (numbers[0], numbers[-1])
 
 
 def _sizes(ctx: click.Context, param: click.Parameter, value: Optional[str]) -> List[int]:
@@ -58,7 +68,8 @@ def _pairs(ctx: click.Context, param: click.Parameter, value: Tuple[str, ...]) -
 @click.option("--teacher-weights", metavar="FILE", type=click.Path(exists=True, dir_okay=False),
               help="ImageNet weights of the teacher (.pth, .safetensors)  [default: from an installed package or timm]")
 @click.option("--image-size", default="256", show_default=True, metavar="SIZE", callback=_size,
-              help="Pixels to resize images to: SIZE or HEIGHTxWIDTH.")
+              help="Pixels to resize images to: SIZE, HEIGHTxWIDTH, or auto:N for the shape of the images with N x N "
+                   "pixels (auto: 256).")
 @click.option("--grey-bits", type=click.Choice(["auto", "10", "12", "14", "16"]), default="auto", show_default=True,
               help="Bits of the values in 16-bit grey files; auto takes for each class the fewest that fit.")
 @options.max_pixels
@@ -88,7 +99,8 @@ def _pairs(ctx: click.Context, param: click.Parameter, value: Tuple[str, ...]) -
 @options.verbosity
 @click.pass_context
 def train(ctx: click.Context, data: str, output: Optional[str], method: str, method_options: Dict[str, str],
-          sizes: List[int], teacher: str, teacher_weights: Optional[str], image_size: Tuple[int, int], grey_bits: str,
+          sizes: List[int], teacher: str, teacher_weights: Optional[str],
+          image_size: Union[Auto, Tuple[int, int]], grey_bits: str,
           classes: Optional[List[str]], base: Optional[str], replace: Optional[List[str]],
           extend: Optional[List[str]], epochs: Optional[int], steps: Optional[int], held_out: float,
           false_positive_rate: float, teacher_ranges: Optional[str], target: str, device: str, seed: int,
@@ -104,6 +116,7 @@ def train(ctx: click.Context, data: str, output: Optional[str], method: str, met
       uadtool train mvtec/ --check
       uadtool train mvtec/ -o unified.safetensors
       uadtool train mvtec/ -o duet.safetensors --method duet --resume
+      uadtool train cells/ -o cells.safetensors --image-size auto:384
       uadtool train new/ -o grown.safetensors --add-to unified.safetensors
       uadtool train parts.csv -o r18.safetensors --teacher resnet18 --teacher-weights resnet18.pth
       uadtool train mvtec/ -o first.safetensors --method stfpm --teacher-int8 ranges.json
@@ -131,6 +144,7 @@ def train(ctx: click.Context, data: str, output: Optional[str], method: str, met
         _grow(data, classes, base, output, replace or [], extend or [], held_out, seed)
         return
     from uadtool.data.dataset import training_samples
+    from uadtool.data.sizing import suitable_size
     from uadtool.files import file_digest
     from uadtool.host import keep_freed_memory
     from uadtool.lab.models import save_model
@@ -147,6 +161,8 @@ def train(ctx: click.Context, data: str, output: Optional[str], method: str, met
         on_first(lambda: options.claim(output, [data, teacher_weights, teacher_ranges]))
         ranges = RangesFile.read(teacher_ranges).ranges if teacher_ranges else None
         samples = training_samples(data, classes)
+        if isinstance(image_size, Auto):
+            image_size = suitable_size(samples, image_size.side)
         checkpoint = Path(f"{output}.checkpoint")
         result = run(samples, TrainingOptions(
             method=method, method_options=method_options, sizes=sizes, teacher=teacher, teacher_weights=teacher_weights,

@@ -102,11 +102,13 @@ class Inspection(NamedTuple):
         originals: for each image the number of the first of its copies, near ones included; its own if it has none.
         grey_bits: bits of the values in 16-bit grey files, by class.
         findings: what is odd, a line for each kind.
+        shapes: median (height, width) of the images in pixels, by class.
     """
 
     originals: List[int]
     grey_bits: Dict[str, int]
     findings: List[str]
+    shapes: Dict[str, Tuple[int, int]]
 
 
 def inspect(samples: Sequence[Sample], threads: int) -> Inspection:
@@ -119,7 +121,13 @@ def inspect(samples: Sequence[Sample], threads: int) -> Inspection:
     looks = [look for look in found if isinstance(look, Look)]
     refuse_unreadable([look for look in found if isinstance(look, UadtoolError)], len(samples))
     firsts = originals(looks)
-    return Inspection(firsts, grey_bits(looks), findings(looks, firsts))
+    return Inspection(firsts, grey_bits(looks), findings(looks, firsts), _shapes(looks))
+
+
+def _shapes(looks: Sequence[Look]) -> Dict[str, Tuple[int, int]]:
+    sizes = {str(name): np.array([look.size for look in own])
+             for name, own in by_class(looks, lambda look: look.sample).items()}
+    return {name: (int(height), int(width)) for name, own in sizes.items() for height, width in [np.median(own, 0)]}
 
 
 def refuse_unreadable(errors: Sequence[UadtoolError], count: int) -> None:

@@ -1,7 +1,8 @@
 """What training says of the images: what is odd about them, and how many of each class did what."""
 
+import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Optional
 
 from uadtool.data.inspection import Inspection, inspect
@@ -44,6 +45,19 @@ def warn_of(held_out: HeldOut) -> None:
         log.warning("held-out images that score far above the others of their class: %s; if they are defects, remove "
                     "them: they raise the threshold, and other defects pass",
                     first_of(held_out.conspicuous, "images"))
+
+
+def map_cells(shapes: Mapping[str, tuple[int, int]], map_size: tuple[int, int]) -> dict[str, list[int]]:
+    """For each class the (height, width) in pixels of its images that a cell of the anomaly map covers.
+
+    The log names the class with the largest: a smaller defect fades.
+    """
+    cells = {name: [math.ceil(side / cells) for side, cells in zip(shape, map_size)] for name, shape in shapes.items()}
+    worst = max(cells, key=lambda name: cells[name][0] * cells[name][1])
+    log.info("a cell of the anomaly map covers %dx%d pixels of an image%s; defects much smaller than a cell fade, and "
+             "a larger --image-size makes cells smaller", *cells[worst],
+             f" of {worst}, and no more of others" if len(cells) > 1 else "")
+    return cells
 
 
 def class_counts(classes: Sequence[str], samples: Sequence[Sample], originals: Sequence[int],

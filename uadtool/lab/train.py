@@ -26,7 +26,7 @@ from uadtool.lab.quantization.bias_correction import CORRECTION_IMAGES
 from uadtool.lab.quantization.ranges import Ranges, ranges_digest
 from uadtool.lab.quantization.targets import TARGETS
 from uadtool.lab.quantization.teacher import quantized_teacher
-from uadtool.lab.report import class_counts, inspect_samples, warn_of
+from uadtool.lab.report import class_counts, inspect_samples, map_cells, warn_of
 from uadtool.lab.rows import Model
 from uadtool.lab.sizes import fit_every_size
 from uadtool.lab.training import distributed
@@ -229,6 +229,7 @@ def _finish(job: _Job, outcome: Optional[Outcome], samples: Sequence[Sample], op
     detector.to(device="cpu", memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     report = {
         "classes": class_counts(job.classes, samples, job.inspection.originals, run.training.samples, found),
+        "image_size": list(options.image_size), "map_cells": map_cells(job.inspection.shapes, detector.map_size),
         "conspicuous": found.conspicuous,
         "steps": run.steps,
         "epochs": round(run.steps / steps_per_epoch(len(run.training)), 2) if run.steps else 1,
