@@ -200,19 +200,33 @@ def test_the_wheelhouse_of_a_jetson_is_complete(make, tmp_path, python, glibc):
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("version", ["3.10", "3.12"])
+JETPACK = """#!/bin/sh
+# A Python of JetPack: environments that it makes begin with the packages that JetPack has.
+"{python}" "$@" || exit
+for last; do :; done
+"$last/bin/python" -m pip install --quiet {packages}
+"""
+
+
+@pytest.mark.parametrize(("version", "packages"), [
+    ("3.8", "pip==20.0.2 setuptools==45.2.0 numpy==1.17.4"), ("3.10", "pip==22.0.2 setuptools==59.6.0 numpy==1.21.5"),
+    ("3.12", "pip==24.0 setuptools==68.1.2 numpy==1.26.4")])
 @pytest.mark.slow
-def test_the_pythons_of_newer_jetpacks(make, device, tmp_path, version):
-    """Of JetPack 6 and 7; without their TensorRT."""
-    found = sorted(Path.home().glob(f".pyenv/versions/{version}.*/bin/python3"))
+def test_python_and_packages_of_each_jetpack(make, device, int8, textures, tmp_path, version, packages):
+    """Of JetPack 5, 6 and 7, without their TensorRT. The system's packages lie in the environment itself."""
+    found = sorted(Path.home().glob(f".pyenv/versions/{version}.*/bin/python{version}"))
     python = str(found[-1]) if found else shutil.which(f"python{version}")
     if not python:
         pytest.skip(f"no Python {version} on this machine")
-    done = make(f"{tmp_path}/installed.stamp", OUT=tmp_path, REMOTE=f"jetpack-{version}", REMOTE_PYTHON=python)
+    jetpack = tmp_path / "python3"
+    jetpack.write_text(JETPACK.format(python=python, packages=packages))
+    jetpack.chmod(0o755)
+    out = tmp_path / "out"
+    done = make(f"{out}/device.scores.jsonl", OUT=out, REMOTE=f"jetpack-{version}", REMOTE_PYTHON=jetpack)
     assert done.returncode == 0, done.stderr
-    there = subprocess.run([*device[1].split(), "127.0.0.1", f"jetpack-{version}/.venv/bin/uadtool score --help"],
-                           capture_output=True, text=True)
-    assert "Score images with an exported MODEL" in there.stdout, there.stderr
+    first, *_, last = map(json.loads, (out / "device.scores.jsonl").read_text().splitlines())
+    assert first["host"]["python"].startswith(f"{version}.")
+    assert last["errors"] == 0
 
 
 @pytest.mark.parametrize(("variables", "message"), [
