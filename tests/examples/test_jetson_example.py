@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from zipfile import ZipFile
 
 import pytest
 
@@ -101,6 +102,14 @@ def test_the_device_scores_what_the_workstation_scores(deployed, make, textures,
     packages = {path.name for path in device[0].glob("uadtool/.venv/lib/*/site-packages/*")}
     assert packages >= {"uadtool", "onnxruntime"}
     assert not packages & {"torch", "onnx"}
+
+
+def test_the_device_gets_the_modules_that_there_are(deployed, make):
+    wheel, = (make.out / "wheels").glob("uadtool-*.whl")
+    package = EXAMPLE.parents[1] / "uadtool"
+    with ZipFile(wheel) as archive:
+        found = {name for name in archive.namelist() if name.endswith(".py")}
+    assert found == {f"uadtool/{path.relative_to(package)}" for path in package.rglob("*.py")}
 
 
 def test_the_comparison_has_both(deployed):
