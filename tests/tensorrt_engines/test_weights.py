@@ -1,5 +1,6 @@
 """Weights as TensorRT 8 reads them."""
 
+import contextlib
 from types import SimpleNamespace
 
 import numpy as np
@@ -81,21 +82,43 @@ def test_other_graphs_stay_as_they_are():
     assert onnx.load_from_string(with_float_weights(content)) == onnx.load_from_string(content)
 
 
-@given(codes=stn.arrays(np.int8, (4, 9), elements=st.integers(-127, 127)),
-       scales=stn.arrays(np.float32, 4, elements=st.floats(2 ** -26, 16, width=32)))
-def test_weights_survive_the_way_through_floats(codes, scales):
-    initializers = {"codes": codes, "scales": scales, "zero": np.zeros(4, np.int8)}
+def model_of(codes, scales):
+    """A model that dequantizes these weights, twice."""
+    initializers = {"codes": codes, "scales": scales, "zero": np.zeros(len(codes), np.int8)}
     nodes = [helper.make_node("DequantizeLinear", list(initializers), [name], axis=0) for name in ("weights", "again")]
     graph = helper.make_graph(
         nodes, "weights", [], [helper.make_tensor_value_info("weights", TensorProto.FLOAT, codes.shape)],
         [numpy_helper.from_array(value, name) for name, value in initializers.items()])
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
-    proto = onnx.load_from_string(with_float_weights(model.SerializeToString()))
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8).SerializeToString()
+
+
+@given(codes=stn.arrays(np.int8, (4, 9), elements=st.integers(-127, 127)),
+       scales=stn.arrays(np.float32, 4, elements=st.floats(2 ** -26, 16, width=32)))
+def test_weights_survive_the_way_through_floats(codes, scales):
+    proto = onnx.load_from_string(with_float_weights(model_of(codes, scales)))
     assert [node.op_type for node in proto.graph.node] == ["QuantizeLinear", "DequantizeLinear", "DequantizeLinear"]
     proto.graph.output.append(helper.make_tensor_value_info("codes", TensorProto.INT8, codes.shape))
     weights, found = session(proto.SerializeToString()).run(None, {})
     np.testing.assert_array_equal(found, codes)
     np.testing.assert_array_equal(weights, codes * scales[:, None])
+
+
+SMALL = model_of(np.ones((2, 3), np.int8), np.ones(2, np.float32))
+
+
+@given(place=st.integers(0, len(SMALL) - 1), byte=st.integers(0, 255), end=st.integers(0, len(SMALL)))
+def test_damage_is_a_value_error(place, byte, end):
+    for damaged in (SMALL[:place] + bytes([byte]) + SMALL[place + 1:], SMALL[:end]):
+        with contextlib.suppress(ValueError):
+            with_float_weights(damaged)
+
+
+def test_a_damaged_file_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(builder.versions, "takes_int8_constants", lambda trt: False)
+    made, path = flavour("resnet18", "tensorrt", "int8"), tmp_path / "model.onnx"
+    path.write_bytes(SMALL.replace(b"scales", b"others", 1))
+    with pytest.raises(UadtoolError, match=r"model\.onnx is damaged: a DequantizeLinear lacks its scale: b'others'"):
+        builder.build_engine(str(path), made.metadata, builder.BuildOptions(compute_capability="8.6"))
 
 
 @pytest.mark.parametrize("damage", [

@@ -63,7 +63,12 @@ def build_engine(onnx: str, metadata: Metadata, options: BuildOptions) -> Engine
     network = versions.create_network(trt, builder)
     parser = trt.OnnxParser(network, logger)
     model = Path(onnx).read_bytes()
-    if not parser.parse(model if versions.takes_int8_constants(trt) else with_float_weights(model)):
+    try:
+        if not versions.takes_int8_constants(trt):
+            model = with_float_weights(model)
+    except ValueError as error:
+        raise UadtoolError(f"{onnx} is damaged: {error}") from error
+    if not parser.parse(model):
         reason = versions.describe_error(parser.get_error(0)) if parser.num_errors else "no reason given"
         raise UadtoolError(f"TensorRT {trt.__version__} does not support {onnx}: {reason}")
     config = builder.create_builder_config()

@@ -28,10 +28,13 @@ def with_float_weights(model: bytes) -> bytes:
     A QuantizeLinear with the same scales gives exactly the codes again.
 
     Raises:
-        ValueError: ``model`` is not a ModelProto.
+        ValueError: ``model`` is not a ModelProto, or its codes and scales do not fit.
     """
-    return b"".join(write_field(GRAPH, _changed(value)) if number == GRAPH and isinstance(value, memoryview) else
-                    bytes(raw) for number, value, raw in read_fields(memoryview(model)))
+    try:
+        return b"".join(write_field(GRAPH, _changed(value)) if number == GRAPH and isinstance(value, memoryview) else
+                        bytes(raw) for number, value, raw in read_fields(memoryview(model)))
+    except (KeyError, IndexError) as error:
+        raise ValueError(f"a DequantizeLinear lacks its scale: {error}") from error
 
 
 def _changed(graph: memoryview) -> Iterator[bytes]:
