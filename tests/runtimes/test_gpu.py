@@ -71,7 +71,6 @@ def test_memory_stays_while_it_runs_and_is_freed(files):
     images = np.zeros((MAX_BATCH, 64, 64, 3), np.uint8)
     device = Device()
     with device.current():
-        before = device.free_memory()
         with open_model(files("resnet18", "fp32")[1]) as model:
             for _ in range(3):  # the last two as a graph
                 model.run(images)
@@ -79,11 +78,12 @@ def test_memory_stays_while_it_runs_and_is_freed(files):
             for _ in range(100):
                 model.run(images)
             assert device.free_memory() == held
-        assert device.free_memory() > held
+        freed = device.free_memory()  # CUDA and TensorRT keep something for the process, once
+        assert freed > held
         for _ in range(5):
             with open_model(files("resnet18", "fp32")[1]) as model:
                 model.run(images)
-        assert before - device.free_memory() < 64e6  # what CUDA and TensorRT keep for the process, once
+        assert freed - device.free_memory() < 4e6
     device.close()
 
 
