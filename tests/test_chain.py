@@ -70,7 +70,11 @@ def test_steps_only_report_the_weights_of_the_teacher(trained, calibrated, quant
                 for step in (trained, calibrated, quantized, fp32, int8)]
     assert messages == [
         [f"uadtool: teacher {teacher} with weights of {package}",
-         "uadtool: 32 images to train on, 8 held out, 40 steps; pixels and features take N MB of memory"],
+         "uadtool: 32 images to train on, 8 held out, 40 steps; pixels and features take N MB of memory",
+         "uadtool: 8 good images promise a false-positive rate of 0.11, and the threshold is the highest of their "
+         "scores; a rate of 0.01 requires 99",
+         "uadtool: a cell of the anomaly map covers 5x5 pixels of an image of dots, and no more of others; defects "
+         "much smaller than a cell fade, and a larger --image-size makes cells smaller"],
         [], [], [], []]
 
 

@@ -106,6 +106,27 @@ def test_at_most_the_share_of_pairs_is_above_the_threshold(pairs, rate):
     assert np.mean(np.array(means) > threshold_at(means, rate)) <= rate + 1e-9
 
 
+def test_other_rates_are_refused(tmp_path):
+    files = [score_file(tmp_path, number) for number in (1, 2)]
+    text = (tmp_path / "2.jsonl").read_text()
+    (tmp_path / "2.jsonl").write_text(text.replace('"false_positive_rate": 0.0', '"false_positive_rate": 0.05'))
+    with pytest.raises(UadtoolError, match="scored at different false-positive rates"):
+        run_here("compare", *files, "--combine", "mean")
+
+
+def test_all_files_are_named(tmp_path):
+    """Also those of merged runs."""
+    first, second = score_file(tmp_path, 1), score_file(tmp_path, 2)
+    run, *images, summary = (tmp_path / "1.jsonl").read_text().splitlines()
+    parts = []
+    for number, some in enumerate((images[:40], images[40:])):
+        parts.append(tmp_path / f"part-{number}.jsonl")
+        parts[-1].write_text("\n".join([run, *some, summary]) + "\n")
+    models = join([*map(str, parts), second])
+    assert combined(models, "mean").scores.shards == (*map(str, parts), second)
+    assert combined(models, "mean").scores.images == combined(join([first, second]), "mean").scores.images
+
+
 @pytest.mark.parametrize(("second", "message"), [
     (None, "needs the scores of two models"),
     ({"root": "data/elsewhere/other"}, "have no image in common"),

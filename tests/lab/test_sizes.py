@@ -149,6 +149,24 @@ def test_what_was_cleared_is_cleared_at_every_size(folder, model, textures, tmp_
     assert factors == pytest.approx([float(factors[-1])] * 3, rel=1e-4)
 
 
+def test_a_threshold_is_about_one_size(folder, model, textures, tmp_path):
+    run_here("export", model, "-o", tmp_path / "m.onnx")
+    (tmp_path / "good.jsonl").write_text(run_here("score", tmp_path / "m.onnx", textures))
+    run_here("export", model, "--threshold-from", tmp_path / "good.jsonl", "--false-positive-rate", "20%", "-o",
+             tmp_path / "m.safetensors")
+    before, after = (at(path, 50).metadata for path in (model, tmp_path / "m.safetensors"))
+    assert load_model(tmp_path / "m.safetensors")[1].false_positive_rate == 0.2
+    assert (after.false_positive_rate, after.thresholds) == (before.false_positive_rate, before.thresholds)
+    with pytest.raises(UadtoolError, match="differs in its entries"):
+        run_here("export", model, "--size", 50, "--threshold-from", tmp_path / "good.jsonl", "-o",
+                 tmp_path / "other.safetensors")
+
+
+def test_a_quantized_model_finds_its_own_usual_distances(int8, model):
+    assert load_model(model)[1].good_distances.keys() == {"dots", "stripes"}
+    assert load_model(int8)[1].good_distances == {}
+
+
 def test_other_sizes_are_refused(folder, model, textures):
     with pytest.raises(UadtoolError, match="has no size 60; it has 50, 100, 200"):
         at(model, 60)

@@ -179,6 +179,43 @@ def test_several_files_count_together(detector, mvtec, tmp_path):
             (1 + sum(score >= image["score"] for score in scores)) / (1 + len(scores)), rel=1e-5)
 
 
+def test_an_image_counts_once(detector, mvtec, scored, caplog):
+    """Otherwise few images would promise a rate of many."""
+    once, twice = (json.loads(run_here("score", detector, mvtec, *files).splitlines()[0]) for files in (
+        ("--threshold-from", scored), ("--threshold-from", scored, "--threshold-from", scored)))
+    assert once["thresholds"] == twice["thresholds"]
+    count = sum(image["label"] == "good" for image in images(scored.read_text()))
+    assert caplog.text.count(f"{count} good images promise") == 2
+
+
+def test_scores_of_another_size_are_refused(scored):
+    lines = [json.loads(line) for line in scored.read_text().splitlines()]
+    lines[0]["model"]["entries"] = 1000
+    scored.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    with_thresholds_from(METADATA.replace(options={"entries": 1000}), [str(scored)])
+    with pytest.raises(UadtoolError, match="differs in its entries"):
+        with_thresholds_from(METADATA.replace(options={"entries": 250}), [str(scored)])
+
+
+def test_scores_of_the_camera_s_own_size_are_those_of_the_model(scored):
+    metadata = METADATA.replace(image_size=(16, 16))
+    assert with_thresholds_from(metadata, [str(scored)], None, METADATA.image_size).good_scores
+    with pytest.raises(UadtoolError, match="differs in its image size"):
+        with_thresholds_from(metadata, [str(scored)], None, (64, 64))
+
+
+@pytest.mark.parametrize("rate", [1e-320, 1e-300, 0])
+def test_a_rate_of_nothing_cannot_be_promised(detector, mvtec, scored, rate, caplog):
+    run_here("score", detector, mvtec, "--threshold-from", scored, "--false-positive-rate", rate)
+    assert "cannot be promised" in caplog.text
+
+
+def test_a_model_without_scores_of_good_images_says_so(make_detector, mvtec, tmp_path):
+    path = make_detector(tmp_path / "empty.onnx", METADATA.replace(good_scores={"red": []}))
+    with pytest.raises(UadtoolError, match="does not hold the scores of good images"):
+        run_here("score", path, mvtec, "--false-positive-rate", 0.1)
+
+
 def test_too_few_images_say_what_they_can_promise(detector, mvtec, scored, caplog):
     count = sum(image["label"] == "good" for image in images(scored.read_text()))
     for rate, remedy in ((0.01, "requires 99"), (0, "cannot be promised")):

@@ -37,8 +37,7 @@ from uadtool.errors import require_lab
 @options.verbosity
 def export(models: Tuple[str, ...], output: str, classes: Optional[List[str]], drop: Optional[List[str]],
            size: Optional[int], images: Optional[str], input_size: Optional[Tuple[int, int]],
-           threshold_from: Tuple[str, ...],
-           false_positive_rate: Optional[float], **build: Any) -> None:
+           threshold_from: Tuple[str, ...], false_positive_rate: Optional[float], **build: Any) -> None:
     """Write MODEL as a complete ONNX detector and check that its scores match those of torch.
 
     Several models that grew from one base (train --add-to) become one, with the classes of all. An OUTPUT in
@@ -86,7 +85,7 @@ def export(models: Tuple[str, ...], output: str, classes: Optional[List[str]], d
             return metadata
         from uadtool.comparing.good_images import with_thresholds_from
 
-        return with_thresholds_from(metadata, threshold_from, false_positive_rate)
+        return with_thresholds_from(metadata, threshold_from, false_positive_rate, input_size)
 
     if to_engine:
         _write_engine(models[0], output, retuned, build)

@@ -163,14 +163,14 @@ def _thresholds(arguments: SimpleNamespace, metadata: Any) -> Any:
 
     rate, thresholds = arguments.false_positive_rate, Thresholds.of_model(metadata)
     if isinstance(arguments.threshold, float):
-        return thresholds._replace(common=arguments.threshold, by_class={})
+        return thresholds._replace(common=arguments.threshold, by_class={}, rate=None)
     if arguments.threshold_from:
         from uadtool.comparing.good_images import good_scores
 
         rate = metadata.false_positive_rate if rate is None else rate
         thresholds = Thresholds.at(rate, good_scores(arguments.threshold_from, metadata, rate))
     elif rate is not None:
-        if not metadata.good_scores:
+        if not any(metadata.good_scores.values()):
             raise UadtoolError(f"{arguments.model} does not hold the scores of good images; train or quantize it "
                                "again, or give --threshold-from")
         warn_of_few(sum(map(len, metadata.good_scores.values())), rate)

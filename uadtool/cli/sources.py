@@ -23,7 +23,7 @@ LONGEST_SIDE = 1 << 16
 
 
 class Source(NamedTuple):
-    """The ``samples``, the number that this run scores (``total``), if it is known, and of those that were dropped."""
+    """The ``samples``, the number that this run scores (``total``), if it is known, and how many were ``dropped``."""
 
     samples: Iterable[Any]
     total: Optional[int] = None

@@ -1,6 +1,6 @@
 import logging
 from pathlib import Path
-from typing import Dict, List, NamedTuple, Optional, Tuple, Union
+from typing import Any, Dict, List, NamedTuple, Optional, Tuple, Union
 
 import click
 
@@ -145,7 +145,6 @@ def train(ctx: click.Context, data: str, output: Optional[str], method: str, met
         return
     from uadtool.data.dataset import training_samples
     from uadtool.data.sizing import suitable_size
-    from uadtool.files import file_digest
     from uadtool.host import keep_freed_memory
     from uadtool.lab.models import save_model
     from uadtool.lab.quantization.ranges import RangesFile
@@ -153,7 +152,6 @@ def train(ctx: click.Context, data: str, output: Optional[str], method: str, met
     from uadtool.lab.train import train as run
     from uadtool.lab.training.distributed import on_first, process_group
     from uadtool.lab.training.precision import use_available_cores
-    from uadtool.schemas.json_files import write_json
 
     keep_freed_memory()
     use_available_cores()
@@ -174,25 +172,18 @@ def train(ctx: click.Context, data: str, output: Optional[str], method: str, met
             return
         save_model(result.detector, result.metadata, output)
         checkpoint.unlink(missing_ok=True)
-        write_json({
-            "schema": "uadtool.train/1", "output": output, "digest": file_digest(output), **result.report,
-            "threshold": result.metadata.threshold, "thresholds": result.metadata.thresholds,
-            "false_positive_rate": false_positive_rate,
-            "parameters": result.metadata.parameters, "macs": result.metadata.macs,
-            **({"sizes": sorted(set(sizes))} if sizes else {}),
-        })
+        _report(output, result.metadata, {**result.report, **({"sizes": sorted(set(sizes))} if sizes else {})})
 
 
 def _grow(data: str, classes: Optional[List[str]], base: str, output: str, replace: List[str], extend: List[str],
           held_out: float, seed: int) -> None:
     from uadtool.data.dataset import training_samples
-    from uadtool.files import file_digest, unchanged
+    from uadtool.files import unchanged
     from uadtool.host import keep_freed_memory
     from uadtool.lab.grow import GrowthOptions, grow
     from uadtool.lab.models import load_model, save_model
     from uadtool.lab.rows import Model
     from uadtool.lab.training.precision import use_available_cores
-    from uadtool.schemas.json_files import write_json
 
     keep_freed_memory()
     use_available_cores()
@@ -202,7 +193,14 @@ def _grow(data: str, classes: Optional[List[str]], base: str, output: str, repla
         model = Model(*load_model(base), base)
     (module, metadata, _), report = grow(model, digest, samples, GrowthOptions(replace, extend, held_out, seed))
     save_model(module, metadata, output)
-    write_json({"schema": "uadtool.train/1", "output": output, "digest": file_digest(output), "base": digest, **report,
+    _report(output, metadata, {"base": digest, **report})
+
+
+def _report(output: str, metadata: Any, report: Dict[str, Any]) -> None:
+    from uadtool.files import file_digest
+    from uadtool.schemas.json_files import write_json
+
+    write_json({"schema": "uadtool.train/1", "output": output, "digest": file_digest(output), **report,
                 "threshold": metadata.threshold, "thresholds": metadata.thresholds,
                 "false_positive_rate": metadata.false_positive_rate, "parameters": metadata.parameters,
                 "macs": metadata.macs})

@@ -12,7 +12,7 @@ from uadtool.scoring.thresholds import Thresholds
 
 COMBINE: Dict[str, Callable[[List[float]], float]] = {"mean": fmean, "max": max}
 SLOWEST = {"latency_p50": max, "latency_p99": max, "throughput": min, "cold_start": max}
-"""Figures of a bench file that models side by side have, too: those of the slowest."""
+"""Figures of a bench file that models have together, each on a device of its own: those of the slowest."""
 
 
 def combined(models: Sequence[Model], how: str) -> Model:
@@ -73,13 +73,17 @@ def _thresholds(results: Sequence[Result], how: str) -> Thresholds:
     if not common:
         raise UadtoolError(f"the models of {' and '.join(result.source for result in results)} held out no image in "
                            "common, so their combination has no threshold; train them on the same images with the same "
-                           "--seed and --held-out")
+                           "--seed and --held-out, and score them without --threshold SCORE")
+    rates = {result.held_out["false_positive_rate"] for result in results}
+    if len(rates) > 1:
+        raise UadtoolError(f"{' and '.join(result.source for result in results)} were scored at different "
+                           "false-positive rates; score them with the same --false-positive-rate")
     scores: Dict[str, List[float]] = {}
     for digest in sorted(common):
         names = {images[digest][0] for images in named}
         scores.setdefault(names.pop() if len(names) == 1 else "", []).append(
             COMBINE[how]([images[digest][1] for images in named]))
-    return Thresholds.at(results[0].held_out["false_positive_rate"], scores)
+    return Thresholds.at(rates.pop(), scores)
 
 
 def _result(results: Sequence[Result], how: str, images: Dict[str, ScoredImage],
@@ -105,7 +109,7 @@ def _result(results: Sequence[Result], how: str, images: Dict[str, ScoredImage],
     return Result("scores", first.file, model, each([result.runtime for result in results]),
                   each([result.machine for result in results]), first.tool, first.started,
                   score_values(evaluation.figures()), thresholds=thresholds[widest], images=images,
-                  shards=tuple(dict.fromkeys(result.file for result in results)))
+                  shards=tuple(dict.fromkeys(file for result in results for file in result.shards or (result.file,))))
 
 
 def _bench(models: Sequence[Model], how: str) -> Optional[Result]:

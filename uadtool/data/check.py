@@ -12,7 +12,7 @@ from uadtool.data.images import image_size
 from uadtool.data.inspection import Look, findings, grey_bits, look_at, near_pairs, originals
 from uadtool.data.layout import Dataset
 from uadtool.data.samples import SUFFIXES, Sample
-from uadtool.data.splits import LEAST_HELD_OUT, by_class, images_needed, split_held_out
+from uadtool.data.splits import LEAST_HELD_OUT, LEAST_RATE, by_class, images_needed, split_held_out
 from uadtool.data.storage import ignored
 from uadtool.errors import UadtoolError
 from uadtool.terminal import printable
@@ -145,7 +145,7 @@ def _ignored(folder: Path) -> List[str]:
 def _odd(report: Dict[str, Any], held_out: Sequence[Sample], rate: float, bits: Dict[str, int]) -> List[str]:
     """What is odd besides the content of good images."""
     small = [name for name, found in report["classes"].items() if 0 < found["held_out"] < LEAST_HELD_OUT]
-    masks, needed = report["masks"], images_needed(rate) if rate else 0
+    masks, needed = report["masks"], images_needed(rate) if rate >= LEAST_RATE else 0
     cases: List[Tuple[object, str]] = [
         (report["unreadable"], f"files or folders that cannot be read: {len(report['unreadable'])}"),
         (report["leaks"], f"pairs of a training and a test image that are copies, or nearly, which flatters the "

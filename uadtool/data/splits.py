@@ -10,6 +10,8 @@ from uadtool.data.samples import Sample
 
 T = TypeVar("T")
 
+LEAST_RATE = 1e-9
+"""A false-positive rate below it counts as 0, which nothing can promise."""
 LEAST_HELD_OUT = 3
 """Images of a class: one or two do not show how far its good images differ."""
 
@@ -43,7 +45,7 @@ def split_held_out(samples: Sequence[Sample], share: float, seed: int, originals
 
 
 def images_needed(false_positive_rate: float) -> int:
-    """Good images from which this rate, above 0, can be promised: n are exceeded at 1 / (n + 1) or more."""
+    """Good images that can promise a rate of ``LEAST_RATE`` or more: n are exceeded at 1 / (n + 1) or more."""
     return math.ceil(1 / false_positive_rate - 1 - 1e-9)
 
 

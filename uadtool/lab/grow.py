@@ -29,8 +29,8 @@ from uadtool.lab.models import assemble
 from uadtool.lab.onnx_export.deployed import deployed_maps
 from uadtool.lab.quantization.modules import ActivationQuantizer, QuantizedMemory
 from uadtool.lab.report import class_counts, inspect_samples, warn_of
-from uadtool.lab.rows import Model, choose, join, refuse_unknown, tables
-from uadtool.lab.sizes import at_size, fit_every_size, row_statistics
+from uadtool.lab.rows import Model, choose, join, refuse_unknown, row_statistics, tables
+from uadtool.lab.sizes import at_size, fit_every_size
 from uadtool.lab.training.data import TeacherFeatures, names_digest
 from uadtool.lab.training.loop import Run
 from uadtool.metadata import Metadata

@@ -28,8 +28,8 @@ from uadtool.lab.quantization.qat import fine_tune
 from uadtool.lab.quantization.ranges import RangesFile, ranges_digest
 from uadtool.lab.quantization.sensitivity import anomaly_maps, layer_sensitivity, map_distance
 from uadtool.lab.quantization.targets import TARGETS
-from uadtool.lab.rows import Model
-from uadtool.lab.sizes import fit_every_size, row_statistics
+from uadtool.lab.rows import Model, row_statistics
+from uadtool.lab.sizes import fit_every_size
 from uadtool.lab.training.data import read_images, split_again
 from uadtool.lab.training.synthetic import synthetic_anomalies
 from uadtool.metadata import Metadata, Quantization
@@ -116,7 +116,8 @@ def apply_recipe(detector: Detector, metadata: Metadata, digest: str, ranges: Op
         step["calibration"] = {"method": ranges.method, "source": ranges.source, "ranges": ranges_digest(ranges.ranges)}
     else:
         model, metadata, report = in_half_precision(plan), metadata.replace(precision="fp16", target=recipe.target), {}
-    metadata = metadata.replace(provenance=[*metadata.provenance, step])
+    # Distances by a quantized teacher are not comparable with those of the float one, by which drift would be found.
+    metadata = metadata.replace(provenance=[*metadata.provenance, step], good_distances={})
     if images:
         report["map_distance"] = map_distance(anomaly_maps(detector, images.held_out),
                                               anomaly_maps(model, images.held_out))

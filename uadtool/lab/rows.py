@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from uadtool.errors import UadtoolError
 from uadtool.lab.detectors.complexity import count_macs, count_parameters
-from uadtool.lab.detectors.contract import ROWS
+from uadtool.lab.detectors.contract import ROWS, Detector
 from uadtool.lab.detectors.registry import build_detector
 from uadtool.lab.models import assemble
 from uadtool.metadata import Metadata
@@ -93,10 +93,28 @@ def base_digest(model: Model) -> str:
     metadata = model.metadata
     shared: dict[str, Any] = {
         **metadata.identity, "classes": None, "options": metadata.options, "target": metadata.target,
-        "rate": metadata.false_positive_rate,
-        "sizes": [(one.threshold, one.map_units) for one in (*metadata.smaller(), metadata)]}
+        "sizes": [(one.threshold, one.false_positive_rate, one.map_units) for one in (*metadata.smaller(), metadata)]}
     digest.update(json.dumps(shared, sort_keys=True).encode())
     return f"sha256:{digest.hexdigest()}"
+
+
+def rebuilt(model: Model, tensors: Mapping[str, Tensor], metadata: Metadata) -> Model:
+    """The model with other tensors and metadata, whose counts of parameters and multiply-accumulates are set."""
+    module = assemble(dict(tensors), metadata, model.path)
+    with torch.device("meta"):
+        detector = build_detector(metadata)  # an int8 graph has parameters as codes
+        metadata = metadata.replace(parameters=count_parameters(detector),
+                                    macs=count_macs(detector, metadata.image_size))
+    return Model(module, metadata, model.path)
+
+
+def row_statistics(model: Model) -> Detector:
+    """A detector that has only the rows of the model, which it shares."""
+    with torch.device("meta"):
+        detector = build_detector(model.metadata)
+    for name in ROWS:
+        setattr(detector, name, model.module.get_buffer(name))
+    return detector
 
 
 def _join(one: Model, other: Model) -> Model:
@@ -124,19 +142,9 @@ def _rows(model: Model) -> dict[str, dict[str, Tensor]]:
             for place, name in enumerate(model.metadata.classes)}
 
 
-def rebuilt(model: Model, tensors: Mapping[str, Tensor], metadata: Metadata) -> Model:
-    """The model with other tensors and metadata, whose counts of parameters and multiply-accumulates are set."""
-    module = assemble(dict(tensors), metadata, model.path)
-    with torch.device("meta"):
-        detector = build_detector(metadata)  # an int8 graph has parameters as codes
-        metadata = metadata.replace(parameters=count_parameters(detector),
-                                    macs=count_macs(detector, metadata.image_size))
-    return Model(module, metadata, model.path)
-
-
 def _of_classes(metadata: Metadata, classes: list[str]) -> Metadata:
     """The metadata of these classes. Scores of images that were taken for another class remain."""
-    metadata = metadata.with_smaller(_of_classes(one, classes) for one in metadata.smaller())
+    metadata = metadata.with_smaller(_of_classes(one.replace(sizes=[]), classes) for one in metadata.smaller())
 
     def part(values: Mapping[str, Any]) -> dict[str, Any]:
         return {name: value for name, value in values.items() if name in classes or not name}
@@ -149,7 +157,8 @@ def _of_classes(metadata: Metadata, classes: list[str]) -> Metadata:
 
 def _joined(one: Metadata, other: Metadata, classes: list[str]) -> Metadata:
     """The metadata of both. The steps after those that made their base are in an order of their own."""
-    one = one.with_smaller(_joined(*pair, classes) for pair in zip(one.smaller(), other.smaller()))
+    one = one.with_smaller(_joined(a.replace(sizes=[]), b.replace(sizes=[]), classes)
+                           for a, b in zip(one.smaller(), other.smaller()))
     pairs = zip(one.provenance, other.provenance)
     common = len(list(takewhile(lambda pair: pair[0] == pair[1], pairs)))
     later = {json.dumps(step, sort_keys=True): step for step in (*one.provenance[common:], *other.provenance[common:])}

@@ -6,11 +6,8 @@ would be above the threshold.
 
 from collections.abc import Callable
 
-import torch
-
 from uadtool.errors import UadtoolError
-from uadtool.lab.detectors.contract import ROWS, STATISTICS, Detector
-from uadtool.lab.detectors.registry import build_detector
+from uadtool.lab.detectors.contract import STATISTICS
 from uadtool.lab.rows import Model, rebuilt
 from uadtool.metadata import Metadata
 
@@ -54,15 +51,6 @@ def fit_every_size(model: Model, fit: Callable[[Model], Metadata]) -> Model:
         for name in STATISTICS:
             model.module.get_buffer(f"sizes.{entries}.{name}").copy_(small.module.get_buffer(name))
     return model._replace(metadata=fit(model).with_smaller(smaller))
-
-
-def row_statistics(model: Model) -> Detector:
-    """A detector that has only the rows of the model, which it shares."""
-    with torch.device("meta"):
-        detector = build_detector(model.metadata)
-    for name in ROWS:
-        setattr(detector, name, model.module.get_buffer(name))
-    return detector
 
 
 def _listed(metadata: Metadata) -> str:

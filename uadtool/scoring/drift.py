@@ -7,6 +7,7 @@ test martingales for change-point detection" (COPA 2021).
 """
 
 import math
+import os
 import random
 import time
 from bisect import bisect_left, bisect_right, insort
@@ -73,10 +74,11 @@ class Drift:
     Args:
         classes: of the model.
         good: distances of good images by class, as far as they are known.
+        seed: of the random numbers that break ties between distances; a new one if None.
     """
 
-    def __init__(self, classes: Sequence[str], good: Mapping[str, Sequence[float]]) -> None:
-        self.watched = 0
+    def __init__(self, classes: Sequence[str], good: Mapping[str, Sequence[float]], seed: Optional[str] = None) -> None:
+        self.watched, self.seed = 0, seed or os.urandom(8).hex()
         self.alarms: List[Dict[str, Any]] = []
         self.save: Callable[[], None] = lambda: None
         """Called about once a minute, for a run may be killed."""
@@ -122,7 +124,7 @@ class Drift:
     def _p_value(self, references: List[float], distance: float) -> float:
         """Uniform in 0..1 if all are exchangeable, since ties are broken at random. The image joins the references."""
         self.watched += 1
-        own = random.Random(self.watched)  # so that a run that goes on is as one without a pause
+        own = random.Random(f"{self.seed} {self.watched}")  # so that a run that goes on is as one without a pause
         lower, upper = bisect_left(references, distance), bisect_right(references, distance)
         p_value = (len(references) - upper + own.random() * (upper - lower + 1)) / (len(references) + 1)
         insort(references, distance)
@@ -133,7 +135,7 @@ class Drift:
 
     def to_json(self, model_digest: str) -> Dict[str, Any]:
         """The state as JSON (schemas/drift.json)."""
-        return {"schema": SCHEMA, "model_digest": model_digest, "watched": self.watched,
+        return {"schema": SCHEMA, "model_digest": model_digest, "watched": self.watched, "seed": self.seed,
                 "references": self._references, "evidence": {name: vars(one) for name, one in self._evidence.items()}}
 
     def restore(self, state: Mapping[str, Any], model_digest: str, source: str) -> None:
@@ -145,7 +147,7 @@ class Drift:
         if state["model_digest"] != model_digest or state["references"].keys() != self._references.keys() or (
                 state["evidence"].keys() != self._evidence.keys()):
             raise UadtoolError(f"{source} is about another model; give --drift-state another file, or delete this one")
-        self.watched = state["watched"]
+        self.watched, self.seed = state["watched"], state["seed"]
         self._references = {name: sorted(values) for name, values in state["references"].items()}
         self._evidence = {name: Evidence(**fields) for name, fields in state["evidence"].items()}
         self._total = sum(map(self._share, self._evidence))

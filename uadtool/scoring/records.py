@@ -49,8 +49,8 @@ def score(runtime: Runtime, samples: Iterable[Sample], thresholds: Optional[Thre
                    "threshold": thresholds.common}
     if thresholds.by_class:
         run["thresholds"] = dict(thresholds.by_class)
-    if held_out := runtime.metadata.held_out:
-        run["held_out"] = {"false_positive_rate": runtime.metadata.false_positive_rate, "scores": held_out}
+    if runtime.metadata.held_out and thresholds.rate is not None:
+        run["held_out"] = {"false_positive_rate": thresholds.rate, "scores": runtime.metadata.held_out}
     if shard:
         run["shard"] = {"index": shard[0], "count": shard[1]}
         samples = islice(samples, shard[0] - 1, None, shard[1])

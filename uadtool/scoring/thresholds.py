@@ -4,7 +4,7 @@ from bisect import bisect_left
 from itertools import chain
 from typing import Dict, List, Mapping, NamedTuple, Optional, Sequence
 
-from uadtool.data.splits import images_needed
+from uadtool.data.splits import LEAST_RATE, images_needed
 from uadtool.metadata import Metadata
 from uadtool.terminal import log
 
@@ -25,17 +25,19 @@ Scores = Mapping[str, Sequence[float]]
 class Thresholds(NamedTuple):
     """The score above which an image is anomalous: by its nearest class, or the ``common`` one if that has none.
 
-    ``good`` are sorted scores of good images by class; p-values come from them.
+    ``good`` are sorted scores of good images by class; p-values come from them. ``rate`` is the false-positive rate
+    that was asked for, None if a threshold was.
     """
 
     common: float
     by_class: Mapping[str, float] = {}
     good: Mapping[str, List[float]] = {}
+    rate: Optional[float] = None
 
     @classmethod
     def of_model(cls, metadata: Metadata) -> "Thresholds":
         """The thresholds that a model file holds."""
-        return cls(metadata.threshold, metadata.thresholds, metadata.good_scores)
+        return cls(metadata.threshold, metadata.thresholds, metadata.good_scores, metadata.false_positive_rate)
 
     @classmethod
     def at(cls, false_positive_rate: float, good_scores: Scores, common: Optional[float] = None) -> "Thresholds":
@@ -55,7 +57,7 @@ class Thresholds(NamedTuple):
         by_class = {name: (len(scores) * threshold_at(scores, false_positive_rate) + PSEUDO_COUNT * common)
                     / (len(scores) + PSEUDO_COUNT) for name, scores in good_scores.items() if name and scores}
         return cls(common, {name: float(f"{threshold:.6g}") for name, threshold in by_class.items()},
-                   bounded_scores(good_scores))
+                   bounded_scores(good_scores), false_positive_rate)
 
     def of(self, nearest_class: str) -> float:
         """The threshold of an image."""
@@ -101,8 +103,9 @@ def threshold_at(scores: Sequence[float], false_positive_rate: float) -> float:
 
 def warn_of_few(count: int, false_positive_rate: float) -> None:
     """Warn if so many good images cannot promise the rate."""
-    if false_positive_rate == 0 or count < images_needed(false_positive_rate):
-        remedy = f"requires {images_needed(false_positive_rate)}" if false_positive_rate else "cannot be promised"
+    tiny = false_positive_rate < LEAST_RATE
+    if tiny or count < images_needed(false_positive_rate):
+        remedy = "cannot be promised" if tiny else f"requires {images_needed(false_positive_rate)}"
         log.warning("%d good images promise a false-positive rate of %.2g, and the threshold is the highest of their "
                     "scores; a rate of %g %s", count, 1 / (count + 1), false_positive_rate, remedy)
 

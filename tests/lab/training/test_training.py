@@ -212,7 +212,7 @@ def test_a_channel_that_is_dead_on_training_images_does_not_drown_the_others(sam
     descriptors[20:, 0] += 10
     detector = Described(descriptors)
     images = TeacherFeatures(samples, Reading((64, 64)), lambda images: [], 1)
-    fit_prototypes(detector, ["dots", "stripes"], SimpleNamespace(training=images))
+    fit_prototypes(detector, ["dots", "stripes"], SimpleNamespace(training=images, seed=0))
     awake = torch.cat([descriptors[:, :3], torch.full((40, 1), 0.2)], dim=1)
     assert torch.equal(detector.nearest_class(awake), torch.tensor([0] * 20 + [1] * 20))
 
@@ -227,7 +227,7 @@ def test_images_of_known_classes_are_within_the_limit_and_others_beyond(samples,
         centres = torch.randn(3, 1, 30, generator=random) * 20 / 60 ** 0.5
         images = centres + torch.tensor([0.5, 1, 1])[:, None, None] * torch.randn(3, count + 100, 30, generator=random)
         detector = Described(images[:2, :count].flatten(0, 1))
-        limit = fit_prototypes(detector, ["dots", "stripes"], SimpleNamespace(training=training))
+        limit, _ = fit_prototypes(detector, ["dots", "stripes"], SimpleNamespace(training=training, seed=0))
         assert limit >= LEAST_FAR
         new = images[:, count:].flatten(0, 1)
         beyond = (detector.class_distance(new, detector.nearest_class(new)) > limit).float()
@@ -242,14 +242,16 @@ def test_distances_are_those_to_the_mean_of_the_other_images(samples):
     descriptors[20:] += 4
     descriptors[3] *= 20  # far from its class
     detector = Described(descriptors)
-    limit = fit_prototypes(detector, ["dots", "stripes"], SimpleNamespace(
-        training=TeacherFeatures(samples, Reading((64, 64)), lambda images: [], 1)))
+    limit, good = fit_prototypes(detector, ["dots", "stripes"], SimpleNamespace(
+        training=TeacherFeatures(samples, Reading((64, 64)), lambda images: [], 1), seed=0))
     distances = [[((members[place] - torch.cat([members[:place], members[place + 1:]]).mean(0))
                    * detector.descriptor_scale).norm().item() for place in range(20)]
                  for members in descriptors.split(20)]
     expected = class_statistics(distances)
     np.testing.assert_allclose(torch.stack([detector.distance_mean, detector.distance_std], 1), expected, rtol=1e-4)
     assert limit == pytest.approx(FARTHER * (distances[0][3] - expected[0].mean) / expected[0].std, rel=1e-4)
+    for name, own, (mean, std) in zip(("dots", "stripes"), distances, expected):
+        assert good[name] == pytest.approx(sorted((distance - mean) / std for distance in own), rel=1e-3, abs=1e-4)
 
 
 def test_the_weights_of_the_lowest_held_out_loss_are_kept(run, samples, monkeypatch):

@@ -98,10 +98,10 @@ class Detector(nn.Module, ABC):
         self.register_buffer("score_mean", torch.zeros(classes))
         self.register_buffer("score_std", torch.ones(classes))
         self.register_buffer(EXAMPLES, torch.zeros(classes, EXAMPLE_COUNT, descriptor_size))
-        self.sizes = nn.ModuleDict()
-        """The ``Statistics`` of banks with fewer entries, by their number (``Metadata.sizes``)."""
         self.register_buffer("distance_mean", torch.zeros(classes))
         self.register_buffer("distance_std", torch.ones(classes))
+        self.sizes = nn.ModuleDict()
+        """The ``Statistics`` of banks with fewer entries, by their number (``Metadata.sizes``)."""
 
     @abstractmethod
     def fit(self, run: Run) -> Optional[Outcome]:

@@ -18,7 +18,8 @@ BLOCK = 256
 APART = 5
 """Of so many images of a class, one shows how far good patches usually lie from the others."""
 COMPARED = 313
-"""Entries that it is compared with: as many for banks of every size, so that a bank begins with all smaller ones."""
+"""Entries that it is compared with, a quarter of the default bank: as many for every size, so that a bank begins with
+all smaller ones."""
 LEAST_WHITENED = 4
 """Images of a class that show it. Of two, their own difference would count less than that of new images: of two images
 of each development class this gave false-positive rates of 0.60 and 0.53 (two seeds), and 0.36 and 0.20 without."""

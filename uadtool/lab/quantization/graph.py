@@ -5,7 +5,7 @@ from collections.abc import Callable, Collection, Iterable
 
 from torch import fx, nn
 
-from uadtool.lab.detectors.contract import EXAMPLES, nearest_prototype
+from uadtool.lab.detectors.contract import EXAMPLES, Detector, nearest_prototype
 from uadtool.lab.quantization.modules import Quantizable
 from uadtool.lab.quantization.plan import QuantizationPlan
 from uadtool.lab.quantization.targets import Target
@@ -36,8 +36,9 @@ def in_half_precision(plan: QuantizationPlan) -> fx.GraphModule:
 def _copy(plan: QuantizationPlan) -> fx.GraphModule:
     """The plan's graph, to be changed; nodes keep their names."""
     model = fx.GraphModule(plan.traced, copy.deepcopy(plan.traced.graph), class_name=type(plan.detector).__name__)
-    model.register_buffer(EXAMPLES, plan.detector.get_buffer(EXAMPLES))  # no node reads these two
-    model.sizes = plan.detector.sizes
+    if isinstance(plan.detector, Detector):  # no node reads these two
+        model.register_buffer(EXAMPLES, plan.detector.get_buffer(EXAMPLES))
+        model.sizes = plan.detector.sizes
     return model
 
 
