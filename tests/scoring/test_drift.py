@@ -170,6 +170,23 @@ def test_the_state_carries_the_watch_over_a_restart(line, tmp_path):
     assert json.loads(state.read_text())["watched"] == len(paths)
 
 
+def test_a_state_that_cannot_be_saved_stops_no_run(line, tmp_path, monkeypatch, caplog):
+    """Until the end, which reports it."""
+    model, folder = line
+    monkeypatch.setattr(module, "SAVED_EVERY", 0.0)
+    calls = []
+
+    def full(record, path):
+        calls.append(path)
+        raise UadtoolError(f"cannot write {path}: no space left on device")
+
+    monkeypatch.setattr(module, "write_json", full)
+    with pytest.raises(UadtoolError, match="no space left"):
+        run_here("score", model, folder, "--drift-state", tmp_path / "drift.json")
+    assert len(calls) == 90 + 1
+    assert "no space left" in caplog.text
+
+
 @pytest.mark.parametrize(("content", "message"), [
     ("{}", "is not a uadtool.drift/1 file"), ("{", "is not JSON"),
     ('{"schema": "uadtool.drift/2"}', "newer uadtool"), ('{"schema": "uadtool.drift/1"}', "its model_digest|lacks"),

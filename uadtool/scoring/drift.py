@@ -99,8 +99,11 @@ class Drift:
         if distance is None:
             return None
         if time.monotonic() - self._saved > SAVED_EVERY:
-            self.save()
             self._saved = time.monotonic()
+            try:
+                self.save()
+            except UadtoolError as error:  # a full disk, say; the images are still scored, and the end tries again
+                log.warning("%s", error)
         p_value = self._p_value(self._references[class_name], distance)
         for name in ("", class_name):
             self._total -= self._share(name)
