@@ -65,7 +65,7 @@ def test_examples_are_commands_that_can_be_parsed(name, tmp_path, monkeypatch):
     assert lines
     for line in lines:
         lexer = shlex.shlex(line, posix=True, punctuation_chars=True)
-        lexer.wordchars += ","
+        lexer.wordchars += ",:"
         words = list(itertools.takewhile(lambda word: word not in ("|", ">"), lexer))
         for word in words:
             if Path(word).suffix in (".safetensors", ".onnx", ".pth", ".jsonl"):
