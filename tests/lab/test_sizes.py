@@ -71,7 +71,8 @@ def test_export_writes_one_size(folder, model, textures):
     validate(record, "export")
     assert load_model(small)[1].options["entries"] == 100
     validate(json.loads(run_here("export", small, "--size", 50, "--images", textures, "-o", smaller)), "export")
-    expected = {path: record["score"] for path, record in scores(folder / "alone-50.safetensors", textures).items()}
+    alone = trained(folder, textures, "alone-50", "--option", "entries=50")
+    expected = {path: record["score"] for path, record in scores(alone, textures).items()}
     assert {path: record["score"] for path, record in scores(smaller, textures).items()} == pytest.approx(
         expected, abs=0.01)
     assert uadtool.open_model(str(smaller)).metadata.sizes == []

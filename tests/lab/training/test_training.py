@@ -141,13 +141,16 @@ def test_statistics_and_threshold_are_those_of_the_deployed_detector(run, sample
     assert 5 < (nearest == torch.tensor(owners)).sum() < 20  # some are taken for the other class
 
     def patches(index, but=None):
-        """The class's maps, except one: [M, h, w, all values of a position]."""
-        maps = raw[[place for place, owner in enumerate(owners) if owner == index and place != but]]
+        """The maps of the class's images that are recognised, except one: [M, h, w, all values of a position]."""
+        maps = raw[[place for place, owner in enumerate(owners) if owner == index == nearest[place] and place != but]]
         return maps.unfold(2, 2, 2).unfold(3, 2, 2).permute(1, 2, 3, 0, 4, 5).flatten(3).double()
 
-    def statistics(values):
-        count, mean, variance = values.shape[3] / 4, values.mean(3), values.var(3, correction=0)
-        level = mean.mean((1, 2), keepdim=True)
+    def statistics(values, left_out=0):
+        """Of these maps; if one is left out, as expected of all: their variance about their own mean is smaller."""
+        images = values.unflatten(3, (-1, 4))
+        count, mean = images.shape[3] + left_out, values.mean(3)
+        between = images.mean(4).var(3, correction=0) * ((count - 1)**2 / (count * (count - 2)) if left_out else 1)
+        variance, level = images.var(4, correction=0).mean(3) + between, mean.mean((1, 2), keepdim=True)
         return (count * mean + 4 * level) / (count + 4), ((variance + variance.mean((1, 2), keepdim=True)) / 2).sqrt()
 
     def enlarge(grid):
@@ -155,7 +158,7 @@ def test_statistics_and_threshold_are_those_of_the_deployed_detector(run, sample
 
     def standardised(place):
         """Standardised with the other images of the nearest class."""
-        expected, spread = statistics(patches(nearest[place], but=place))
+        expected, spread = statistics(patches(nearest[place], but=place), int(owners[place] == nearest[place]))
         return (raw[place] - enlarge(expected)) / enlarge(spread)
 
     maps = torch.stack([standardised(place) for place in range(len(owners))]).numpy()

@@ -179,7 +179,10 @@ def fit_statistics(detector: Detector, raw_maps: RawMaps, classes: Sequence[str]
         batches.append((maps, nearest, _moments(maps)))
     maps, nearest, moments = (torch.cat(tensors) for tensors in zip(*batches))
     del batches
-    members = [[number for number, owner in enumerate(owners) if owner == index] for index in range(len(classes))]
+    # The maps and scores of an image that is taken for another class say nothing about its own.
+    everyone = [[number for number, owner in enumerate(owners) if owner == index] for index in range(len(classes))]
+    members = [[number for number in numbers if nearest[number] == index] or numbers
+               for index, numbers in enumerate(everyone)]
     sums = [moments[numbers].sum(0) for numbers in members]
     present = sorted(set(owners))
     for index in present:
@@ -195,11 +198,8 @@ def fit_statistics(detector: Detector, raw_maps: RawMaps, classes: Sequence[str]
     units = known.units if known else _units(maps)
     detector.map_spreads[present] *= units
     scores = detector.image_score(maps.div_(units).sum(1))
-    # An image that is taken for another class says nothing about the scores of its own class.
-    recognised = [[number for number in members[index] if nearest[number] == index] or members[index]
-                  for index in present]
-    of_classes = [scores[numbers].tolist() for numbers in recognised]
-    suspects = [paths[members[place]] for members, places in zip(recognised, conspicuous(of_classes))
+    of_classes = [scores[members[index]].tolist() for index in present]
+    suspects = [paths[members[index][place]] for index, places in zip(present, conspicuous(of_classes))
                 for place in places]
     for index, (mean, std) in zip(present, class_statistics(of_classes, known)):
         detector.score_mean[index], detector.score_std[index] = mean, std
