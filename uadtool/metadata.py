@@ -24,7 +24,6 @@ PREPROCESSING = {
 }
 """What happens between an image file and the model's input, besides the grey depths; see data/README.md."""
 
-
 OF_A_SIZE = ("threshold", "thresholds", "false_positive_rate", "good_scores", "held_out", "map_units")
 """The fields that depend on the size of banks, besides the option ``entries``."""
 

@@ -8,18 +8,14 @@ DATA is in MVTec layout. The figure is FOLDER/bank-sizes.svg. ``uadtool`` must b
 import argparse
 import json
 import shlex
-import subprocess
 from pathlib import Path
 
 import numpy as np
+from growth import run
 from matplotlib import pyplot
 from tabulate import tabulate
 
 FIGURES = ("image AUROC", "pooled", "pixel AUROC", "AUPRO", "false positives", "ms", "MB")
-
-
-def run(*line: object) -> str:
-    return subprocess.run(["uadtool", *map(str, line)], check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
 def measured(data: Path, folder: Path, sizes: list[str], seed: str, options: list[str]) -> list[list[float]]:

@@ -5,7 +5,7 @@ from statistics import fmean
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 from uadtool.comparing.comparison import Model
-from uadtool.comparing.results import Result, ScoredImage, score_values
+from uadtool.comparing.results import Result, ScoredImage, evaluated, score_values
 from uadtool.data.samples import tail
 from uadtool.errors import UadtoolError
 from uadtool.scoring.thresholds import Thresholds
@@ -49,7 +49,7 @@ def combined(models: Sequence[Model], how: str) -> Model:
             if numbers not in thresholds:
                 thresholds[numbers] = _thresholds([results[number] for number in numbers], how)
             images[path] = _combined([image for _, image in found.values()], thresholds[numbers], how)
-    return Model(how, _result(results, how, images, thresholds), _bench(models, how))
+    return Model(how, _result(results, how, images, thresholds), _bench(models))
 
 
 def _identify(results: Sequence[Result]) -> Callable[[str], Any]:
@@ -88,14 +88,6 @@ def _thresholds(results: Sequence[Result], how: str) -> Thresholds:
 
 def _result(results: Sequence[Result], how: str, images: Dict[str, ScoredImage],
             thresholds: Dict[Tuple[int, ...], Thresholds]) -> Result:
-    from uadtool.scoring.evaluation import Evaluation  # imports NumPy
-
-    evaluation = Evaluation()
-    for image in images.values():
-        if image.label:
-            evaluation.add(image.class_name or "", image.label == "anomalous", image.score, image.raw_score,
-                           image.anomalous)
-
     def each(values: Sequence[str]) -> str:
         return ", ".join(dict.fromkeys(values))
 
@@ -108,11 +100,11 @@ def _result(results: Sequence[Result], how: str, images: Dict[str, ScoredImage],
     widest = max(thresholds, key=len)
     return Result("scores", first.file, model, each([result.runtime for result in results]),
                   each([result.machine for result in results]), first.tool, first.started,
-                  score_values(evaluation.figures()), thresholds=thresholds[widest], images=images,
+                  score_values(evaluated(images).figures()), thresholds=thresholds[widest], images=images,
                   shards=tuple(dict.fromkeys(file for result in results for file in result.shards or (result.file,))))
 
 
-def _bench(models: Sequence[Model], how: str) -> Optional[Result]:
+def _bench(models: Sequence[Model]) -> Optional[Result]:
     """The figures of the slowest, if all are known."""
     parts = [model.bench for model in models if model.scores]
     benches = [bench for bench in parts if bench]

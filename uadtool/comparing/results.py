@@ -6,7 +6,7 @@ import re
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Dict, FrozenSet, Iterator, List, NamedTuple, Optional, Set, Tuple
+from typing import Any, Dict, FrozenSet, Iterator, List, Mapping, NamedTuple, Optional, Set, Tuple
 
 from uadtool.errors import UadtoolError, reading
 from uadtool.schemas.json_files import refuse_newer
@@ -207,6 +207,18 @@ def _result(kind: str, file: str, opening: Dict[str, Any], entry: Dict[str, Any]
     model, runtime, host = entry["model"], entry["runtime"], opening["host"]
     return Result(kind, file, model, f"{runtime['name']} {runtime['version']}", host.get("board") or host["cpu"],
                   opening["tool"], opening["started"], values)
+
+
+def evaluated(images: Mapping[str, ScoredImage]) -> Any:
+    """The ``Evaluation`` of the labelled ones of these images, without pixels."""
+    from uadtool.scoring.evaluation import Evaluation  # imports NumPy
+
+    evaluation = Evaluation()
+    for image in images.values():
+        if image.label:
+            evaluation.add(image.class_name or "", image.label == "anomalous", image.score, image.raw_score,
+                           image.anomalous)
+    return evaluation
 
 
 def score_values(metrics: Dict[str, Any]) -> Dict[str, float]:

@@ -3,7 +3,7 @@ from collections import defaultdict
 from dataclasses import replace
 from typing import Any, Dict, Iterable, List, Set, Tuple
 
-from uadtool.comparing.results import Result, score_values
+from uadtool.comparing.results import Result, evaluated, score_values
 from uadtool.data.samples import tail
 from uadtool.errors import UadtoolError
 from uadtool.schemas.validation import validate
@@ -109,19 +109,13 @@ def _warn_of_missing(results: List[Result]) -> None:
 
 
 def _merged(shards: List[Result]) -> Result:
-    from uadtool.scoring.evaluation import Evaluation  # imports NumPy
-
     first = shards[0]
     for shard in shards:
         if shard.thresholds != first.thresholds:
             raise UadtoolError(f"{first.file} and {shard.file} are shards of one model ({first.path}) with different "
                                "thresholds; score all with the same options")
     images = {path: image for shard in shards for path, image in shard.images.items()}
-    evaluation = Evaluation()
-    for image in images.values():
-        if image.label:
-            evaluation.add(image.class_name or "", image.label == "anomalous", image.score, image.raw_score,
-                           image.anomalous)
+    evaluation = evaluated(images)
     without_pixels = [shard.file for shard in shards if shard.truth and shard.pixels is None]
     if not without_pixels:
         for shard in shards:

@@ -20,7 +20,7 @@ from uadtool.lab.detectors.backbones import DEFAULT_TEACHER
 from uadtool.lab.detectors.complexity import count_macs, count_parameters
 from uadtool.lab.detectors.contract import Detector, Statistics
 from uadtool.lab.detectors.registry import find_method, method_options
-from uadtool.lab.detectors.statistics import HeldOut, fit_prototypes, fit_statistics_from_files
+from uadtool.lab.detectors.statistics import HeldOut, fit_prototypes, fit_statistics_from_files, with_found
 from uadtool.lab.detectors.weights import load_teacher_weights
 from uadtool.lab.quantization.bias_correction import CORRECTION_IMAGES
 from uadtool.lab.quantization.ranges import Ranges, ranges_digest
@@ -34,7 +34,7 @@ from uadtool.lab.training.data import Teacher, TeacherFeatures, fits, names_dige
 from uadtool.lab.training.loop import BATCH_SIZE, Outcome, Run, steps_per_epoch
 from uadtool.lab.training.precision import autocast, autocast_dtype, choose_device
 from uadtool.metadata import PREPROCESSING, Metadata, Reading
-from uadtool.scoring.thresholds import warn_of_few, with_thresholds
+from uadtool.scoring.thresholds import warn_of_few
 from uadtool.terminal import log
 
 EPOCHS = 40
@@ -269,8 +269,7 @@ def _fit_statistics(job: _Job, options: TrainingOptions) -> tuple[Metadata, Held
         assert isinstance(model.module, Detector)
         found.append(fit_statistics_from_files(model.module, model.module.raw_maps_and_class, job.classes,
                                                run.held_out.samples, job.reading, run.device))
-        return with_thresholds(model.metadata, found[-1].scores, options.false_positive_rate).replace(
-            map_units=found[-1].units, held_out=found[-1].named)
+        return with_found(model.metadata, found[-1])
 
     model = Model(detector, metadata.with_smaller(
         metadata.replace(options={**job.method_options, "entries": entries}) for entries in sizes))

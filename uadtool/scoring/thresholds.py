@@ -83,7 +83,7 @@ def with_thresholds(metadata: Metadata, good_scores: Scores, false_positive_rate
     """
     thresholds = Thresholds.at(false_positive_rate, good_scores)
     return metadata.replace(threshold=thresholds.common, thresholds=dict(thresholds.by_class),
-                            false_positive_rate=false_positive_rate, good_scores=bounded_scores(good_scores))
+                            false_positive_rate=false_positive_rate, good_scores=dict(thresholds.good))
 
 
 def threshold_at(scores: Sequence[float], false_positive_rate: float) -> float:

@@ -248,9 +248,13 @@ def refit_statistics(detector: Detector, raw_maps: RawMaps, metadata: Metadata, 
                                       torch.device("cpu"))
     *earlier_steps, last_step = metadata.provenance
     statistics = {"images": list_digest(sample.path for sample in samples), "count": len(samples)}
+    return with_found(metadata, found).replace(provenance=[*earlier_steps, {**last_step, "statistics": statistics}])
+
+
+def with_found(metadata: Metadata, found: HeldOut) -> Metadata:
+    """The metadata with what held-out images showed: thresholds at its rate, their scores, units."""
     return with_thresholds(metadata, found.scores, metadata.false_positive_rate).replace(
-        map_units=found.units, held_out=found.named,
-        provenance=[*earlier_steps, {**last_step, "statistics": statistics}])
+        map_units=found.units, held_out=found.named)
 
 
 def _moments(maps: Tensor) -> Tensor:
