@@ -39,7 +39,7 @@ def test_help_lists_the_commands_in_the_order_of_the_chain(uadtool):
     done = uadtool("--help")
     assert (done.returncode, done.stderr) == (0, "")
     listed = done.stdout.partition("Commands:\n")[2].partition("\n\n")[0]
-    assert re.findall(r"^  (\w+) ", listed, re.MULTILINE) == COMMANDS
+    assert re.findall(r"^  (\w+) ", listed, re.MULTILINE) == list(COMMANDS)
 
 
 @pytest.mark.parametrize("name", COMMANDS)

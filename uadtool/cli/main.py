@@ -16,7 +16,16 @@ from uadtool.errors import UadtoolError
 from uadtool.host import ending_signals
 from uadtool.terminal import OneLine, log
 
-COMMANDS = ["train", "calibrate", "quantize", "export", "score", "bench", "compare"]
+COMMANDS = {
+    "train": "Train one detector for all classes from good images.",
+    "calibrate": "Record the activation ranges of a float model.",
+    "quantize": "Quantize a float model to int8 or fp16.",
+    "export": "Write a model as ONNX or as a TensorRT engine.",
+    "score": "Score images: one JSON line each, and pictures.",
+    "bench": "Measure latency, throughput, memory and energy.",
+    "compare": "Compare and join results, and check limits.",
+}
+"""The commands in the order of the chain, and what they do. They stand here so that --help need not import them."""
 
 
 class ReaderGone(Exception):
@@ -37,10 +46,14 @@ class Stdout(io.FileIO):
 
 
 class LazyGroup(click.Group):
-    """Imports ``uadtool.cli.NAME`` only when NAME is needed; lists commands in the order of the chain."""
+    """Imports ``uadtool.cli.NAME`` only when NAME is needed."""
 
     def list_commands(self, ctx: click.Context) -> List[str]:
-        return COMMANDS
+        return list(COMMANDS)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> Optional[click.Command]:
         if cmd_name not in COMMANDS:
