@@ -222,7 +222,8 @@ def scheduler():
     ({"data": "elsewhere"}, "process 1 finds other images than process 0; every machine needs the same files under the "
                             "same path"),
     ({"data": "nowhere"}, "does not exist"),
-    ({"data": "one class more"}, "process 1 finds other images than process 0"),
+    ({"data": "one class more"}, "process 1 has image count 60, process 0 has 40; start all processes with the same "
+                                 "options"),
     ({"seed": 3}, "process 1 has seed 3, process 0 has 0; start all processes with the same options"),
     ({"method": "rd"}, "process 1 has method 'rd', process 0 has 'stfpm'; start all processes with the same options"),
 ])
