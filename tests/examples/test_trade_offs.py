@@ -3,16 +3,23 @@ import subprocess
 import sys
 from pathlib import Path
 
-PROGRAM = Path(__file__).parents[2] / "examples/results/bank_sizes.py"
+import pytest
+
+PROGRAMS = Path(__file__).parents[2] / "examples/results"
 
 
-def test_it_prints_the_table_and_draws_the_figure(textures, preloaded, tmp_path):
+@pytest.mark.parametrize(("name", "sizes", "options", "rows"), [
+    ("bank-sizes", "20,60", "--image-size 64", ["20", "60"]),
+    ("input-sizes", "64,64x96", "--option entries=20", ["64x64", "64x96"]),
+])
+def test_it_prints_the_table_and_draws_the_figure(textures, preloaded, tmp_path, name, sizes, options, rows):
     path = os.pathsep.join([str(preloaded.parent), os.environ["PATH"]])
     done = subprocess.run(
-        [sys.executable, PROGRAM, textures, tmp_path / "out", "--sizes", "20,60", "--seeds", "0", "--train",
-         "--image-size 64"], env={**os.environ, "PATH": path}, capture_output=True, text=True, check=False)
+        [sys.executable, PROGRAMS / f"{name.replace('-', '_')}.py", textures, tmp_path / "out", "--sizes", sizes,
+         "--seeds", "0", "--train", options], env={**os.environ, "PATH": path}, capture_output=True, text=True,
+        check=False)
     assert done.returncode == 0, done.stderr
-    head, _, *rows = done.stdout.splitlines()
-    assert [cell.strip() for cell in head.split("|")[1:4]] == ["entries", "image AUROC", "pooled"]
-    assert [row.split("|")[1].strip() for row in rows] == ["20", "60"]
-    assert "<svg" in (tmp_path / "out/bank-sizes.svg").read_text()
+    head, _, *lines = done.stdout.splitlines()
+    assert [cell.strip() for cell in head.split("|")[2:4]] == ["image AUROC", "pooled"]
+    assert [line.split("|")[1].strip() for line in lines] == rows
+    assert "<svg" in (tmp_path / f"out/{name}.svg").read_text()
