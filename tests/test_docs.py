@@ -19,6 +19,7 @@ import click
 import pytest
 import timm
 import torch
+from PIL import Image
 
 from uadtool.cli.main import COMMANDS, cli
 
@@ -89,6 +90,8 @@ def tour(preloaded: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.save(timm.create_model("resnet18").state_dict(), folder / "resnet18.pth")
     run_commands(README, folder, preloaded)
     shutil.copytree(folder / "parts" / "grid" / "test" / "scratch", folder / "photos")
+    with Image.open(next((folder / "parts/grid/train/good").iterdir())) as image:
+        Image.new("L", image.size, 255).save(folder / "roi.png")
     return folder
 
 

@@ -21,7 +21,7 @@ from sklearn.datasets import load_sample_images
 from torch import Tensor, nn
 
 from uadtool.data.dataset import scoring_samples, training_samples
-from uadtool.data.images import read_masks, upsample
+from uadtool.data.images import read_masks
 from uadtool.data.samples import Sample
 from uadtool.data.splits import balanced
 from uadtool.host import available_cores
@@ -40,6 +40,7 @@ from uadtool.lab.quantization.targets import TARGETS
 from uadtool.lab.training.data import read_images, split_again
 from uadtool.lab.training.synthetic import synthetic_anomalies
 from uadtool.metadata import Metadata
+from uadtool.scoring.anomaly_maps import upsample
 from uadtool.scoring.evaluation import Evaluation
 from uadtool.scoring.pixel_metrics import count_pixels
 

@@ -30,6 +30,7 @@ from uadtool.files import atomic_write, file_digest
 from uadtool.runtimes.contract import Output
 from uadtool.runtimes.onnx_file import read_metadata
 from uadtool.runtimes.opening import open_model
+from uadtool.scoring.anomaly_maps import inside_roi
 from uadtool.tensorrt.builder import BuildOptions, build_engine
 from uadtool.tensorrt.driver import Device, current_gpu
 from uadtool.tensorrt.engine_file import save_engine
@@ -157,7 +158,8 @@ def compare(wanted: Output, found: Output, tolerance: float) -> Dict[str, Any]:
     finite = bool(np.isfinite(found.score).all() and np.isfinite(found.anomaly_map).all())
     worst = float(scores[same].max()) if same.any() and finite else None
     return {"images": len(same), "same_class": float(same.mean()), "difference": worst, "tolerance": tolerance,
-            "map_difference": float(np.median(np.abs(found.anomaly_map - wanted.anomaly_map))) if finite else None,
+            "map_difference": float(np.median(np.abs(found.anomaly_map - wanted.anomaly_map)[inside_roi(
+                wanted.anomaly_map)])) if finite else None,
             "within": worst is not None and worst <= tolerance and float(same.mean()) >= 0.9}
 
 

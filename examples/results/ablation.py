@@ -17,7 +17,7 @@ from tabulate import tabulate
 from torch import Tensor
 
 from uadtool.data.dataset import scoring_samples, training_samples
-from uadtool.data.images import read_masks, upsample
+from uadtool.data.images import read_masks
 from uadtool.data.samples import Sample
 from uadtool.host import available_cores, keep_freed_memory
 from uadtool.lab.detectors import patch_memory
@@ -26,6 +26,7 @@ from uadtool.lab.detectors.statistics import fit_statistics
 from uadtool.lab.models import load_float_model
 from uadtool.lab.training.data import TeacherFeatures, image_batches, split_again
 from uadtool.lab.training.loop import Run
+from uadtool.scoring.anomaly_maps import upsample
 from uadtool.scoring.evaluation import Evaluation
 from uadtool.scoring.pixel_metrics import count_pixels
 

@@ -168,7 +168,8 @@ def test_few_images_are_all_used_and_still_judge_new_ones(parts, base, tmp_path,
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, target)
     record = json.loads(run_here("train", tmp_path, "--add-to", base["int8"], "-o", tmp_path / "m.safetensors"))
-    assert record["classes"][NEW] == {"training": count, "held_out": count, "copies": 0, "recognised": count}
+    counts = {"training": count, "held_out": count, "copies": 0, "recognised": count}
+    assert counts.items() <= record["classes"][NEW].items()
     assert count < FEW
     results = [(image.label, prediction) for image, prediction in scored(tmp_path / "m.safetensors", parts / NEW)
                if prediction.nearest_class == NEW]
@@ -185,7 +186,8 @@ def test_few_images_with_more_patches_than_a_sample_has(parts, base, tmp_path, m
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, target)
     record = json.loads(run_here("train", tmp_path, "--add-to", base["fp32"], "-o", tmp_path / "m.safetensors"))
-    assert record["classes"][NEW] == {"training": 4, "held_out": 4, "copies": 0, "recognised": 4}
+    counts = {"training": 4, "held_out": 4, "copies": 0, "recognised": 4}
+    assert counts.items() <= record["classes"][NEW].items()
 
 
 # Join, choose

@@ -11,7 +11,8 @@ from hypothesis.extra import numpy as arrays
 from PIL import Image
 from scipy.ndimage import label
 
-from uadtool.data.images import ImageError, upsample
+from uadtool.data.images import ImageError
+from uadtool.scoring.anomaly_maps import upsample
 from uadtool.scoring.regions import FINEST, find_regions, regions_of
 
 THRESHOLD = 3.0

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from uadtool.data.dataset import scoring_samples
-from uadtool.data.images import read_image, upsample
+from uadtool.data.images import read_image
 from uadtool.data.samples import Sample
 from uadtool.data.watch import Watch
 from uadtool.errors import UadtoolError
@@ -625,9 +625,3 @@ def test_good_images_of_a_class_with_masks_count_for_its_pixels():
 
 def approx(value: float) -> Any:
     return pytest.approx(value, rel=1e-5)
-
-
-def test_upsampling_aligns_pixel_centres():
-    values = np.array([[0, 1, 2, 3]], np.float32)
-    assert upsample(values, (1, 8)).tolist() == [[0, 0.25, 0.75, 1.25, 1.75, 2.25, 2.75, 3]]
-    assert upsample(values.T, (8, 2)).shape == (8, 2)

@@ -60,6 +60,7 @@ class LazyGroup(click.Group):
             return None
         command = getattr(importlib.import_module(f"uadtool.cli.{cmd_name}"), cmd_name)
         assert isinstance(command, click.Command)
+        command.short_help = COMMANDS[cmd_name]  # for shell completion
         return command
 
 

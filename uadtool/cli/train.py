@@ -72,6 +72,9 @@ def _pairs(ctx: click.Context, param: click.Parameter, value: Tuple[str, ...]) -
                    "pixels (auto: 256).")
 @click.option("--grey-bits", type=click.Choice(["auto", "10", "12", "14", "16"]), default="auto", show_default=True,
               help="Bits of the values in 16-bit grey files; auto takes for each class the fewest that fit.")
+@click.option("--roi", metavar="FILE|FOLDER", type=click.Path(exists=True),
+              help="Region of interest, white on black: an image for all classes, or a folder of CLASS.png  [default: "
+                   "CLASS/roi.png of DATA]")
 @options.max_pixels
 @options.classes
 @click.option("--add-to", "base", metavar="MODEL", type=click.Path(exists=True, dir_okay=False),
@@ -79,6 +82,9 @@ def _pairs(ctx: click.Context, param: click.Parameter, value: Tuple[str, ...]) -
                    "stay as they are.")
 @options.names("--replace", "Classes of the model to learn anew from DATA (with --add-to).")
 @options.names("--extend", "Classes of the model that DATA has more good images of (with --add-to).")
+@click.option("--turns", type=click.Choice(["auto", "yes", "no"]), default="auto", show_default=True,
+              help="Learn classes of fewer than 10 images also turned and mirrored (with --add-to); auto: where they "
+                   "look the same then.")
 @click.option("--epochs", type=click.IntRange(1),
               help="Passes over the images, for methods that take steps  [default: 40]")
 @click.option("--steps", type=click.IntRange(1), help="Batches of 16 images to train on, instead of --epochs.")
@@ -100,9 +106,9 @@ def _pairs(ctx: click.Context, param: click.Parameter, value: Tuple[str, ...]) -
 @click.pass_context
 def train(ctx: click.Context, data: str, output: Optional[str], method: str, method_options: Dict[str, str],
           sizes: List[int], teacher: str, teacher_weights: Optional[str],
-          image_size: Union[Auto, Tuple[int, int]], grey_bits: str,
+          image_size: Union[Auto, Tuple[int, int]], grey_bits: str, roi: Optional[str],
           classes: Optional[List[str]], base: Optional[str], replace: Optional[List[str]],
-          extend: Optional[List[str]], epochs: Optional[int], steps: Optional[int], held_out: float,
+          extend: Optional[List[str]], turns: str, epochs: Optional[int], steps: Optional[int], held_out: float,
           false_positive_rate: float, teacher_ranges: Optional[str], target: str, device: str, seed: int,
           resume: bool, check: bool) -> None:
     """Train one detector for all classes of DATA, only from good images.
@@ -129,21 +135,21 @@ def train(ctx: click.Context, data: str, output: Optional[str], method: str, met
         (not teacher_ranges and options.given(ctx, "target"),
          "--target requires --teacher-int8; a float model runs on every runtime."),
         (sizes and "entries" in method_options, "--sizes and --option entries are mutually exclusive."),
-        ((replace or extend) and not base, "--replace and --extend require --add-to."),
+        ((replace or extend or options.given(ctx, "turns")) and not base,
+         "--replace, --extend and --turns require --add-to."),
         *((base and param.name in OF_THE_BASE and options.given(ctx, param.name),
            f"{param.opts[0]} does not go with --add-to: the model decides, and no step is taken.")
           for param in ctx.command.params),
     )
     if check:
-        _check(data, classes, held_out, false_positive_rate)
+        _check(data, classes, roi, held_out, false_positive_rate)
         return
     assert output
     options.refuse_exported_name(ctx, output)
     require_lab()
     if base:
-        _grow(data, classes, base, output, replace or [], extend or [], held_out, seed)
+        _grow(data, classes, roi, base, output, replace or [], extend or [], turns, held_out, seed)
         return
-    from uadtool.data.dataset import training_samples
     from uadtool.data.sizing import suitable_size
     from uadtool.host import keep_freed_memory
     from uadtool.lab.models import save_model
@@ -156,9 +162,9 @@ def train(ctx: click.Context, data: str, output: Optional[str], method: str, met
     keep_freed_memory()
     use_available_cores()
     with process_group(device):
-        on_first(lambda: options.claim(output, [data, teacher_weights, teacher_ranges]))
+        on_first(lambda: options.claim(output, [data, roi, teacher_weights, teacher_ranges]))
         ranges = RangesFile.read(teacher_ranges).ranges if teacher_ranges else None
-        samples = training_samples(data, classes)
+        samples = _samples(data, classes, roi)
         if isinstance(image_size, Auto):
             image_size = suitable_size(samples, image_size.side)
         checkpoint = Path(f"{output}.checkpoint")
@@ -175,9 +181,16 @@ def train(ctx: click.Context, data: str, output: Optional[str], method: str, met
         _report(output, result.metadata, {**result.report, **({"sizes": sorted(set(sizes))} if sizes else {})})
 
 
-def _grow(data: str, classes: Optional[List[str]], base: str, output: str, replace: List[str], extend: List[str],
-          held_out: float, seed: int) -> None:
+def _samples(data: str, classes: Optional[List[str]], roi: Optional[str]) -> List[Any]:
     from uadtool.data.dataset import training_samples
+    from uadtool.data.roi import with_roi
+
+    samples = training_samples(data, classes)
+    return with_roi(samples, roi) if roi else samples
+
+
+def _grow(data: str, classes: Optional[List[str]], roi: Optional[str], base: str, output: str, replace: List[str],
+          extend: List[str], turns: str, held_out: float, seed: int) -> None:
     from uadtool.files import unchanged
     from uadtool.host import keep_freed_memory
     from uadtool.lab.grow import GrowthOptions, grow
@@ -187,11 +200,11 @@ def _grow(data: str, classes: Optional[List[str]], base: str, output: str, repla
 
     keep_freed_memory()
     use_available_cores()
-    options.claim(output, [data, base])
-    samples = training_samples(data, classes)
+    options.claim(output, [data, roi, base])
+    samples = _samples(data, classes, roi)
     with unchanged(base) as digest:
         model = Model(*load_model(base), base)
-    (module, metadata, _), report = grow(model, digest, samples, GrowthOptions(replace, extend, held_out, seed))
+    (module, metadata, _), report = grow(model, digest, samples, GrowthOptions(replace, extend, held_out, seed, turns))
     save_model(module, metadata, output)
     _report(output, metadata, {"base": digest, **report})
 
@@ -206,7 +219,8 @@ def _report(output: str, metadata: Any, report: Dict[str, Any]) -> None:
                 "macs": metadata.macs})
 
 
-def _check(data: str, classes: Optional[List[str]], held_out: float, false_positive_rate: float) -> None:
+def _check(data: str, classes: Optional[List[str]], roi: Optional[str], held_out: float,
+           false_positive_rate: float) -> None:
     from time import perf_counter
 
     from uadtool.data.check import check, table
@@ -215,7 +229,7 @@ def _check(data: str, classes: Optional[List[str]], held_out: float, false_posit
     from uadtool.scoring.metrics import rounded
 
     began = perf_counter()
-    report = check(data, classes, held_out, false_positive_rate, available_cores())
+    report = check(data, classes, held_out, false_positive_rate, available_cores(), roi)
     seconds = perf_counter() - began
     write_json({"schema": "uadtool.check/1", "data": data, "seconds": rounded(seconds),
                 "images_per_second": rounded(report["images"] / seconds), **report})

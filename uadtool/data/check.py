@@ -9,25 +9,28 @@ import numpy as np
 
 from uadtool.data.dataset import choose_training, class_name, read_dataset
 from uadtool.data.images import image_size
-from uadtool.data.inspection import Look, findings, grey_bits, look_at, near_pairs, originals
+from uadtool.data.inspection import Look, findings, grey_bits, look_at, near_pairs, originals, sizes
 from uadtool.data.layout import Dataset
+from uadtool.data.roi import read_rois, roi_files, with_roi
 from uadtool.data.samples import SUFFIXES, Sample
 from uadtool.data.splits import LEAST_HELD_OUT, LEAST_RATE, by_class, images_needed, split_held_out
 from uadtool.data.storage import ignored
 from uadtool.errors import UadtoolError
 from uadtool.terminal import printable
 
+ROI_CELLS = (32, 32)
+"""Cells of the anomaly map of most models."""
 MOST_SIZES = 5
 """Sizes of a class that the report lists, the most frequent first."""
 
 
 def check(data: str, classes: Optional[Sequence[str]], held_out: float, false_positive_rate: float,
-          threads: int) -> Dict[str, Any]:
+          threads: int, roi: Optional[str] = None) -> Dict[str, Any]:
     """Read every image of a data set, and describe it as schemas/check.json says, without ``schema`` and timing.
 
     Args:
         classes: only these classes; None for all.
-        held_out, false_positive_rate: as training would be asked for, with seed 0.
+        held_out, false_positive_rate, roi: as training would be asked for, with seed 0.
 
     Raises:
         UadtoolError: ``data`` is no data set, or a class is unknown.
@@ -45,19 +48,25 @@ def check(data: str, classes: Optional[Sequence[str]], held_out: float, false_po
             looks[sample] = look
     refusal = None
     good: List[Sample] = []
+    rois: Dict[str, np.ndarray] = {}
     try:
         good = choose_training(data, dataset, classes)
         broken = sum(sample not in looks for sample in good)
         if broken:
             refusal = f"{broken} of {len(good)} training images cannot be read; mend or remove them"
+        found = sizes([looks[sample] for sample in good if sample in looks])
+        files = roi_files(with_roi(good, roi) if roi else good)
+        rois = read_rois({name: path for name, path in files.items() if name in found}, found, ROI_CELLS)
     except UadtoolError as error:
-        refusal = str(error)
+        refusal = refusal or str(error)
     good_looks = [looks[sample] for sample in good if sample in looks]
     firsts = originals(good_looks)
     readable = [look.sample for look in good_looks]
     _, held = split_held_out(readable, held_out, 0, firsts)
     report = {
-        "classes": {name: _class(name, splits, looks, held) for name in sorted(names)},
+        "classes": {name: {**_class(name, splits, looks, held),
+                           **({"roi": round(float(rois[name].mean()), 4)} if name in rois else {})}
+                    for name in sorted(names)},
         "copies": _groups(readable, firsts),
         "leaks": _leaks(splits, looks),
         "blank": [look.sample.path for look in looks.values() if look.is_blank],

@@ -282,8 +282,3 @@ def _white(image: Image.Image, depths: Sequence[int]) -> Optional[int]:
         raise ValueError(f"its values range from {low} to {high}, not within 0 to {tops[-1]}; save it with 8 or 16 "
                          "bits")
     return next(top for top in tops if high <= top)
-
-
-def upsample(anomaly_map: np.ndarray, size: Tuple[int, int]) -> np.ndarray:
-    """Resize a float32 map [h, w] to ``size`` (height, width) bilinearly, pixel centres aligned."""
-    return np.asarray(Image.fromarray(anomaly_map).resize(size[::-1], Image.Resampling.BILINEAR))

@@ -1,8 +1,9 @@
 """Data sets in folders, as MVTec AD has them.
 
 ``CLASS/train/good/*`` are good images to train on, ``CLASS/test/good/*`` and ``CLASS/test/DEFECT/*`` are images to test
-on, and ``CLASS/ground_truth/DEFECT/*`` are the masks of the defects. The names of these folders, except the class, may
-be written in any case, and ``good`` may be any of ``samples.GOOD_LABELS``.
+on, and ``CLASS/ground_truth/DEFECT/*`` are the masks of the defects. ``CLASS/roi.png``, or another image of this name,
+marks the region of interest. These names, except that of the class, may be written in any case, and ``good`` may be any
+of ``samples.GOOD_LABELS``.
 """
 
 from collections import Counter
@@ -16,6 +17,8 @@ from uadtool.errors import UadtoolError
 
 TRAIN, TEST, TRUTH = "train", "test", "ground_truth"
 """The folders in a class folder."""
+ROI = "roi"
+"""Name, without suffix, of the image of a class folder that marks the region of interest."""
 MASK_NAMES = ("{}_mask", "{}", "{}_label", "{}_gt")
 """Names of a mask, for an image of name ``{}``; any image suffix may follow. The first that exists is the mask."""
 
@@ -64,7 +67,9 @@ def read_class(folder: Folder, name: str, dataset: Dataset) -> None:
     training, tests, truths = ([folder / place for place in places.get(kind, ())] for kind in (TRAIN, TEST, TRUTH))
     masks = _Masks(truths)
     others, _ = images(folder, [place.name for place in (*training, *tests, *truths)])
-    unused = Counter(folder.path(image.parent) for image in others)
+    rois = [image for image in others if len(image.parts) == 1 and image.stem.lower() == ROI]
+    roi = folder.path(rois[0]) if rois else None
+    unused = Counter(folder.path(image.parent) for image in others if image not in rois[:1])
     for split, folders in ((TRAIN, training), (TEST, tests)):
         for place in folders:
             found, problems = images(place)
@@ -77,7 +82,7 @@ def read_class(folder: Folder, name: str, dataset: Dataset) -> None:
                 truth = masks.of(image) if label == "anomalous" else ()
                 if label == "anomalous" and not truth and image.parts[0].lower() in masks.defects:
                     dataset.unmasked.append(path)
-                dataset.rows.append((Sample(path, name, label, truth), split))
+                dataset.rows.append((Sample(path, name, label, truth, roi), split))
     dataset.unused += [Unused(name, path, count) for path, count in sorted(unused.items())]
     dataset.unused_masks += masks.unused()
 

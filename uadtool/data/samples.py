@@ -19,16 +19,19 @@ class Sample:
     """An image and what the data set says about it.
 
     ``label`` is "good", "anomalous" or None (unknown). ``masks`` are the paths of its ground truth, to be united; a
-    defect without masks has an unknown place. ``problem`` is the reason why ``path`` cannot be read, if it is already
-    known; ``path`` may then be a folder. ``frame`` is the number in a stream of frames, from 1 on, and ``arrived`` the
-    time when it was read.
+    defect without masks has an unknown place. ``roi`` is the image that marks the region of interest of its class.
+    ``problem`` is the reason why ``path`` cannot be read, if it is already known; ``path`` may then be a folder.
+    ``turn`` is how the image is turned for training (``training.data.turned``). ``frame`` is the number in a stream of
+    frames, from 1 on, and ``arrived`` the time when it was read.
     """
 
     path: str
     class_name: Optional[str] = None
     label: Optional[str] = None
     masks: Tuple[str, ...] = ()
+    roi: Optional[str] = None
     problem: Optional[str] = None
+    turn: int = 0
     frame: Optional[int] = None
     arrived: Optional[str] = None
 

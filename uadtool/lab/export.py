@@ -7,6 +7,7 @@ from torch import nn
 
 from uadtool import __version__
 from uadtool.errors import UadtoolError
+from uadtool.lab.detectors.contract import without_rois
 from uadtool.lab.onnx_export.lint import lint
 from uadtool.lab.onnx_export.parity import check_parity, parity_images
 from uadtool.lab.onnx_export.resizing import ResizingDetector, check_resizing
@@ -28,6 +29,7 @@ def export(model: nn.Module, metadata: Metadata, digest: str, images: Optional[s
         UadtoolError: no images exist, TensorRT would refuse the graph, its scores differ from the model's, or its
             resized pixels from Pillow's.
     """
+    model = without_rois(model)
     step: dict[str, Any] = {"command": "export", "tool_version": __version__, "model_digest": digest}
     if input_size:
         step["resized_to"] = list(metadata.image_size)

@@ -3,18 +3,19 @@
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
 from uadtool import __version__
 from uadtool.data.inspection import Inspection
+from uadtool.data.roi import read_rois, roi_files, rois_digest
 from uadtool.data.samples import Sample
-from uadtool.data.splits import split_held_out
 from uadtool.errors import UadtoolError
 from uadtool.files import list_digest
 from uadtool.host import available_cores, build_time
@@ -22,9 +23,10 @@ from uadtool.lab.detectors.backbones import traced
 from uadtool.lab.detectors.contract import EXAMPLES, nearest_prototype, pooled_descriptor
 from uadtool.lab.detectors.memory import Memory
 from uadtool.lab.detectors.patch_memory import PatchMemory
+from uadtool.lab.detectors.prototypes import fit_prototypes
 from uadtool.lab.detectors.registry import build_detector, find_method
-from uadtool.lab.detectors.statistics import HeldOut, Known, fit_prototypes, fit_statistics, fit_statistics_from_files
-from uadtool.lab.few_images import FEW, left_out_maps
+from uadtool.lab.detectors.statistics import HeldOut, Known, fit_statistics, fit_statistics_from_files
+from uadtool.lab.few_images import left_out_maps, split_few
 from uadtool.lab.models import assemble
 from uadtool.lab.onnx_export.deployed import deployed_maps
 from uadtool.lab.quantization.modules import ActivationQuantizer, QuantizedMemory
@@ -33,6 +35,7 @@ from uadtool.lab.rows import Model, choose, join, refuse_unknown, row_statistics
 from uadtool.lab.sizes import at_size, fit_every_size
 from uadtool.lab.training.data import TeacherFeatures, names_digest
 from uadtool.lab.training.loop import Run
+from uadtool.lab.turns import turned_samples
 from uadtool.metadata import Metadata
 from uadtool.scoring.thresholds import Thresholds, bounded_scores
 from uadtool.terminal import first_of, log
@@ -46,12 +49,16 @@ most 0.0002 for the other three, and 0.009 for noise."""
 
 @dataclass(frozen=True)
 class GrowthOptions:
-    """``replace`` and ``extend`` name classes of the base: to learn anew, or to add good images to."""
+    """``replace`` and ``extend`` name classes of the base: to learn anew, or to add good images to.
+
+    ``turns`` is whether classes of few images are learned turned, too: ``auto``, ``yes`` or ``no``.
+    """
 
     replace: Sequence[str] = field(default_factory=list)
     extend: Sequence[str] = field(default_factory=list)
     held_out: float = 0.2
     seed: int = 0
+    turns: str = "auto"
 
 
 def grow(base: Model, digest: str, samples: Sequence[Sample], options: GrowthOptions) -> tuple[Model, dict[str, Any]]:
@@ -81,7 +88,7 @@ def grow(base: Model, digest: str, samples: Sequence[Sample], options: GrowthOpt
     step = {"command": "train", "tool_version": __version__, "base": digest, "started": started,
             "classes": sorted(report["classes"]), "extended": sorted(options.extend),
             "images": list_digest(sample.path for sample in samples), "names": names_digest(samples),
-            "held_out": options.held_out, "seed": options.seed}
+            "held_out": options.held_out, "seed": options.seed, "turns": options.turns, "rois": rois_digest(samples)}
     metadata = model.metadata.replace(provenance=[*base.metadata.provenance, step], tool_version=__version__)
     report["seconds"] = round(time.monotonic() - began, 1)
     return model._replace(metadata=metadata), report
@@ -113,9 +120,15 @@ def _added(base: Model, samples: Sequence[Sample], options: GrowthOptions, repor
     if options.replace:
         base = choose(base, [name for name in base.metadata.classes if name not in options.replace])
     inspection, metadata = _inspected(base.metadata, classes, samples)
-    training, held_out, few = _split(samples, options, inspection.originals)
+    rois = read_rois(roi_files(samples), inspection.sizes, metadata.map_size)
+    training, held_out, few = split_few(samples, options.held_out, options.seed, inspection.originals)
     known = _known(base)
     part, run = _part(base, metadata, training, options.seed)
+    part.set_rois(classes, rois)
+    square = {name for name, sizes in inspection.sizes.items()
+              if all(height == width for height, width in (*sizes, metadata.image_size))}
+    samples_and_copies = turned_samples(part, run, known.scale, few, square, options.turns)
+    run = replace(run, training=run.training.of(samples_and_copies))
     part.fit_memories(run)
     limit, distances = fit_prototypes(part, classes, run, known)
     metadata = metadata.replace(class_distance_limit=max(limit, metadata.class_distance_limit or 0),
@@ -142,19 +155,9 @@ def _added(base: Model, samples: Sequence[Sample], options: GrowthOptions, repor
     joined = fit_every_size(joined, fit)
     warn_of(founds[-1])
     report["conspicuous"] += founds[-1].conspicuous
-    report["classes"].update(class_counts(classes, samples, inspection.originals, training, founds[-1]))
+    report["classes"].update(class_counts(classes, samples, inspection.originals, run.training.samples,
+                                          founds[-1], rois))
     return joined
-
-
-def _split(samples: Sequence[Sample], options: GrowthOptions, originals: Sequence[int]
-           ) -> tuple[list[Sample], list[Sample], set[str]]:
-    """(To train on, held out, classes of so few images that none is held out)."""
-    different = [sample for number, sample in enumerate(samples) if originals[number] == number]
-    few = {str(name) for name, count in Counter(sample.class_name for sample in different).items() if count < FEW}
-    training, held_out = split_held_out(samples, options.held_out, options.seed, originals)
-    return ([sample for sample in different if sample.class_name in few]
-            + [sample for sample in training if sample.class_name not in few],
-            [sample for sample in held_out if sample.class_name not in few], few)
 
 
 def _stored(raw: tuple[Tensor, Tensor], images: Tensor) -> tuple[Tensor, Tensor]:
@@ -175,6 +178,10 @@ def _extended(base: Model, samples: Sequence[Sample], options: GrowthOptions, re
             theirs.update({f"{name}.{table}": tensor for table, tensor in module.dequantized().state_dict().items()})
     for name in tables(part) & own.keys():
         own[name].copy_(theirs[name])
+    for name, roi in read_rois(roi_files(samples), inspection.sizes, part.map_size).items():
+        if not np.array_equal(part.roi[classes.index(name)], roi):
+            raise UadtoolError(f"--extend keeps the region of interest of {name}, and {roi_files(samples)[name]} marks "
+                               "another; leave it out, or learn the class anew with --replace")
     factors = part.extend_memories(run)[:, :, None, None]
     for statistics in (part, *part.sizes.values()):
         for name in ("expected_maps", "map_spreads"):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from uadtool.errors import UadtoolError, reading
 from uadtool.files import atomic_write
-from uadtool.lab.detectors.contract import EXAMPLES, Detector
+from uadtool.lab.detectors.contract import EXAMPLES, ROI, Detector
 from uadtool.lab.detectors.registry import build_detector
 from uadtool.lab.quantization.plan import QuantizationPlan
 from uadtool.lab.quantization.ptq import empty_quantized
@@ -54,10 +54,12 @@ def assemble(tensors: Mapping[str, Tensor], metadata: Metadata, path: str) -> nn
         model = detector if metadata.precision == "fp32" else _quantized_graph(detector, metadata, path)
     try:
         expected = model.state_dict()
-        no_examples = {EXAMPLES: torch.zeros(expected[EXAMPLES].shape)}  # of earlier files, which take no classes
+        # What earlier files lack: examples, without which they take no classes, and regions of interest.
+        absent = {EXAMPLES: torch.zeros(expected[EXAMPLES].shape),
+                  ROI: torch.ones(expected[ROI].shape, dtype=torch.bool)}
         dtypes = {name: tensor.dtype for name, tensor in expected.items()}
         model.load_state_dict({name: tensor.to(dtypes.get(name, tensor.dtype))
-                               for name, tensor in {**no_examples, **tensors}.items()}, assign=True)
+                               for name, tensor in {**absent, **tensors}.items()}, assign=True)
     except RuntimeError as error:
         mismatch = str(error).splitlines()[-1].strip()
         raise UadtoolError(f"the tensors of {path} do not fit its metadata: {mismatch}") from error

@@ -3,12 +3,16 @@
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Optional
+from typing import Any, Optional
+
+import numpy as np
+from numpy.typing import NDArray
 
 from uadtool.data.inspection import Inspection, inspect
 from uadtool.data.samples import Sample
 from uadtool.host import available_cores
 from uadtool.lab.detectors.statistics import HeldOut
+from uadtool.scoring.metrics import rounded
 from uadtool.terminal import first_of, log
 
 MOST_CONFUSED = 0.01
@@ -61,15 +65,20 @@ def map_cells(shapes: Mapping[str, tuple[int, int]], map_size: tuple[int, int]) 
 
 
 def class_counts(classes: Sequence[str], samples: Sequence[Sample], originals: Sequence[int],
-                 training: Sequence[Sample], found: HeldOut) -> dict[str, dict[str, int]]:
+                 training: Sequence[Sample], found: HeldOut, rois: Mapping[str, NDArray[np.bool_]]
+                 ) -> dict[str, dict[str, Any]]:
     """For each class its images that were trained on, were held out, are copies, and were recognised when held out.
 
     Args:
         samples, originals: all images, and for each the number of the first that it equals.
-        training: the images that were trained on.
+        training: the images that were trained on, and turned copies of them.
+        rois: regions of interest, whose share of the image is reported.
     """
-    trained = Counter(sample.class_name for sample in training)
+    trained = Counter(sample.class_name for sample in training if not sample.turn)
+    turns = {name: sorted({sample.turn for sample in training if sample.class_name == name} - {0}) for name in classes}
     held_out = Counter(owner for owner, _ in found.taken_for.elements())
     copies = Counter(samples[number].class_name for number, original in enumerate(originals) if number != original)
     return {name: {"training": trained[name], "held_out": held_out[name], "copies": copies[name],
-                   "recognised": found.taken_for[name, name]} for name in classes}
+                   "recognised": found.taken_for[name, name],
+                   **({"roi": rounded(rois[name].mean())} if name in rois else {}),
+                   **({"turns": turns[name]} if turns[name] else {})} for name in classes}

@@ -6,11 +6,14 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Optional
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from uadtool import __version__
 from uadtool.data.inspection import Inspection
+from uadtool.data.roi import read_rois, roi_files, rois_digest
 from uadtool.data.samples import Sample
 from uadtool.data.splits import LEAST_HELD_OUT, balanced, split_held_out
 from uadtool.errors import UadtoolError
@@ -19,8 +22,9 @@ from uadtool.host import build_time
 from uadtool.lab.detectors.backbones import DEFAULT_TEACHER
 from uadtool.lab.detectors.complexity import count_macs, count_parameters
 from uadtool.lab.detectors.contract import Detector, Statistics
+from uadtool.lab.detectors.prototypes import fit_prototypes
 from uadtool.lab.detectors.registry import find_method, method_options
-from uadtool.lab.detectors.statistics import HeldOut, fit_prototypes, fit_statistics_from_files, with_found
+from uadtool.lab.detectors.statistics import HeldOut, fit_statistics_from_files, with_found
 from uadtool.lab.detectors.weights import load_teacher_weights
 from uadtool.lab.quantization.bias_correction import CORRECTION_IMAGES
 from uadtool.lab.quantization.ranges import Ranges, ranges_digest
@@ -89,6 +93,7 @@ class _Job:
     method_options: dict[str, Any]
     weights_source: str
     inspection: Inspection
+    rois: dict[str, NDArray[np.bool_]]
     reading: Reading
     run: Run
 
@@ -146,7 +151,8 @@ def _prepare(samples: Sequence[Sample], options: TrainingOptions, checkpoint: Pa
               "teacher_ranges": ranges_digest(options.teacher_ranges) if options.teacher_ranges else None,
               "image_size": list(options.image_size),
               "device": device.type, "dtype": str(dtype),
-              "image count": len(samples), "images": list_digest(sample.path for sample in samples)}
+              "image count": len(samples), "images": list_digest(sample.path for sample in samples),
+              "rois": rois_digest(samples)}
     distributed.require_same(config)
     processes, batch_size = distributed.world_size(), min(BATCH_SIZE, len(training_samples))
     if processes > batch_size:
@@ -156,6 +162,8 @@ def _prepare(samples: Sequence[Sample], options: TrainingOptions, checkpoint: Pa
     detector = find_method(options.method)(options.teacher, options.image_size, len(classes), **all_options)
     if detector.one_pass and (options.steps or options.epochs):
         raise UadtoolError(f"{options.method} learns in one pass over the images; leave out --steps and --epochs")
+    rois = read_rois(roi_files(samples), inspection.sizes, detector.map_size)
+    detector.set_rois(classes, rois)
     pretrained = detector.pretrained()
     weights_source = load_teacher_weights(pretrained, options.teacher, options.teacher_weights)
     log.info("teacher %s with weights of %s", options.teacher, weights_source)
@@ -169,7 +177,7 @@ def _prepare(samples: Sequence[Sample], options: TrainingOptions, checkpoint: Pa
     steps = 0 if detector.one_pass else options.steps or (options.epochs or EPOCHS) * steps_per_epoch(len(training))
     _hold(detector, training, held_out, steps)
     run = Run(training, held_out, steps, options.seed, device, dtype, checkpoint, config, resume)
-    return _Job(detector, classes, all_options, weights_source, inspection, reading, run)
+    return _Job(detector, classes, all_options, weights_source, inspection, rois, reading, run)
 
 
 def _hold(detector: Detector, training: TeacherFeatures, held_out: TeacherFeatures, steps: int) -> None:
@@ -228,7 +236,7 @@ def _finish(job: _Job, outcome: Optional[Outcome], samples: Sequence[Sample], op
     warn_of_few(sum(map(len, found.scores.values())), options.false_positive_rate)
     detector.to(device="cpu", memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     report = {
-        "classes": class_counts(job.classes, samples, job.inspection.originals, run.training.samples, found),
+        "classes": class_counts(job.classes, samples, job.inspection.originals, run.training.samples, found, job.rois),
         "image_size": list(options.image_size), "map_cells": map_cells(job.inspection.shapes, detector.map_size),
         "conspicuous": found.conspicuous,
         "steps": run.steps,
@@ -242,7 +250,7 @@ def _finish(job: _Job, outcome: Optional[Outcome], samples: Sequence[Sample], op
         "command": "train", "tool_version": __version__, "images": run.config["images"], "names": names_digest(samples),
         "teacher_weights": job.weights_source, "teacher_weights_digest": run.config["teacher_weights"],
         "started": started, "steps": run.steps, "seed": options.seed, "held_out": options.held_out,
-        "dtype": report["dtype"], "processes": report["processes"],
+        "dtype": report["dtype"], "processes": report["processes"], "rois": run.config["rois"],
         "teacher_int8": options.target if options.teacher_ranges else None,
     }
     if (packed := pack_originals(job.inspection.originals)) is not None:

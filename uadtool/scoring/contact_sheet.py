@@ -8,9 +8,10 @@ from typing import Any, Dict, List, Tuple
 import numpy as np
 from PIL import Image, ImageDraw
 
-from uadtool.data.images import fitted, image_size, read_image, upsample
+from uadtool.data.images import fitted, image_size, read_image
 from uadtool.errors import UadtoolError
 from uadtool.files import atomic_write
+from uadtool.scoring.anomaly_maps import upsample
 from uadtool.scoring.drawing import BACKGROUND, FAINT, MARGIN, TEXT, draw_text, font, latin, overlay_map
 
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}

@@ -7,22 +7,27 @@ from typing import Any, Tuple
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
+from uadtool.scoring.anomaly_maps import inside_roi
 from uadtool.terminal import printable
 
 INFERNO = ("000004", "160b39", "420a68", "6a176e", "932667", "bc3754", "dd513a", "f37819", "fca50a", "f6d746", "fcffa4")
 """Equally spaced colours of matplotlib's inferno (CC0): readable with any colour vision, and in grey."""
 
-OPACITY = 0.85
+OPACITY, DARK = 0.85, 0.35
 BACKGROUND, TEXT, FAINT = (24, 24, 27), (244, 244, 245), (161, 161, 170)
 MARGIN = 12
 
 
 def overlay_map(image: np.ndarray, values: np.ndarray, threshold: float) -> np.ndarray:
-    """``image``, uint8 [H, W, 3], in grey under the map ``values`` [H, W]. Colour grows with the anomaly score."""
+    """``image``, uint8 [H, W, 3], in grey under the map ``values`` [H, W]. Colour grows with the anomaly score.
+
+    Outside the region of interest the image is dark.
+    """
     share = np.clip(values / scale_top(threshold), 0, 1)[..., None]
     opacity = OPACITY * share * (2 - share)
     grey = np.asarray(Image.fromarray(image).convert("L"))[..., None]
     blended = np.asarray((1 - opacity) * grey + opacity * colours(share[..., 0]))
+    blended[~inside_roi(values)] *= DARK
     above = Image.fromarray(np.uint8(255) * (values > threshold))
     outside = np.asarray(above.filter(ImageFilter.MaxFilter(5))) > np.asarray(above)
     inside = np.asarray(above.filter(ImageFilter.MinFilter(5))) < np.asarray(above)

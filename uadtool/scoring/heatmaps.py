@@ -5,8 +5,9 @@ from typing import Any, Dict, NamedTuple, Tuple
 import numpy as np
 from PIL import Image, ImageDraw
 
-from uadtool.data.images import ImageError, fitted, image_size, read_image, upsample
+from uadtool.data.images import ImageError, fitted, image_size, read_image
 from uadtool.files import atomic_write
+from uadtool.scoring.anomaly_maps import upsample
 from uadtool.scoring.drawing import BACKGROUND, FAINT, MARGIN, TEXT, colours, draw_text, font, overlay_map, scale_top
 from uadtool.scoring.image_files import OutputFolder
 

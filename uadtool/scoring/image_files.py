@@ -8,10 +8,11 @@ from typing import Any, Dict
 import numpy as np
 from PIL import Image
 
-from uadtool.data.images import ImageError, image_size, upsample
+from uadtool.data.images import ImageError, image_size
 from uadtool.data.storage import Held, is_url, open_file, without_query
 from uadtool.errors import UadtoolError
 from uadtool.files import WRITTEN, atomic_write, check_folder, writing
+from uadtool.scoring.anomaly_maps import upsample
 from uadtool.terminal import printable
 
 

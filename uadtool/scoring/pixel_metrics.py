@@ -7,6 +7,7 @@ from typing import Any, Dict, NamedTuple, Optional
 
 import numpy as np
 
+from uadtool.scoring.anomaly_maps import inside_roi
 from uadtool.scoring.metrics import area_under, area_under_roc, counts_above
 
 _UNPACKED = 8 << 20  # bytes of unpacked pixel counts at most: 65,536 bins take less
@@ -31,6 +32,8 @@ class PixelCounts(NamedTuple):
 def count_pixels(anomaly_map: np.ndarray, mask: np.ndarray) -> PixelCounts:
     """Count an image: float32 [H, W] and its ground truth, bool [H, W] (all False for a good image).
 
+    Pixels outside the region of interest do not count, nor does what a defect has there.
+
     Raises:
         ValueError: the shapes differ or the map holds a NaN.
     """
@@ -38,8 +41,11 @@ def count_pixels(anomaly_map: np.ndarray, mask: np.ndarray) -> PixelCounts:
         raise ValueError(f"the anomaly map is {anomaly_map.shape}, its mask {mask.shape}")
     if np.isnan(anomaly_map).any():
         raise ValueError("the anomaly map holds values that are not numbers")
-    halves = _upper_halves(anomaly_map)
-    total = np.bincount(halves.ravel(), minlength=_BINS)
+    halves, inside = _upper_halves(anomaly_map), inside_roi(anomaly_map)
+    if inside.all():
+        total = np.bincount(halves.ravel(), minlength=_BINS)
+    else:
+        total, mask = np.bincount(halves[inside], minlength=_BINS), mask & inside
     filled = np.flatnonzero(total > 0)
     # The halves of positive numbers ascend. Those of negative numbers follow and descend.
     bins = np.where(filled < _BINS // 2, filled + _BINS // 2, _BINS - 1 - filled)

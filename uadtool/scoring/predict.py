@@ -9,13 +9,14 @@ from typing import Iterable, Iterator, List, NamedTuple, Optional, Tuple, Union
 import numpy as np
 
 from uadtool.data.dataset import scoring_samples
-from uadtool.data.images import read_image, read_masks, upsample
+from uadtool.data.images import read_image, read_masks
 from uadtool.data.inspection import is_faint
 from uadtool.data.read_ahead import read_ahead
 from uadtool.data.samples import Sample
 from uadtool.errors import UadtoolError
 from uadtool.metadata import Metadata
 from uadtool.runtimes.contract import Runtime
+from uadtool.scoring.anomaly_maps import upsample
 from uadtool.scoring.metrics import rounded
 from uadtool.scoring.pixel_metrics import PixelCounts, count_pixels
 from uadtool.scoring.thresholds import Thresholds

@@ -4,7 +4,8 @@ from typing import Any, Dict, List, NamedTuple, Tuple
 
 import numpy as np
 
-from uadtool.data.images import image_size, upsample
+from uadtool.data.images import image_size
+from uadtool.scoring.anomaly_maps import upsample
 from uadtool.scoring.metrics import rounded
 
 FINEST = 2048

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from uadtool.data.dataset import Sample
-from uadtool.lab.detectors.contract import Detector
+from uadtool.lab.detectors.contract import PATCH, Detector
 from uadtool.lab.detectors.statistics import (
     CONSPICUOUS,
     LEAST_SPREAD,
@@ -21,6 +21,7 @@ from uadtool.lab.detectors.statistics import (
 from uadtool.scoring.thresholds import Thresholds
 
 SIDE, MAPS, NEW = 16, 2, 50
+WHOLE = torch.ones(SIDE // PATCH, SIDE // PATCH) > 0
 SPREADS = {"none": 0, "tiny": 0.01, "usual": 0.2, "large": 2}
 """Standard deviation of a raw map, whose mean is about 1."""
 
@@ -186,10 +187,10 @@ def test_the_others_predict_the_spread_of_all(count):
     """Few images vary less about their mean than many, which leave-one-out must not take for their spread."""
     found = []
     for seed in range(200):
-        moments = _moments(good_images(np.random.default_rng(seed), count, 0.5)[0])
+        moments = _moments(good_images(np.random.default_rng(seed), count, 0.5)[0], torch.ones(count, SIDE, SIDE))
         found.append([statistics[1].square().mean().item()
-                      for statistics in (_map_statistics(moments.sum(0), count),
-                                         _map_statistics(moments.sum(0), count, moments[0]))])
+                      for statistics in (_map_statistics(moments.sum(0), count, WHOLE),
+                                         _map_statistics(moments.sum(0), count, WHOLE, moments[0]))])
     final, left_out = np.mean(found, axis=0)
     assert left_out == pytest.approx(final, rel=0.05)
 
@@ -198,10 +199,32 @@ def test_the_others_predict_the_spread_of_all(count):
 def test_ordinary_numbers_of_images_are_scored_as_before(count, share):
     """Published figures come from plain leave-one-out statistics, so scores must hardly move."""
     maps, _ = good_images(np.random.default_rng(0), count, 0.2)
-    moments = _moments(maps)
+    moments = _moments(maps, torch.ones(count, SIDE, SIDE))
     level = moments[:, 0].mean((0, 2, 3))
     for number in range(3):
-        corrected = _map_statistics(moments.sum(0), count, moments[number])
-        plain = _map_statistics(moments.sum(0) - moments[number], count - 1)
+        corrected = _map_statistics(moments.sum(0), count, WHOLE, moments[number])
+        plain = _map_statistics(moments.sum(0) - moments[number], count - 1, WHOLE)
         assert ((corrected[0] - plain[0]).abs().amax((1, 2)) < share * level).all()
         torch.testing.assert_close(corrected[1], plain[1], rtol=share, atol=0)
+
+
+@given(st.integers(0, 1000), st.sampled_from([1, 2, 3, 8]), st.floats(1e-3, 1e3))
+@settings(max_examples=25)
+def test_what_lies_outside_the_region_of_interest_counts_nowhere(seed, count, scale):
+    random = np.random.default_rng(seed)
+    roi = torch.zeros(SIDE, SIDE, dtype=torch.bool)
+    top, left = random.integers(0, SIDE - 5, 2)
+    roi[top:top + random.integers(3, 12), left:left + random.integers(3, 12)] = True
+    held_out, new = good_images(random, count, 0.2)
+    results = []
+    for _ in range(2):
+        detector = Fields(2)
+        detector.roi[0] = roi
+        noise = scale * torch.from_numpy(random.random(held_out.shape).astype(np.float32))
+        others = good_images(np.random.default_rng(seed), 4, 0.2)[0]
+        found = detector.fit_to([torch.where(roi, held_out, noise), others])
+        images = torch.where(roi, new, scale * torch.from_numpy(random.random(new.shape).astype(np.float32)))
+        results.append((found["0"], found["1"], detector.scores(images), detector.expected_maps,
+                        detector.map_spreads))
+    for one, other in zip(*results):
+        np.testing.assert_array_equal(one, other)

@@ -31,16 +31,9 @@ from uadtool.files import file_digest
 from uadtool.lab import train as training
 from uadtool.lab.detectors.backbones import DEFAULT_TEACHER, build_backbone, fold_batch_norm
 from uadtool.lab.detectors.contract import Detector, pooled_descriptor
+from uadtool.lab.detectors.prototypes import FARTHER, LEAST_FAR, fit_prototypes
 from uadtool.lab.detectors.registry import find_method
-from uadtool.lab.detectors.statistics import (
-    FARTHER,
-    LEAST_FAR,
-    LEAST_UNIT,
-    _units,
-    class_statistics,
-    fit_prototypes,
-    fit_statistics,
-)
+from uadtool.lab.detectors.statistics import LEAST_UNIT, _units, class_statistics, fit_statistics
 from uadtool.lab.detectors.stfpm import distillation_loss
 from uadtool.lab.detectors.weights import load_teacher_weights
 from uadtool.lab.models import load_model, save_model
@@ -503,7 +496,7 @@ def test_a_map_that_is_constant_on_good_images_does_not_drown_the_others():
     """The map of duet's head in int8 may be such: one code stands for all good patches."""
     maps = torch.from_numpy(np.random.default_rng(0).normal(size=(20, 2, 8, 8)))
     maps[:, 1] = 0
-    usual, constant = _units(maps).flatten().tolist()
+    usual, constant = _units(maps, torch.ones(maps[:, 0].shape) > 0).flatten().tolist()
     assert 1 < usual < 4
     assert constant == LEAST_UNIT
 

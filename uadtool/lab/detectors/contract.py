@@ -2,16 +2,19 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar, NamedTuple, Optional
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from typing_extensions import Self
 
-from uadtool.lab.detectors.backbones import fold_batch_norm
+from uadtool.lab.detectors.backbones import fold_batch_norm, traced
 from uadtool.lab.training.loop import Outcome, Run
+from uadtool.scoring.anomaly_maps import OUTSIDE
 
 SCORE_SHARE = 0.01
 """The image score is the mean of this share of the anomaly map, its highest values (Dinomaly, CVPR 2025)."""
@@ -25,7 +28,9 @@ EXAMPLES = "examples"
 """The buffer of descriptors that tell whether a later class would take images of an earlier one; in no other file."""
 EXAMPLE_COUNT = 16
 """Descriptors of each class; those of few images are repeated."""
-ROWS = (*STATISTICS, "prototypes", "distance_mean", "distance_std", EXAMPLES)
+ROI = "roi"
+"""The buffer of the regions of interest."""
+ROWS = (*STATISTICS, "prototypes", "distance_mean", "distance_std", ROI, EXAMPLES)
 """The buffers with a row for each class; ``rows`` names those of other modules."""
 
 
@@ -37,7 +42,8 @@ class OutputTensors(NamedTuple):
     raw_score: Tensor
     """float32 [N]: the score before any normalisation, in the method's own units."""
     anomaly_map: Tensor
-    """float32 [N, h, w] in the units of the score, which is the mean of its highest hundredth."""
+    """float32 [N, h, w] in the units of the score, which is the mean of its highest hundredth; ``OUTSIDE`` where the
+    region of interest of the nearest class ends."""
     nearest_class: Tensor
     """int32 [N]: index of the class whose prototype is nearest."""
     class_distance: Tensor
@@ -53,7 +59,8 @@ class Detector(nn.Module, ABC):
     the mean and spread of each raw map at each position (a student is always wrong about the rim of a part),
     standardise the maps. This makes positions, and maps of different kinds, comparable; then the maps are summed.
     ``score_mean`` and ``score_std`` of the sum make the classes comparable. ``distance_mean`` and ``distance_std`` do
-    so for the distance to the prototype, which is large for images of unknown classes.
+    so for the distance to the prototype, which is large for images of unknown classes. ``roi`` is true at the
+    positions that count.
 
     Args:
         classes: number of prototypes.
@@ -83,6 +90,7 @@ class Detector(nn.Module, ABC):
     score_std: Tensor
     distance_mean: Tensor
     distance_std: Tensor
+    roi: Tensor
 
     def __init__(self, classes: int, descriptor_size: int, map_size: tuple[int, int], mean: list[float],
                  std: list[float], maps: int = 1) -> None:
@@ -100,8 +108,14 @@ class Detector(nn.Module, ABC):
         self.register_buffer(EXAMPLES, torch.zeros(classes, EXAMPLE_COUNT, descriptor_size))
         self.register_buffer("distance_mean", torch.zeros(classes))
         self.register_buffer("distance_std", torch.ones(classes))
+        self.register_buffer(ROI, torch.ones(classes, *map_size, dtype=torch.bool))
         self.sizes = nn.ModuleDict()
         """The ``Statistics`` of banks with fewer entries, by their number (``Metadata.sizes``)."""
+
+    def set_rois(self, classes: Sequence[str], rois: Mapping[str, NDArray[np.bool_]]) -> None:
+        """Set the regions of interest, bool [h, w] by class, of classes in the order of the prototypes."""
+        for name, roi in rois.items():
+            self.roi[classes.index(name)] = torch.from_numpy(roi)
 
     @abstractmethod
     def fit(self, run: Run) -> Optional[Outcome]:
@@ -153,7 +167,8 @@ class Detector(nn.Module, ABC):
         """uint8 [N, H, W, 3], RGB -> scores and maps."""
         raw, nearest, descriptor = self._raw(image)
         anomaly_map = self.normalize_maps(raw, nearest)
-        return OutputTensors(self.image_score(anomaly_map), self.image_score(raw.sum(1)), anomaly_map, nearest.int(),
+        raw_map = within(self.roi, nearest, raw.sum(1), 0.0)
+        return OutputTensors(self.image_score(anomaly_map), self.image_score(raw_map), anomaly_map, nearest.int(),
                              self.class_distance(descriptor, nearest))
 
     def raw_maps_and_class(self, image: Tensor) -> tuple[Tensor, Tensor]:
@@ -186,7 +201,8 @@ class Detector(nn.Module, ABC):
     def normalize_maps(self, raw: Tensor, nearest: Tensor) -> Tensor:
         """Raw maps [N, M, h, w] -> [N, h, w] in standard deviations of the good scores of the classes ``nearest``."""
         mean, std = (table.index_select(0, nearest)[:, None, None] for table in (self.score_mean, self.score_std))
-        return (self.standardize_maps(raw, nearest).sum(1) - mean) / std
+        whole = (self.standardize_maps(raw, nearest).sum(1) - mean) / std
+        return within(self.roi, nearest, whole, OUTSIDE)
 
     def image_score(self, anomaly_map: Tensor) -> Tensor:
         """Mean of the highest hundredth of each map: [N, h, w] -> [N]."""
@@ -234,6 +250,26 @@ def standardize(raw: Tensor, expected: Tensor, spread: Tensor) -> Tensor:
     expected, spread = (F.interpolate(grid, size=raw.shape[2:], mode="bilinear", align_corners=False)
                         for grid in (expected, spread))
     return (raw - expected) / spread
+
+
+@fx.wrap  # a single node, which export leaves out if no class has a region
+def within(rois: Tensor, nearest: Tensor, values: Tensor, outside: float) -> Tensor:
+    """Maps [N, h, w] in the regions of interest [C, h, w] of the classes ``nearest`` [N], and ``outside`` elsewhere."""
+    # Cast first: TensorRT 8.5 does not gather bool.
+    return torch.where(rois.float().index_select(0, nearest) > 0, values, outside)
+
+
+def without_rois(model: nn.Module) -> nn.Module:
+    """A detector or its graph without the operations of regions of interest, if no class has one."""
+    if not model.get_buffer(ROI).all():
+        return model
+    graph = traced(model)
+    for node in list(graph.graph.nodes):
+        if node.target is within:
+            node.replace_all_uses_with(node.args[2])
+            graph.graph.erase_node(node)
+    graph.recompile()
+    return graph
 
 
 @fx.wrap  # so that the names of other nodes do not depend on it

@@ -87,7 +87,7 @@ class Memory(Detector):
         """Fill the tables."""
         for row, patches, images in self.classes(run):
             for memory, one in zip(cast(Sequence[PatchMemory], self.memories), patches):
-                memory.fit(row, one, torch.arange(len(one)) // (len(one) // images))
+                memory.fit(row, one, images.repeat_interleave(len(one) // len(images)))
 
     def extend_memories(self, run: Run) -> Tensor:
         """Add the patches of more good images to the banks: the factors of the distances, [classes, memories]."""
@@ -95,11 +95,12 @@ class Memory(Detector):
         return torch.tensor([[memory.extend(row, one) for memory, one in zip(memories, patches)]
                              for row, patches, _ in self.classes(run)])
 
-    def classes(self, run: Run) -> Iterator[tuple[int, list[Tensor], int]]:
+    def classes(self, run: Run) -> Iterator[tuple[int, list[Tensor], Tensor]]:
         """The patches of each class in turn, so that only those of one are in memory.
 
         Yields:
-            The row of the class, patches [n, C] for each memory, and the number of images: each has as many of them.
+            The row of the class, patches [n, C] for each memory, and the number of the image of each sample, all of
+            which have equally many patches. Samples that are one image, turned, have the same.
         """
         self._descriptors = torch.empty(len(run.training), self.prototypes.shape[1])
         samples = run.training.samples
@@ -114,10 +115,12 @@ class Memory(Detector):
 
             for row, name in enumerate(sorted({str(sample.class_name) for sample in samples})):
                 members = [number for number, sample in enumerate(samples) if sample.class_name == name]
-                patches = sample_all(maps(members), len(members), run.seed)
+                patches = sample_all(maps(members), len(members), run.seed, self.roi[row].cpu())
                 if not all(one.isfinite().all() for one in patches):
                     raise UadtoolError("the teacher's features are not all finite numbers; check its weights")
-                yield row, patches, len(members)
+                paths = {path: number for number, path in enumerate(dict.fromkeys(
+                    samples[member].path for member in members))}
+                yield row, patches, torch.tensor([paths[samples[member].path] for member in members])
                 progress.update()  # the last image of a class counts when its banks are full
 
     def descriptors(self, run: Run) -> Tensor:

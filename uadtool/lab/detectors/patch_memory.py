@@ -5,9 +5,11 @@ instead of one for all, and distances are measured in units of how far good patc
 """
 
 from collections.abc import Iterable, Sequence
+from typing import Optional
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 CANDIDATES = 20_000
 """Patches of good images that stand for all of them. Every image contributes the same number."""
@@ -181,19 +183,43 @@ def coreset(patches: Tensor, count: int) -> Tensor:
 
 
 @torch.inference_mode()
-def sample_patches(features: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """``count`` random patches of each of the feature maps [N, C, h, w], or all in order if there are fewer: [n, C]."""
+def sample_patches(features: Tensor, count: int, generator: torch.Generator, inside: Optional[Tensor] = None) -> Tensor:
+    """``count`` random patches of each of the feature maps [N, C, h, w], or all in order if there are fewer: [n, C].
+
+    Args:
+        inside: bool [h, w], the positions to choose from; all if None.
+    """
     patches = features.flatten(2).transpose(1, 2)
+    if inside is not None:
+        patches = patches[:, inside.flatten()]
     if count >= patches.shape[1]:
         return patches.flatten(0, 1)
     return torch.cat([one[torch.randperm(len(one), generator=generator)[:count]] for one in patches])
 
 
-def sample_all(batches: Iterable[Sequence[Tensor]], images: int, seed: int) -> list[Tensor]:
-    """For each of several feature maps, about ``CANDIDATES`` patches of all ``images`` in the batches: [n, C] each."""
+def sample_all(batches: Iterable[Sequence[Tensor]], images: int, seed: int, roi: Optional[Tensor] = None
+               ) -> list[Tensor]:
+    """For each of several feature maps, about ``CANDIDATES`` patches of all ``images`` in the batches: [n, C] each.
+
+    Args:
+        roi: of the class, bool [h, w]; patches that do not reach into it are left out.
+    """
     generator, each = torch.Generator().manual_seed(seed), max(1, CANDIDATES // images)
-    parts = [[sample_patches(one, each, generator) for one in features] for features in batches]
+    parts = [[sample_patches(one, each, generator, roi if roi is None else reaching_into(roi, one)) for one in features]
+             for features in batches]
     return [torch.cat(part) for part in zip(*parts)]
+
+
+def reaching_into(roi: Tensor, features: Tensor) -> Tensor:
+    """The positions of feature maps [N, C, h, w] on which cells in a region of interest depend: bool [H, W] -> [h, w].
+
+    Where a feature map is coarser than the anomaly map, its distances are enlarged, and neighbours of the region count.
+    """
+    size = features.shape[2:]
+    inside = F.adaptive_max_pool2d(roi[None, None].float(), size)
+    if size != roi.shape:
+        inside = F.max_pool2d(inside, 3, 1, 1)
+    return inside[0, 0] > 0
 
 
 @torch.inference_mode()

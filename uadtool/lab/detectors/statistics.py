@@ -11,12 +11,12 @@ from torch.nn import functional as F
 
 from uadtool.data.samples import Sample, tail_digest
 from uadtool.files import list_digest
-from uadtool.lab.detectors.contract import EXAMPLE_COUNT, EXAMPLES, PATCH, Detector, squared_distance, standardize
+from uadtool.lab.detectors.contract import PATCH, Detector, standardize, within
 from uadtool.lab.training import distributed
 from uadtool.lab.training.data import image_batches, split_again
-from uadtool.lab.training.loop import Run
 from uadtool.metadata import Metadata, Reading
 from uadtool.progress import Progress
+from uadtool.scoring.anomaly_maps import OUTSIDE
 from uadtool.scoring.thresholds import with_thresholds
 
 PSEUDO_COUNT = 4
@@ -30,18 +30,8 @@ LEAST_UNIT = 0.1
 CONSPICUOUS = 6.0
 """Standard deviations of the others' scores, above their mean, from which a held-out image is worth a look. Of the
 seven classes of the shop-floor set the highest had 4.7 with the method memory."""
-FARTHER = 1.25
-"""Times the largest class distance of training images, an image of a known class may be far from its prototype.
-
-Four models of three classes each (a fourth left out) called 99 to 100 % of the fourth class unknown, 0.6 % or less of
-the good test images of their own classes, and 8 % or less of the defective ones.
-"""
-MOST_DISTANCES = 1000
-"""Distances of a class that a model file holds at most."""
 MOST_NAMED = 10_000
 """Held-out images up to which a model file names each."""
-LEAST_FAR = 5.0
-"""Lower limit of that distance: few images do not show how far others may be."""
 
 Batches = Iterable[tuple[Sequence[Sample], Tensor]]
 """Batches of samples with their images, uint8 [N, H, W, 3] on the model's device."""
@@ -118,44 +108,6 @@ def conspicuous(scores: Sequence[Sequence[float]]) -> list[list[int]]:
 
 
 @torch.inference_mode()
-def fit_prototypes(detector: Detector, classes: Sequence[str], run: Run, known: Optional[Known] = None
-                   ) -> tuple[float, dict[str, list[float]]]:
-    """Set the prototypes of a deployed detector, in place, to the mean descriptors of each class's training images.
-
-    The statistics of distances are leave-one-out: an image is nearer to a mean that it is part of, by (n - 1) / n.
-
-    Args:
-        classes: the class names, in the order of the prototypes.
-        known: of the detector that these classes will be added to.
-
-    Returns:
-        The ``Metadata.class_distance_limit`` and the ``Metadata.good_distances``.
-    """
-    descriptors = detector.descriptors(run)
-    spreads = descriptors.std(dim=0, correction=0)
-    # A channel that is dead on the training images must not drown the others on images that activate it.
-    scale = known.scale if known else 1 / spreads.clamp(min=LEAST_SPREAD * spreads.mean() + 1e-6)
-    detector.descriptor_scale.copy_(scale)
-    distances = []
-    for index, name in enumerate(classes):
-        members = [number for number, sample in enumerate(run.training.samples) if sample.class_name == name]
-        detector.prototypes[index] = descriptors[members].mean(dim=0)
-        detector.get_buffer(EXAMPLES)[index] = descriptors[
-            [members[place * len(members) // EXAMPLE_COUNT] for place in range(EXAMPLE_COUNT)]]
-        inside = squared_distance(descriptors[members], detector.prototypes[index], scale).sqrt()
-        distances.append(inside * len(members) / max(1, len(members) - 1))
-    good: dict[str, list[float]] = {}
-    for index, (mean, std) in enumerate(class_statistics([values.tolist() for values in distances])):
-        detector.distance_mean[index], detector.distance_std[index] = mean, std
-        chosen = torch.randperm(len(distances[index]), generator=torch.Generator().manual_seed(run.seed))
-        standardised = (distances[index].cpu()[chosen[:MOST_DISTANCES]] - mean) / std
-        good[classes[index]] = [float(f"{distance:.6g}") for distance in standardised.sort().values.tolist()]
-    farthest = max(FARTHER * float((values.max() - mean) / std) for values, mean, std in zip(
-        distances, detector.distance_mean, detector.distance_std))
-    return float(f"{max(farthest, LEAST_FAR):.6g}"), good
-
-
-@torch.inference_mode()
 def fit_statistics(detector: Detector, raw_maps: RawMaps, classes: Sequence[str], held_out: Batches,
                    known: Optional[Known] = None) -> HeldOut:
     """Set the map and score statistics of a detector, in place.
@@ -176,7 +128,7 @@ def fit_statistics(detector: Detector, raw_maps: RawMaps, classes: Sequence[str]
         paths += [sample.path for sample in samples]
         owners += [classes.index(str(sample.class_name)) for sample in samples]
         maps, nearest = raw_maps(images)
-        batches.append((maps, nearest, _moments(maps)))
+        batches.append((maps, nearest, _moments(maps, detector.roi[owners[-len(samples):]])))
     maps, nearest, moments = (torch.cat(tensors) for tensors in zip(*batches))
     del batches
     # The maps and scores of an image that is taken for another class say nothing about its own.
@@ -184,20 +136,22 @@ def fit_statistics(detector: Detector, raw_maps: RawMaps, classes: Sequence[str]
     members = [[number for number in numbers if nearest[number] == index] or numbers
                for index, numbers in enumerate(everyone)]
     sums = [moments[numbers].sum(0) for numbers in members]
+    inside = F.max_pool2d(detector.roi.float(), PATCH, ceil_mode=True) > 0
     present = sorted(set(owners))
     for index in present:
         numbers = members[index]
-        detector.expected_maps[index], detector.map_spreads[index] = _map_statistics(sums[index], len(numbers))
+        detector.expected_maps[index], detector.map_spreads[index] = _map_statistics(
+            sums[index], len(numbers), inside[index])
     for number, (owner, nearest_class) in enumerate(zip(owners, nearest.tolist())):
         count = len(members[owner])
         if owner == nearest_class and count > 1:
-            expected, spread = _map_statistics(sums[owner], count, moments[number])
+            expected, spread = _map_statistics(sums[owner], count, inside[owner], moments[number])
             maps[number] = standardize(maps[number, None], expected[None], spread[None])[0]
         else:
             maps[number] = detector.standardize_maps(maps[number, None], nearest[number, None])[0]
-    units = known.units if known else _units(maps)
+    units = known.units if known else _units(maps, detector.roi[nearest])
     detector.map_spreads[present] *= units
-    scores = detector.image_score(maps.div_(units).sum(1))
+    scores = detector.image_score(within(detector.roi, nearest, maps.div_(units).sum(1), OUTSIDE))
     of_classes = [scores[members[index]].tolist() for index in present]
     suspects = [paths[members[index][place]] for index, places in zip(present, conspicuous(of_classes))
                 for place in places]
@@ -257,43 +211,57 @@ def with_found(metadata: Metadata, found: HeldOut) -> Metadata:
         map_units=found.units, held_out=found.named)
 
 
-def _moments(maps: Tensor) -> Tensor:
-    """Mean, square of the mean, and variance of each patch of maps [N, M, h, w]: float64 [N, 3, M, h', w']."""
-    mean, square = (F.avg_pool2d(values.double(), PATCH, ceil_mode=True) for values in (maps, maps.square()))
+def _moments(maps: Tensor, roi: Tensor) -> Tensor:
+    """Mean, square of the mean, and variance of each patch of maps [N, M, h, w]: float64 [N, 3, M, h', w'].
+
+    Only positions in the regions of interest [N, h, w] count; where there are none, all are 0.
+    """
+    share = F.avg_pool2d(roi[:, None].double(), PATCH, ceil_mode=True).clamp(min=1e-6)
+    mean, square = (F.avg_pool2d(values.double(), PATCH, ceil_mode=True) / share
+                    for values in (maps * roi[:, None], maps.square() * roi[:, None]))
     return torch.stack([mean, mean.square(), (square - mean.square()).clamp(min=0)], dim=1)
 
 
-def _map_statistics(sums: Tensor, count: int, left_out: Optional[Tensor] = None) -> tuple[Tensor, Tensor]:
+def _map_statistics(sums: Tensor, count: int, inside: Tensor, left_out: Optional[Tensor] = None
+                    ) -> tuple[Tensor, Tensor]:
     """Mean and spread per patch, [M, h, w] each, from the summed moments [3, M, h, w] of ``count`` maps.
 
     With few images, the mean of a position is drawn towards the mean of the map, and half of its variance is the mean
     variance of the map. A single position would underestimate its spread, and noise would raise an alarm.
 
     Args:
+        inside: patches of the region of interest, bool [h, w]. The others get the mean values of these, since
+            statistics are interpolated between patches.
         left_out: moments of one of the maps, which is to be scored as a new image is scored by all maps. The other
             maps then stand for all: they draw the mean as far, and their variance is scaled to that expected of
             ``count`` maps. With two maps the other has no variance, so that of both, averaged over the map, is used.
     """
-    mean, square, within = sums / count
+    def average(values: Tensor) -> Tensor:
+        return values[:, inside].mean(1)[:, None, None]
+
+    mean, square, within_maps = sums / count
     between = square - mean.square()
     if left_out is not None:
-        usual = between.mean((1, 2), keepdim=True)
-        mean, square, within = (sums - left_out) / (count - 1)
+        usual = average(between).expand_as(between)
+        mean, square, within_maps = (sums - left_out) / (count - 1)
         # n images vary about their own mean by (n - 1) / n of their variance, on average.
         between = (square - mean.square()) * (count - 1)**2 / (count * (count - 2)) if count > 2 else usual
-    variance = within + between.clamp(min=0)
-    level = mean.mean((1, 2), keepdim=True)
+    variance = within_maps + between.clamp(min=0)
+    level, usual = average(mean), average(variance)
+    mean, variance = torch.where(inside, mean, level), torch.where(inside, variance, usual)
     expected = (count * mean + PSEUDO_COUNT * level) / (count + PSEUDO_COUNT)
-    spread = ((variance + variance.mean((1, 2), keepdim=True)) / 2).sqrt()
+    spread = ((variance + usual) / 2).sqrt()
     return expected.float(), spread.clamp(min=LEAST_SPREAD * level.abs() + 1e-6).float()
 
 
-def _units(maps: Tensor) -> Tensor:
+def _units(maps: Tensor, inside: Tensor) -> Tensor:
     """The unit of each of the standardised maps [N, M, h, w] in their sum: [M, 1, 1].
+
+    Only positions ``inside`` the regions of interest count, bool [N, h, w].
 
     It spans from the median to the maximum that one good image in ten exceeds, so that no map drowns the others with
     the tail of its noise.
     """
-    median = maps.transpose(0, 1).flatten(1).median(1).values
-    high = maps.flatten(2).amax(2).quantile(0.9, dim=0)
-    return (high - median).clamp(min=LEAST_UNIT)[:, None, None]
+    units = [one.masked_fill(~inside, -torch.inf).amax((1, 2)).quantile(0.9) - one.masked_select(inside).median()
+             for one in maps.unbind(1)]  # one by one: maps of many images fill the memory
+    return torch.stack(units).clamp(min=LEAST_UNIT)[:, None, None]

@@ -32,7 +32,7 @@ from uadtool.lab.quantization.modules import (
 from uadtool.lab.quantization.plan import QuantizationPlan
 from uadtool.lab.quantization.ptq import quantize, quantized_graph
 from uadtool.lab.quantization.ranges import Ranges
-from uadtool.lab.quantization.sensitivity import anomaly_maps, map_distance
+from uadtool.lab.quantization.sensitivity import anomaly_maps, in_both, map_distance
 from uadtool.lab.quantization.targets import Target
 from uadtool.lab.training.data import read_images
 from uadtool.lab.training.loop import batch_indices, optimize
@@ -88,7 +88,7 @@ def fine_tune(plan: QuantizationPlan, ranges: Ranges, target: Target, float_laye
         images = with_anomalies(read_images(batch, reading, available_cores()), np.random.default_rng((seed, step)))
         with torch.no_grad():
             float_map = OutputTensors(*plan.traced(images)).anomaly_map
-        return F.smooth_l1_loss(OutputTensors(*model(images)).anomaly_map, float_map)
+        return F.smooth_l1_loss(*in_both(OutputTensors(*model(images)).anomaly_map, float_map))
 
     optimize(nn.ModuleDict({"student": student, "points": points}), optimizer, training_loss,
              lambda: map_distance(expected, anomaly_maps(model, held_out)), steps, checkpoint, config, resume,

@@ -13,6 +13,7 @@ from uadtool.lab.quantization.plan import QuantizationPlan
 from uadtool.lab.quantization.ptq import quantize
 from uadtool.lab.quantization.ranges import Ranges
 from uadtool.lab.quantization.targets import Target
+from uadtool.scoring.anomaly_maps import OUTSIDE
 
 
 def layer_sensitivity(plan: QuantizationPlan, ranges: Ranges, target: Target, images: Sequence[Tensor],
@@ -40,4 +41,10 @@ def anomaly_maps(model: nn.Module, images: Iterable[Tensor]) -> Tensor:
 
 def map_distance(expected: Tensor, actual: Tensor) -> float:
     """Root mean square difference of anomaly maps [N, h, w], in their unit: deviations of good images' scores."""
-    return float((expected - actual).square().mean().sqrt())
+    return float(torch.sub(*in_both(expected, actual)).square().mean().sqrt())
+
+
+def in_both(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+    """The values of anomaly maps where both lie in a region of interest: classes, and so regions, may differ."""
+    inside = (one != OUTSIDE) & (other != OUTSIDE)
+    return one[inside], other[inside]

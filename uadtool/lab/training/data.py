@@ -4,8 +4,11 @@ import json
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from uadtool.data.images import read_image
@@ -31,15 +34,24 @@ CHUNK = 32
 
 
 def read_images(samples: Sequence[Sample], reading: Reading, threads: int) -> Tensor:
-    """Decode the images of the samples: uint8 [N, H, W, 3].
+    """Decode the images of the samples, turned as these say: uint8 [N, H, W, 3].
 
     Raises:
         UadtoolError: images cannot be read.
     """
-    found = [image for _, image in
-             read_ahead(lambda sample: read_image(sample.path, *reading), samples, threads, 2 * threads)]
+    found = [image for _, image in read_ahead(lambda sample: turned(read_image(sample.path, *reading), sample.turn),
+                                              samples, threads, 2 * threads)]
     refuse_unreadable([image for image in found if isinstance(image, UadtoolError)], len(samples))
     return torch.stack([torch.from_numpy(image) for image in found])
+
+
+def turned(image: NDArray[Any], turn: int) -> NDArray[Any]:
+    """An image [H, W, ...] after ``turn`` % 4 quarter turns, and from 4 on mirrored: the eight symmetries of a square.
+
+    Even turns keep its shape.
+    """
+    image = np.rot90(image, turn % 4)
+    return np.ascontiguousarray(image[:, ::-1] if turn >= 4 else image)
 
 
 def names_digest(samples: Sequence[Sample]) -> str:
@@ -153,6 +165,10 @@ class TeacherFeatures:
 
     def __len__(self) -> int:
         return len(self.samples)
+
+    def of(self, samples: Sequence[Sample]) -> "TeacherFeatures":
+        """Those of other images."""
+        return TeacherFeatures(samples, self.reading, self.teacher, self.threads)
 
     def images(self, indices: Sequence[int]) -> Tensor:
         """uint8 [N, H, W, 3]."""
