@@ -232,6 +232,17 @@ def python38() -> Path:
 
 
 @pytest.fixture(scope="session")
+def random_teacher() -> List[str]:
+    """The options of train for a small teacher with random weights."""
+    timm, torch = pytest.importorskip("timm"), pytest.importorskip("torch")
+    with only_one("mobilenetv2_035.pth") as weights:
+        if not weights.exists():
+            torch.manual_seed(0)
+            torch.save(timm.create_model("mobilenetv2_035").state_dict(), weights)
+    return ["--teacher", "mobilenetv2_035", "--teacher-weights", str(weights)]
+
+
+@pytest.fixture(scope="session")
 def textures() -> Path:
     """Two classes of textures in MVTec layout, 20 to train on and 8 + 8 to test; blots with masks as defects."""
     with only_one("textures") as root:

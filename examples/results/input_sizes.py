@@ -6,14 +6,11 @@ DATA is in MVTec layout. The sizes are those of ``train --image-size``. The figu
 ``uadtool`` must be on PATH.
 """
 
-import argparse
 import json
-import shlex
 from pathlib import Path
 
-import numpy as np
 from growth import run
-from trade_off import draw, measure, table
+from trade_off import main
 
 
 def exported(data: Path, folder: Path, sizes: list[str], seed: str, options: list[str]) -> tuple[list[Path], list[str]]:
@@ -28,24 +25,5 @@ def exported(data: Path, folder: Path, sizes: list[str], seed: str, options: lis
     return paths, names
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", type=Path)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--sizes", default="192,256,320,384")
-    parser.add_argument("--seeds", default="0,1")
-    parser.add_argument("--train", default="", help="options of train")
-    options = parser.parse_args()
-    options.folder.mkdir(parents=True, exist_ok=True)
-    figures = []
-    seeds = options.seeds.split(",")
-    for seed in seeds:
-        paths, names = exported(options.data, options.folder, options.sizes.split(","), seed,
-                                shlex.split(options.train))
-        figures.append(measure(paths, options.data))
-    print(table(np.array(figures), names, "input"))
-    draw(np.array(figures), names, seeds, options.folder / "input-sizes.svg")
-
-
 if __name__ == "__main__":
-    main()
+    main(__doc__, "192,256,320,384", "input", exported)

@@ -1,7 +1,9 @@
 """Accuracy and latency of several variants of a model, over seeds: measured, as a table and as a figure."""
 
+import argparse
 import json
-from collections.abc import Sequence
+import shlex
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,27 @@ from tabulate import tabulate
 
 FIGURES = ("image AUROC", "pooled", "pixel AUROC", "AUPRO", "false positives", "ms", "MB")
 LATENCY = FIGURES.index("ms")
+Exported = Callable[[Path, Path, list[str], str, list[str]], tuple[list[Path], list[str]]]
+"""(data, folder, sizes, seed, options of train) -> the exported model of each size, and the names of the sizes."""
+
+
+def main(usage: str, sizes: str, title: str, exported: Exported) -> None:
+    """Run a program: ``usage`` is its documentation, ``sizes`` are those by default."""
+    parser = argparse.ArgumentParser(description=usage, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--sizes", default=sizes)
+    parser.add_argument("--seeds", default="0,1")
+    parser.add_argument("--train", default="", help="options of train")
+    options = parser.parse_args()
+    options.folder.mkdir(parents=True, exist_ok=True)
+    seeds, found, names = options.seeds.split(","), [], list[str]()
+    for seed in seeds:
+        paths, names = exported(options.data, options.folder, options.sizes.split(","), seed,
+                                shlex.split(options.train))
+        found.append(measure(paths, options.data))
+    print(table(np.array(found), names, title))
+    draw(np.array(found), names, seeds, options.folder / f"{title}-sizes.svg")
 
 
 def measure(models: Sequence[Path], data: Path) -> list[list[float]]:

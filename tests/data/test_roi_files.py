@@ -42,7 +42,7 @@ def half(size=SIZE):
 
 
 def marked(path, name="screw"):
-    return read_rois({name: str(path)}, {name: {SIZE, (10, 10)}}, (8, 8))[name]
+    return read_rois([Sample("a.png", name, roi=str(path))], {name: [SIZE, (10, 10)]}, (8, 8))[name]
 
 
 def test_the_image_of_a_class_folder_is_no_image_of_the_class(parts):
@@ -89,7 +89,8 @@ def test_a_cell_counts_if_half_of_it_is_white(tmp_path_factory, data):
     path = tmp_path_factory.mktemp("roi") / "roi.png"
     Image.fromarray(pixels).save(path)
     if expected.mean() >= LEAST_SHARE:
-        assert np.array_equal(read_rois({"a": str(path)}, {"a": {pixels.shape}}, cells)["a"], expected)
+        found = read_rois([Sample("a.png", "a", roi=str(path))], {"a": [pixels.shape]}, cells)
+        assert np.array_equal(found["a"], expected)
 
 
 def test_it_is_seen_as_a_person_sees_it(tmp_path):

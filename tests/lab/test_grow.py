@@ -5,7 +5,6 @@ import shutil
 
 import numpy as np
 import pytest
-import timm
 import torch
 from conftest import run_here, validate
 from fast_exports import keep_registry
@@ -48,15 +47,13 @@ def parts(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def base(parts, tmp_path_factory):
+def base(parts, random_teacher, tmp_path_factory):
     """Paths of a model of the old classes, by precision."""
     folder = tmp_path_factory.mktemp("base")
-    torch.manual_seed(0)
-    torch.save(timm.create_model("mobilenetv2_035").state_dict(), folder / "teacher.pth")
     paths = {name: folder / f"{name}.safetensors" for name in ("fp32", "int8", "openvino", "fp16")}
     classes = ("--classes", ",".join(OLD))
-    run_here("train", parts, *classes, "-o", paths["fp32"], "--teacher", "mobilenetv2_035", "--teacher-weights",
-             folder / "teacher.pth", "--image-size", 64, "--option", "entries=400")
+    run_here("train", parts, *classes, "-o", paths["fp32"], *random_teacher, "--image-size", 64, "--option",
+             "entries=400")
     run_here("calibrate", paths["fp32"], parts, *classes, "-o", folder / "ranges.json")
     for name, target in (("int8", "onnxruntime"), ("openvino", "openvino")):
         run_here("quantize", paths["fp32"], "--ranges", folder / "ranges.json", "--target", target, "-o", paths[name])

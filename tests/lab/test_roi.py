@@ -5,7 +5,6 @@ import json
 import numpy as np
 import onnx
 import pytest
-import timm
 import torch
 from conftest import run_here, validate
 from fast_exports import keep_registry
@@ -53,19 +52,16 @@ def parts(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def trained(parts, tmp_path_factory):
+def trained(parts, random_teacher, tmp_path_factory):
     """Train a model with these options, or find it: its path and record."""
     folder, made = tmp_path_factory.mktemp("models"), {}
-    torch.manual_seed(0)
-    torch.save(timm.create_model("mobilenetv2_035").state_dict(), folder / "teacher.pth")
     (folder / "rois").mkdir()
     (folder / "rois/moving.png").write_bytes((parts / "roi.png").read_bytes())
 
     def train(*options, base=None):
         if (options, base) not in made:
             path = folder / f"{len(made)}.safetensors"
-            fixed = ["--add-to", base] if base else ["--teacher", "mobilenetv2_035", "--teacher-weights",
-                                                     folder / "teacher.pth", "--image-size", SIDE]
+            fixed = ["--add-to", base] if base else [*random_teacher, "--image-size", SIDE]
             given = [folder / "rois" if option == "rois" else option for option in options]
             record = json.loads(run_here("train", parts, "-o", path, *fixed, *given))
             validate(record, "train")

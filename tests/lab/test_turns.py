@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import timm
 import torch
 from conftest import run_here, validate
 from hypothesis import given
@@ -55,13 +54,11 @@ def parts(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def base(parts, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("base")
-    torch.manual_seed(0)
-    torch.save(timm.create_model("mobilenetv2_035").state_dict(), folder / "teacher.pth")
-    run_here("train", parts, "--classes", "dots", "-o", folder / "base.safetensors", "--teacher", "mobilenetv2_035",
-             "--teacher-weights", folder / "teacher.pth", "--image-size", SIDE, "--option", "entries=200")
-    return folder / "base.safetensors"
+def base(parts, random_teacher, tmp_path_factory):
+    path = tmp_path_factory.mktemp("base") / "base.safetensors"
+    run_here("train", parts, "--classes", "dots", "-o", path, *random_teacher, "--image-size", SIDE, "--option",
+             "entries=200")
+    return path
 
 
 @pytest.fixture

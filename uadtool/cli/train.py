@@ -185,8 +185,7 @@ def _samples(data: str, classes: Optional[List[str]], roi: Optional[str]) -> Lis
     from uadtool.data.dataset import training_samples
     from uadtool.data.roi import with_roi
 
-    samples = training_samples(data, classes)
-    return with_roi(samples, roi) if roi else samples
+    return with_roi(training_samples(data, classes), roi)
 
 
 def _grow(data: str, classes: Optional[List[str]], roi: Optional[str], base: str, output: str, replace: List[str],

@@ -11,7 +11,7 @@ from uadtool.data.dataset import choose_training, class_name, read_dataset
 from uadtool.data.images import image_size
 from uadtool.data.inspection import Look, findings, grey_bits, look_at, near_pairs, originals, sizes
 from uadtool.data.layout import Dataset
-from uadtool.data.roi import read_rois, roi_files, with_roi
+from uadtool.data.roi import read_rois, with_roi
 from uadtool.data.samples import SUFFIXES, Sample
 from uadtool.data.splits import LEAST_HELD_OUT, LEAST_RATE, by_class, images_needed, split_held_out
 from uadtool.data.storage import ignored
@@ -54,9 +54,8 @@ def check(data: str, classes: Optional[Sequence[str]], held_out: float, false_po
         broken = sum(sample not in looks for sample in good)
         if broken:
             refusal = f"{broken} of {len(good)} training images cannot be read; mend or remove them"
-        found = sizes([looks[sample] for sample in good if sample in looks])
-        files = roi_files(with_roi(good, roi) if roi else good)
-        rois = read_rois({name: path for name, path in files.items() if name in found}, found, ROI_CELLS)
+        seen = [sample for sample in good if sample in looks]
+        rois = read_rois(with_roi(seen, roi), sizes([looks[sample] for sample in seen]), ROI_CELLS)
     except UadtoolError as error:
         refusal = refusal or str(error)
     good_looks = [looks[sample] for sample in good if sample in looks]

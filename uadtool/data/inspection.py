@@ -6,7 +6,7 @@ Each image is decoded once, JPEG at a reduced scale, which takes about as long a
 import hashlib
 import math
 from collections import Counter
-from typing import Dict, Iterator, List, NamedTuple, Sequence, Set, Tuple, Union
+from typing import Dict, Iterator, List, NamedTuple, Sequence, Tuple, Union
 
 import numpy as np
 
@@ -102,15 +102,19 @@ class Inspection(NamedTuple):
         originals: for each image the number of the first of its copies, near ones included; its own if it has none.
         grey_bits: bits of the values in 16-bit grey files, by class.
         findings: what is odd, a line for each kind.
-        shapes: median (height, width) of the images in pixels, by class.
-        sizes: all of them.
+        sizes: (height, width) of the images in pixels, by class.
     """
 
     originals: List[int]
     grey_bits: Dict[str, int]
     findings: List[str]
-    shapes: Dict[str, Tuple[int, int]]
-    sizes: Dict[str, Set[Tuple[int, int]]]
+    sizes: Dict[str, List[Tuple[int, int]]]
+
+    @property
+    def shapes(self) -> Dict[str, Tuple[int, int]]:
+        """The median of the sizes, by class."""
+        return {name: (int(height), int(width)) for name, own in self.sizes.items()
+                for height, width in [np.median(own, 0)]}
 
 
 def inspect(samples: Sequence[Sample], threads: int) -> Inspection:
@@ -123,18 +127,12 @@ def inspect(samples: Sequence[Sample], threads: int) -> Inspection:
     looks = [look for look in found if isinstance(look, Look)]
     refuse_unreadable([look for look in found if isinstance(look, UadtoolError)], len(samples))
     firsts = originals(looks)
-    return Inspection(firsts, grey_bits(looks), findings(looks, firsts), _shapes(looks), sizes(looks))
+    return Inspection(firsts, grey_bits(looks), findings(looks, firsts), sizes(looks))
 
 
-def _shapes(looks: Sequence[Look]) -> Dict[str, Tuple[int, int]]:
-    found = {str(name): np.array([look.size for look in own])
-             for name, own in by_class(looks, lambda look: look.sample).items()}
-    return {name: (int(height), int(width)) for name, own in found.items() for height, width in [np.median(own, 0)]}
-
-
-def sizes(looks: Sequence[Look]) -> Dict[str, Set[Tuple[int, int]]]:
-    """The (height, width) of all images in pixels, by class."""
-    return {str(name): {look.size for look in own} for name, own in by_class(looks, lambda look: look.sample).items()}
+def sizes(looks: Sequence[Look]) -> Dict[str, List[Tuple[int, int]]]:
+    """The (height, width) of the images in pixels, by class."""
+    return {str(name): [look.size for look in own] for name, own in by_class(looks, lambda look: look.sample).items()}
 
 
 def refuse_unreadable(errors: Sequence[UadtoolError], count: int) -> None:

@@ -19,15 +19,18 @@ LEAST_SHARE = 0.01
 """Share of the cells at least that must count: the score is the mean of so many."""
 
 
-def with_roi(samples: Sequence[Sample], given: str) -> List[Sample]:
+def with_roi(samples: Sequence[Sample], given: Optional[str]) -> List[Sample]:
     """The samples with another region of interest.
 
     Args:
-        given: an image for all classes, or a folder with images that are named after classes. Others have none.
+        given: an image for all classes, or a folder with images that are named after classes. Others have none. With
+            None the samples keep theirs.
 
     Raises:
         UadtoolError: the folder cannot be read, or has no such image.
     """
+    if given is None:
+        return list(samples)
     if not Path(given).is_dir():
         return [replace(sample, roi=given) for sample in samples]
     classes = {str(sample.class_name) for sample in samples}
@@ -53,12 +56,11 @@ def rois_digest(samples: Sequence[Sample]) -> Optional[str]:
     return list_digest(f"{name} {file_digest(path)}" for name, path in sorted(files.items())) if files else None
 
 
-def read_rois(files: Mapping[str, str], sizes: Mapping[str, Collection[Tuple[int, int]]], cells: Tuple[int, int]
+def read_rois(samples: Sequence[Sample], sizes: Mapping[str, Collection[Tuple[int, int]]], cells: Tuple[int, int]
               ) -> Dict[str, np.ndarray]:
-    """The regions of interest by class: bool [h, w], which cells of the anomaly map count.
+    """The regions of interest of classes that have one: bool [h, w], which cells of the anomaly map count.
 
     Args:
-        files: by class, from ``roi_files``.
         sizes: (height, width) of the images by class, from ``Inspection``.
         cells: (height, width) of the anomaly map.
 
@@ -66,7 +68,7 @@ def read_rois(files: Mapping[str, str], sizes: Mapping[str, Collection[Tuple[int
         UadtoolError: a file cannot be read, has the size of no image, or marks too little.
     """
     rois = {}
-    for name, path in sorted(files.items()):
+    for name, path in sorted(roi_files(samples).items()):
         size = image_size(path)
         if size not in sizes[name]:
             raise UadtoolError(f"{path} has {size[1]}x{size[0]} pixels, as no image of {name} has; draw the region of "

@@ -15,7 +15,7 @@ from uadtool.lab.onnx_export.deployed import deployed_maps
 from uadtool.lab.quantization.modules import QuantizedMemory
 from uadtool.lab.rows import Model
 from uadtool.lab.training.loop import Run
-from uadtool.lab.turns import all_patches, in_copies
+from uadtool.lab.turns import all_patches, at_most, in_copies
 
 FEW = 10
 """Different images of a class from which some are held out."""
@@ -71,8 +71,7 @@ def left_out_maps(model: Model, part: Memory, run: Run, few: Collection[str]
                 memory = part.get_submodule(table)
                 assert isinstance(memory, PatchMemory)
                 kept = (F.interpolate(masks, size=one.shape[2:])[:, 0] == 0) & reaching_into(part.roi[own], one)
-                others = one.permute(0, 2, 3, 1)[kept]
-                memory.fill(own, others[::-(-len(others) // CANDIDATES)])
+                memory.fill(own, at_most(CANDIDATES, one.permute(0, 2, 3, 1)[kept]))
                 coded = QuantizedMemory(memory, module.signed) if isinstance(module, QuantizedMemory) else memory
                 module.bank[row] = coded.bank[own]
             maps = torch.where(mask > 0, compute(images)[0], maps)

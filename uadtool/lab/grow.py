@@ -120,7 +120,7 @@ def _added(base: Model, samples: Sequence[Sample], options: GrowthOptions, repor
     if options.replace:
         base = choose(base, [name for name in base.metadata.classes if name not in options.replace])
     inspection, metadata = _inspected(base.metadata, classes, samples)
-    rois = read_rois(roi_files(samples), inspection.sizes, metadata.map_size)
+    rois = read_rois(samples, inspection.sizes, metadata.map_size)
     training, held_out, few = split_few(samples, options.held_out, options.seed, inspection.originals)
     known = _known(base)
     part, run = _part(base, metadata, training, options.seed)
@@ -178,7 +178,7 @@ def _extended(base: Model, samples: Sequence[Sample], options: GrowthOptions, re
             theirs.update({f"{name}.{table}": tensor for table, tensor in module.dequantized().state_dict().items()})
     for name in tables(part) & own.keys():
         own[name].copy_(theirs[name])
-    for name, roi in read_rois(roi_files(samples), inspection.sizes, part.map_size).items():
+    for name, roi in read_rois(samples, inspection.sizes, part.map_size).items():
         if not np.array_equal(part.roi[classes.index(name)], roi):
             raise UadtoolError(f"--extend keeps the region of interest of {name}, and {roi_files(samples)[name]} marks "
                                "another; leave it out, or learn the class anew with --replace")

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from uadtool import __version__
 from uadtool.data.inspection import Inspection
-from uadtool.data.roi import read_rois, roi_files, rois_digest
+from uadtool.data.roi import read_rois, rois_digest
 from uadtool.data.samples import Sample
 from uadtool.data.splits import LEAST_HELD_OUT, balanced, split_held_out
 from uadtool.errors import UadtoolError
@@ -162,7 +162,7 @@ def _prepare(samples: Sequence[Sample], options: TrainingOptions, checkpoint: Pa
     detector = find_method(options.method)(options.teacher, options.image_size, len(classes), **all_options)
     if detector.one_pass and (options.steps or options.epochs):
         raise UadtoolError(f"{options.method} learns in one pass over the images; leave out --steps and --epochs")
-    rois = read_rois(roi_files(samples), inspection.sizes, detector.map_size)
+    rois = read_rois(samples, inspection.sizes, detector.map_size)
     detector.set_rois(classes, rois)
     pretrained = detector.pretrained()
     weights_source = load_teacher_weights(pretrained, options.teacher, options.teacher_weights)

@@ -69,6 +69,11 @@ def all_patches(part: Memory, images: TeacherFeatures) -> list[Tensor]:
     return [torch.cat(one) for one in zip(*parts)]
 
 
+def at_most(count: int, patches: Tensor) -> Tensor:
+    """So many of the patches [n, C] or fewer, evenly spaced."""
+    return patches[::-(-len(patches) // count)]
+
+
 def _copies(samples: Sequence[Sample], turn: int) -> list[Sample]:
     return [replace(sample, turn=turn) for sample in samples]
 
@@ -85,10 +90,5 @@ def _distance(images: Sequence[Tensor], others: Sequence[Tensor]) -> float:
     for one, other in zip(images, others):
         for number in range(len(one)):
             rest = torch.cat([other[:number], other[number + 1:]]).flatten(0, 1)
-            found.append(torch.cdist(_some(one[number], MOST_LOOKED_UP), _some(rest, MOST_OTHERS)).amin(1).mean())
+            found.append(torch.cdist(at_most(MOST_LOOKED_UP, one[number]), at_most(MOST_OTHERS, rest)).amin(1).mean())
     return float(torch.stack(found).mean())
-
-
-def _some(patches: Tensor, most: int) -> Tensor:
-    """At most so many of the patches [n, C], at equal distances."""
-    return patches[::-(-len(patches) // most)]

@@ -190,11 +190,10 @@ def sample_patches(features: Tensor, count: int, generator: torch.Generator, ins
         inside: bool [h, w], the positions to choose from; all if None.
     """
     patches = features.flatten(2).transpose(1, 2)
-    if inside is not None:
-        patches = patches[:, inside.flatten()]
-    if count >= patches.shape[1]:
-        return patches.flatten(0, 1)
-    return torch.cat([one[torch.randperm(len(one), generator=generator)[:count]] for one in patches])
+    places = torch.arange(patches.shape[1]) if inside is None else inside.flatten().nonzero().flatten()
+    if count >= len(places):
+        return patches[:, places].flatten(0, 1)
+    return torch.cat([one[places[torch.randperm(len(places), generator=generator)[:count]]] for one in patches])
 
 
 def sample_all(batches: Iterable[Sequence[Tensor]], images: int, seed: int, roi: Optional[Tensor] = None

@@ -242,10 +242,10 @@ def _map_statistics(sums: Tensor, count: int, inside: Tensor, left_out: Optional
     mean, square, within_maps = sums / count
     between = square - mean.square()
     if left_out is not None:
-        usual = average(between).expand_as(between)
         mean, square, within_maps = (sums - left_out) / (count - 1)
         # n images vary about their own mean by (n - 1) / n of their variance, on average.
-        between = (square - mean.square()) * (count - 1)**2 / (count * (count - 2)) if count > 2 else usual
+        between = ((square - mean.square()) * (count - 1)**2 / (count * (count - 2)) if count > 2
+                   else average(between))
     variance = within_maps + between.clamp(min=0)
     level, usual = average(mean), average(variance)
     mean, variance = torch.where(inside, mean, level), torch.where(inside, variance, usual)

@@ -18,7 +18,7 @@ from uadtool.host import adds_int8_exactly
 from uadtool.lab.detectors.contract import OutputTensors
 from uadtool.lab.onnx_export.deployed import open_proto
 from uadtool.metadata import Metadata, Reading
-from uadtool.scoring.anomaly_maps import OUTSIDE
+from uadtool.scoring.anomaly_maps import inside_roi
 
 IMAGES = 16
 MOST_PIXELS = 1 << 23
@@ -69,7 +69,7 @@ def check_parity(model: nn.Module, proto: ModelProto, metadata: Metadata, images
                            f"{(~same).sum()} of {len(images)} images; nothing was written")
     units, far = (np.maximum(1, np.abs(values.numpy()) / LARGE) for values in (expected.score, expected.class_distance))
     maps = np.abs(actual.anomaly_map - expected.anomaly_map.numpy())
-    medians = [np.median(one[region]) for one, region in zip(maps, expected.anomaly_map.numpy() != OUTSIDE)]
+    medians = [np.median(one[region]) for one, region in zip(maps, inside_roi(expected.anomaly_map.numpy()))]
     difference = float((np.abs(actual.score - expected.score.numpy()) / units)[same].max())
     typical = float((np.array(medians) / units)[same].max())
     distance = float((np.abs(actual.class_distance - expected.class_distance.numpy()) / far)[same].max())
